@@ -1,0 +1,24 @@
+//! Writes GGUF files (version 3, little-endian) that llama.cpp and candle load.
+
+/// A metadata value to be written.
+#[derive(Clone, Debug, PartialEq)]
+#[allow(missing_docs)]
+pub enum MetaValue {
+    U8(u8),
+    I8(i8),
+    U16(u16),
+    I16(i16),
+    U32(u32),
+    I32(i32),
+    F32(f32),
+    Bool(bool),
+    String(Vec<u8>),
+    U64(u64),
+    I64(i64),
+    F64(f64),
+    Strings(Vec<Vec<u8>>),
+    I32s(Vec<i32>),
+    U32s(Vec<u32>),
+    F32s(Vec<f32>),
+    Bools(Vec<bool>),
+}

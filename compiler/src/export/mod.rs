@@ -1,0 +1,3 @@
+//! Open formats that other engines read.
+
+pub mod gguf;

@@ -1,0 +1,7 @@
+//! The host side: reads teachers, cuts and distills students, quantizes, exports, bundles, reports.
+//!
+//! The only crate that knows candle, the network and the file system.
+
+pub mod atomic;
+pub mod export;
+pub mod model;

@@ -1,0 +1,17 @@
+//! What a decoder language model *is*, as data.
+//!
+//! One [`DecoderSpec`] describes every family. It is read from a Hugging Face `config.json` or from
+//! GGUF metadata through the same [`Config`] trait, and it drives both the differentiable graph on
+//! the host and the forward step on the device. This crate never computes anything with weights,
+//! never allocates and names no instruction set.
+#![no_std]
+
+mod config;
+pub mod families;
+mod spec;
+mod tensor;
+
+pub use config::{Config, SpecError};
+pub use families::{FAMILIES, Family, family_by_gguf_name, family_by_hf_type};
+pub use spec::{Activation, DecoderSpec, Rope, RopePairing, RopeScaling};
+pub use tensor::{NameBuf, Role, TensorRow};

@@ -1,0 +1,2 @@
+//! Runs and times a model on a device.
+fn main() {}

@@ -1,0 +1,547 @@
+//! A zero-copy reader of GGUF (versions 2 and 3, little-endian).
+//!
+//! [`Gguf::parse`] walks the whole header once and checks every length, shape and offset against the
+//! file; afterwards look-ups walk it again but can no longer fail. It never trusts a count: each entry
+//! must be paid for with bytes that are really there, so the walk ends with the file.
+
+use super::DType;
+use crate::{Code, Error, Result};
+use edge_models::Config;
+
+const MAGIC: u32 = u32::from_le_bytes(*b"GGUF");
+const MAX_DIMS: u32 = 4;
+const MAX_NESTING: u32 = 4;
+const MAX_KEY: usize = 65_535;
+const MAX_ALIGNMENT: u64 = 1 << 16;
+
+/// A checked GGUF file.
+#[derive(Clone, Copy, Debug)]
+pub struct Gguf<'a> {
+    bytes: &'a [u8],
+    version: u32,
+    kv_count: u64,
+    kv_start: usize,
+    tensor_count: u64,
+    tensor_start: usize,
+    data_start: usize,
+    alignment: usize,
+}
+
+/// Kind of a metadata value. The numbers are GGUF's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+#[allow(missing_docs)]
+pub enum ValueType {
+    U8 = 0,
+    I8 = 1,
+    U16 = 2,
+    I16 = 3,
+    U32 = 4,
+    I32 = 5,
+    F32 = 6,
+    Bool = 7,
+    String = 8,
+    Array = 9,
+    U64 = 10,
+    I64 = 11,
+    F64 = 12,
+}
+
+/// A metadata value.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Value<'a> {
+    /// Any unsigned integer.
+    Uint(u64),
+    /// Any signed integer.
+    Int(i64),
+    /// `f32` or `f64`.
+    Float(f64),
+    /// A truth value.
+    Bool(bool),
+    /// Bytes that should be UTF-8; vocabularies hold some that are not.
+    String(&'a [u8]),
+    /// A list.
+    Array(Array<'a>),
+}
+
+/// A list of metadata values of one kind.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Array<'a> {
+    element: ValueType,
+    count: usize,
+    bytes: &'a [u8],
+}
+
+/// A tensor: its name, shape, type and bytes.
+#[derive(Clone, Copy, Debug)]
+pub struct TensorInfo<'a> {
+    /// Name in the file.
+    pub name: &'a str,
+    /// GGUF's number of the type.
+    pub type_id: u32,
+    /// The type, if it is one that is read here.
+    pub dtype: Option<DType>,
+    /// Elements along each axis, fastest first; unused axes are 1.
+    pub dims: [u64; 4],
+    /// Number of axes that the file names.
+    pub n_dims: usize,
+    /// Byte offset in the file.
+    pub offset: usize,
+    /// The elements; empty where the type is unknown.
+    pub data: &'a [u8],
+}
+
+impl TensorInfo<'_> {
+    /// Elements in a row.
+    pub fn cols(&self) -> usize {
+        self.dims[0] as usize
+    }
+
+    /// Rows, all further axes folded.
+    pub fn rows(&self) -> usize {
+        // Cannot overflow: the product of all axes was checked in `parse`.
+        (self.dims[1] * self.dims[2] * self.dims[3]) as usize
+    }
+}
+
+struct Cursor<'a> {
+    bytes: &'a [u8],
+    at: usize,
+}
+
+impl<'a> Cursor<'a> {
+    fn take(&mut self, count: usize) -> Result<&'a [u8]> {
+        let rest = self.bytes.len() - self.at;
+        if count > rest {
+            return Err(Error::new(Code::Truncated, "").at(self.at).found(rest as u64, count as u64));
+        }
+        let taken = &self.bytes[self.at..self.at + count];
+        self.at += count;
+        Ok(taken)
+    }
+
+    fn array<const N: usize>(&mut self) -> Result<[u8; N]> {
+        let mut out = [0; N];
+        out.copy_from_slice(self.take(N)?);
+        Ok(out)
+    }
+
+    fn u32(&mut self) -> Result<u32> {
+        Ok(u32::from_le_bytes(self.array()?))
+    }
+
+    fn u64(&mut self) -> Result<u64> {
+        Ok(u64::from_le_bytes(self.array()?))
+    }
+
+    /// A length, refused if it exceeds what is left of the file at `unit` bytes each.
+    fn length(&mut self, unit: usize) -> Result<usize> {
+        let at = self.at;
+        let length = self.u64()?;
+        let most = ((self.bytes.len() - self.at) / unit) as u64;
+        if length > most {
+            return Err(Error::new(Code::BadLength, "").at(at).found(length, most));
+        }
+        Ok(length as usize)
+    }
+
+    fn string(&mut self) -> Result<&'a [u8]> {
+        let length = self.length(1)?;
+        self.take(length)
+    }
+
+    fn name(&mut self) -> Result<&'a str> {
+        let at = self.at;
+        let bytes = self.string()?;
+        if bytes.len() > MAX_KEY {
+            return Err(Error::new(Code::BadLength, "").at(at).found(bytes.len() as u64, MAX_KEY as u64));
+        }
+        core::str::from_utf8(bytes).map_err(|_| Error::new(Code::BadText, "").at(at))
+    }
+
+    fn value_type(&mut self) -> Result<ValueType> {
+        let at = self.at;
+        let id = self.u32()?;
+        ValueType::from_gguf(id)
+            .ok_or_else(|| Error::new(Code::BadValueType, "").at(at).found(u64::from(id), 12))
+    }
+
+    fn value(&mut self, kind: ValueType, depth: u32) -> Result<Value<'a>> {
+        Ok(match kind {
+            ValueType::U8 => Value::Uint(u64::from(self.array::<1>()?[0])),
+            ValueType::I8 => Value::Int(i64::from(i8::from_le_bytes(self.array()?))),
+            ValueType::U16 => Value::Uint(u64::from(u16::from_le_bytes(self.array()?))),
+            ValueType::I16 => Value::Int(i64::from(i16::from_le_bytes(self.array()?))),
+            ValueType::U32 => Value::Uint(u64::from(self.u32()?)),
+            ValueType::I32 => Value::Int(i64::from(i32::from_le_bytes(self.array()?))),
+            ValueType::F32 => Value::Float(f64::from(f32::from_le_bytes(self.array()?))),
+            ValueType::Bool => Value::Bool(self.array::<1>()?[0] != 0),
+            ValueType::String => Value::String(self.string()?),
+            ValueType::U64 => Value::Uint(self.u64()?),
+            ValueType::I64 => Value::Int(i64::from_le_bytes(self.array()?)),
+            ValueType::F64 => Value::Float(f64::from_le_bytes(self.array()?)),
+            ValueType::Array => {
+                let at = self.at;
+                if depth == MAX_NESTING {
+                    return Err(Error::new(Code::BadLength, "")
+                        .at(at)
+                        .found(u64::from(depth) + 1, u64::from(MAX_NESTING))
+                        .hint("arrays nested too deeply"));
+                }
+                let element = self.value_type()?;
+                let count = self.length(element.min_bytes())?;
+                let start = self.at;
+                if let Some(size) = element.fixed_bytes() {
+                    // `length` proved that count * size bytes are left.
+                    self.take(count * size)?;
+                } else {
+                    for _ in 0..count {
+                        self.value(element, depth + 1)?;
+                    }
+                }
+                Value::Array(Array { element, count, bytes: &self.bytes[start..self.at] })
+            }
+        })
+    }
+}
+
+impl ValueType {
+    fn from_gguf(id: u32) -> Option<Self> {
+        use ValueType::*;
+        [U8, I8, U16, I16, U32, I32, F32, Bool, String, Array, U64, I64, F64].get(id as usize).copied()
+    }
+
+    /// Bytes of a value, where it is the same for all.
+    fn fixed_bytes(self) -> Option<usize> {
+        match self {
+            Self::U8 | Self::I8 | Self::Bool => Some(1),
+            Self::U16 | Self::I16 => Some(2),
+            Self::U32 | Self::I32 | Self::F32 => Some(4),
+            Self::U64 | Self::I64 | Self::F64 => Some(8),
+            Self::String | Self::Array => None,
+        }
+    }
+
+    fn min_bytes(self) -> usize {
+        match self {
+            Self::Array => 12,
+            _ => self.fixed_bytes().unwrap_or(8),
+        }
+    }
+}
+
+impl<'a> Value<'a> {
+    /// A non-negative integer of any width.
+    pub fn as_uint(&self) -> Option<u64> {
+        match *self {
+            Self::Uint(value) => Some(value),
+            Self::Int(value) => u64::try_from(value).ok(),
+            _ => None,
+        }
+    }
+
+    /// Any number.
+    pub fn as_float(&self) -> Option<f64> {
+        match *self {
+            Self::Float(value) => Some(value),
+            Self::Uint(value) => Some(value as f64),
+            Self::Int(value) => Some(value as f64),
+            _ => None,
+        }
+    }
+
+    /// A truth value.
+    pub fn as_bool(&self) -> Option<bool> {
+        match *self {
+            Self::Bool(value) => Some(value),
+            _ => None,
+        }
+    }
+
+    /// Text, if it is UTF-8.
+    pub fn as_str(&self) -> Option<&'a str> {
+        match *self {
+            Self::String(bytes) => core::str::from_utf8(bytes).ok(),
+            _ => None,
+        }
+    }
+
+    /// A list.
+    pub fn as_array(&self) -> Option<Array<'a>> {
+        match *self {
+            Self::Array(array) => Some(array),
+            _ => None,
+        }
+    }
+}
+
+impl<'a> Array<'a> {
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.count
+    }
+
+    /// It has no elements.
+    pub fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
+    /// Kind of its elements.
+    pub fn element_type(&self) -> ValueType {
+        self.element
+    }
+
+    /// Its elements in order. Strings are found by walking, so keep the iterator.
+    pub fn iter(&self) -> impl Iterator<Item = Value<'a>> + use<'a> {
+        let element = self.element;
+        let mut cursor = Cursor { bytes: self.bytes, at: 0 };
+        (0..self.count).map_while(move |_| cursor.value(element, 1).ok())
+    }
+
+    /// Its elements as bytes of strings, in order; `None` if it holds something else.
+    pub fn strings(&self) -> Option<impl Iterator<Item = &'a [u8]> + use<'a>> {
+        (self.element == ValueType::String).then(|| {
+            self.iter().map(|value| match value {
+                Value::String(bytes) => bytes,
+                _ => &[],
+            })
+        })
+    }
+
+    /// The raw bytes of its elements.
+    pub fn bytes(&self) -> &'a [u8] {
+        self.bytes
+    }
+}
+
+impl<'a> Gguf<'a> {
+    /// Checks a whole file. Afterwards every look-up is safe.
+    ///
+    /// # Errors
+    /// The first thing that is wrong, with its byte offset.
+    pub fn parse(bytes: &'a [u8]) -> Result<Self> {
+        let mut cursor = Cursor { bytes, at: 0 };
+        let magic = cursor.u32()?;
+        if magic != MAGIC {
+            return Err(Error::new(Code::BadMagic, "").at(0).found(u64::from(magic), u64::from(MAGIC)));
+        }
+        let version = cursor.u32()?;
+        if !(2..=3).contains(&version) {
+            return Err(Error::new(Code::UnsupportedVersion, "").at(4).found(u64::from(version), 3));
+        }
+        // The smallest tensor entry has 32 bytes, the smallest key-value pair 13.
+        let tensor_count = cursor.length(32)? as u64;
+        let kv_count = cursor.length(13)? as u64;
+        let mut file = Self {
+            bytes,
+            version,
+            kv_count,
+            kv_start: cursor.at,
+            tensor_count,
+            tensor_start: 0,
+            data_start: 0,
+            alignment: 32,
+        };
+        for _ in 0..kv_count {
+            let at = cursor.at;
+            let (key, value) = read_kv(&mut cursor)?;
+            if key == "general.alignment" {
+                let alignment = value.as_uint().unwrap_or(0);
+                if !alignment.is_power_of_two() || !(8..=MAX_ALIGNMENT).contains(&alignment) {
+                    return Err(Error::new(Code::BadAlignment, key)
+                        .at(at)
+                        .found(alignment, 8)
+                        .hint("a power of two up to 65536"));
+                }
+                file.alignment = alignment as usize;
+            }
+        }
+        file.tensor_start = cursor.at;
+        for _ in 0..tensor_count {
+            read_tensor_header(&mut cursor)?;
+        }
+        let data_start = cursor.at.next_multiple_of(file.alignment);
+        if data_start > bytes.len() && tensor_count > 0 {
+            return Err(Error::new(Code::Truncated, "tensor data")
+                .at(cursor.at)
+                .found(bytes.len() as u64, data_start as u64));
+        }
+        file.data_start = data_start.min(bytes.len());
+        let mut cursor = Cursor { bytes, at: file.tensor_start };
+        for _ in 0..tensor_count {
+            let at = cursor.at;
+            let header = read_tensor_header(&mut cursor)?;
+            file.locate(&header).map_err(|error| error.at(at))?;
+        }
+        Ok(file)
+    }
+
+    /// Version of the format.
+    pub fn version(&self) -> u32 {
+        self.version
+    }
+
+    /// The whole file.
+    pub fn bytes(&self) -> &'a [u8] {
+        self.bytes
+    }
+
+    /// Every metadata entry in order.
+    pub fn metadata(&self) -> impl Iterator<Item = (&'a str, Value<'a>)> + use<'a> {
+        let mut cursor = Cursor { bytes: self.bytes, at: self.kv_start };
+        (0..self.kv_count).map_while(move |_| read_kv(&mut cursor).ok())
+    }
+
+    /// Every tensor in order.
+    pub fn tensors(&self) -> impl Iterator<Item = TensorInfo<'a>> + use<'a> {
+        let file = *self;
+        let mut cursor = Cursor { bytes: self.bytes, at: self.tensor_start };
+        (0..self.tensor_count).map_while(move |_| {
+            let header = read_tensor_header(&mut cursor).ok()?;
+            file.locate(&header).ok()
+        })
+    }
+
+    /// A metadata value.
+    pub fn get(&self, key: &str) -> Option<Value<'a>> {
+        self.metadata().find(|(found, _)| *found == key).map(|(_, value)| value)
+    }
+
+    /// A metadata value that must be there.
+    pub fn require(&self, key: &str) -> Result<Value<'a>> {
+        self.get(key).ok_or_else(|| Error::new(Code::MissingKey, key))
+    }
+
+    /// A tensor.
+    pub fn tensor(&self, name: &str) -> Option<TensorInfo<'a>> {
+        self.tensors().find(|tensor| tensor.name == name)
+    }
+
+    /// `general.architecture`.
+    pub fn architecture(&self) -> Result<&'a str> {
+        let key = "general.architecture";
+        self.require(key)?.as_str().ok_or_else(|| Error::new(Code::WrongKeyType, key).hint("text"))
+    }
+
+    fn locate(&self, header: &TensorHeader<'a>) -> Result<TensorInfo<'a>> {
+        let error = |code| Error::new(code, header.name);
+        let dtype = DType::from_gguf(header.type_id);
+        let mut elements: u64 = 1;
+        for dim in header.dims {
+            elements = match elements.checked_mul(dim) {
+                Some(product) if dim > 0 && product <= 1 << 48 => product,
+                _ => return Err(error(Code::BadShape).found(dim, 1 << 48).hint("elements")),
+            };
+        }
+        if header.offset % self.alignment as u64 != 0 {
+            return Err(error(Code::BadAlignment).found(header.offset, self.alignment as u64));
+        }
+        let size = match dtype {
+            None => 0,
+            Some(dtype) => {
+                let block = dtype.block_len() as u64;
+                if header.dims[0] % block != 0 {
+                    return Err(error(Code::BadShape)
+                        .found(header.dims[0], block)
+                        .hint("a row is a whole number of blocks"));
+                }
+                // At most 2^48 elements of at most 4 bytes: no overflow.
+                elements / block * dtype.block_bytes() as u64
+            }
+        };
+        let room = self.bytes.len() as u64;
+        let start = (self.data_start as u64).checked_add(header.offset);
+        let end = start.and_then(|start| start.checked_add(size));
+        match (start, end) {
+            (Some(start), Some(end)) if end <= room => Ok(TensorInfo {
+                name: header.name,
+                type_id: header.type_id,
+                dtype,
+                dims: header.dims,
+                n_dims: header.n_dims,
+                offset: start as usize,
+                data: &self.bytes[start as usize..end as usize],
+            }),
+            _ => Err(error(Code::TensorOutOfBounds).found(room, end.unwrap_or(u64::MAX))),
+        }
+    }
+}
+
+struct TensorHeader<'a> {
+    name: &'a str,
+    n_dims: usize,
+    dims: [u64; 4],
+    type_id: u32,
+    offset: u64,
+}
+
+fn read_kv<'a>(cursor: &mut Cursor<'a>) -> Result<(&'a str, Value<'a>)> {
+    let key = cursor.name()?;
+    let named = |error: Error| Error { name: crate::Name::new(key), ..error };
+    let kind = cursor.value_type().map_err(named)?;
+    let value = cursor.value(kind, 0).map_err(named)?;
+    Ok((key, value))
+}
+
+fn read_tensor_header<'a>(cursor: &mut Cursor<'a>) -> Result<TensorHeader<'a>> {
+    let name = cursor.name()?;
+    let at = cursor.at;
+    let n_dims = cursor.u32()?;
+    if n_dims == 0 || n_dims > MAX_DIMS {
+        return Err(Error::new(Code::BadShape, name)
+            .at(at)
+            .found(u64::from(n_dims), u64::from(MAX_DIMS))
+            .hint("axes"));
+    }
+    let mut dims = [1; 4];
+    for dim in &mut dims[..n_dims as usize] {
+        *dim = cursor.u64()?;
+    }
+    Ok(TensorHeader { name, n_dims: n_dims as usize, dims, type_id: cursor.u32()?, offset: cursor.u64()? })
+}
+
+/// GGUF metadata as the hyper-parameters of its own architecture.
+#[derive(Clone, Copy, Debug)]
+pub struct GgufConfig<'a> {
+    file: Gguf<'a>,
+    architecture: &'a str,
+}
+
+impl<'a> GgufConfig<'a> {
+    /// The hyper-parameters of `file`.
+    pub fn new(file: Gguf<'a>) -> Result<Self> {
+        Ok(Self { file, architecture: file.architecture()? })
+    }
+
+    fn value(&self, key: &str) -> Option<Value<'a>> {
+        self.file
+            .metadata()
+            .find(|(found, _)| {
+                found.strip_prefix(self.architecture).and_then(|rest| rest.strip_prefix('.')) == Some(key)
+            })
+            .map(|(_, value)| value)
+    }
+}
+
+impl Config for GgufConfig<'_> {
+    fn uint(&self, key: &str) -> Option<u64> {
+        self.value(key)?.as_uint()
+    }
+
+    fn float(&self, key: &str) -> Option<f64> {
+        self.value(key)?.as_float()
+    }
+
+    fn bool(&self, key: &str) -> Option<bool> {
+        self.value(key)?.as_bool()
+    }
+
+    fn text(&self, key: &str) -> Option<&str> {
+        self.value(key)?.as_str()
+    }
+
+    fn tensor_shape(&self, name: &str) -> Option<[u64; 2]> {
+        let tensor = self.file.tensor(name)?;
+        Some([tensor.dims[1], tensor.dims[0]])
+    }
+}

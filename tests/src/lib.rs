@@ -1,0 +1,1 @@
+//! Tests of the whole toolchain live in the folders beside `src`.
