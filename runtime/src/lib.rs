@@ -12,7 +12,7 @@ mod error;
 pub mod format;
 // pub mod kernels;
 // pub mod session;
-// pub mod tokenizer;
+pub mod tokenizer;
 pub mod workers;
 
 pub use error::{Code, Error, Name, Result};

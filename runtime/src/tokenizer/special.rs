@@ -1,0 +1,141 @@
+//! Tokens that stand for themselves in a text, such as `<|im_end|>`, and those that end a generation.
+//!
+//! Control and unknown tokens are matched only where the caller asks for it; user-defined ones always,
+//! before any pre-tokenizer. The leftmost match wins, the longest of those that start together.
+
+use super::vocab::{Kind, NONE, Vocab};
+
+/// Texts that make a token a control token whatever type the file gives it, and whether it ends a
+/// generation. As in llama.cpp (`src/llama-vocab.cpp`), because many files get the types wrong.
+pub(super) const MARKERS: [(&str, bool); 41] = [
+    ("<|eot_id|>", true),
+    ("<|im_end|>", true),
+    ("<|end|>", true),
+    ("<end_of_turn>", true),
+    ("<|endoftext|>", true),
+    ("</s>", true),
+    ("<|eom_id|>", true),
+    ("<EOT>", true),
+    ("_<EOT>", true),
+    ("[EOT]", true),
+    ("[EOS]", true),
+    ("<|end_of_text|>", true),
+    ("<end_of_utterance>", true),
+    ("<eos>", true),
+    ("<｜end▁of▁sentence｜>", true),
+    ("<|fim_pad|>", true),
+    ("<fim-pad>", true),
+    ("<fim_pad>", true),
+    ("<PAD>", true),
+    ("[PAD]", true),
+    ("<|fim_repo|>", true),
+    ("<|repo_name|>", true),
+    ("<fim-repo>", true),
+    ("<REPO>", true),
+    ("<reponame>", true),
+    ("<|file_sep|>", true),
+    ("<|fim_prefix|>", false),
+    ("<fim-prefix>", false),
+    ("<fim_prefix>", false),
+    ("<PRE>", false),
+    ("<|fim_suffix|>", false),
+    ("<fim-suffix>", false),
+    ("<fim_suffix>", false),
+    ("<SUF>", false),
+    ("<|fim_middle|>", false),
+    ("<fim-middle>", false),
+    ("<fim_middle>", false),
+    ("<MID>", false),
+    ("<|prefix|>", false),
+    ("<|suffix|>", false),
+    ("<|middle|>", false),
+];
+
+/// A special token in a text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Match {
+    pub(super) start: usize,
+    pub(super) len: usize,
+    pub(super) token: u32,
+}
+
+impl<'a> Vocab<'a> {
+    /// Fills `slots`, one for each of [`MARKERS`], with their tokens.
+    pub(super) fn find_markers(&self, slots: &'a mut [u32]) -> &'a [u32] {
+        for (slot, (text, _)) in slots.iter_mut().zip(MARKERS) {
+            *slot = self.find(text.as_bytes(), &[]).unwrap_or(NONE);
+        }
+        slots
+    }
+
+    /// The token is a marker that ends a generation.
+    pub(super) fn ends_generation(&self, token: u32) -> bool {
+        self.markers.iter().zip(MARKERS).any(|(&marker, (_, ends))| ends && marker == token)
+    }
+
+    /// Fills `slots` with the tokens that `wanted` accepts, sorted by their text.
+    pub(super) fn sort_specials(&self, slots: &'a mut [u32], wanted: impl Fn(Kind) -> bool) -> &'a [u32] {
+        let mut count = 0;
+        for token in 0..self.len() as u32 {
+            if wanted(self.kind(token)) && !self.text(token).is_empty() {
+                slots[count] = token;
+                count += 1;
+            }
+        }
+        let slots = &mut slots[..count];
+        slots.sort_unstable_by_key(|&token| self.text(token));
+        slots
+    }
+}
+
+/// Finds special tokens in texts.
+pub(super) struct Finder<'v> {
+    vocab: &'v Vocab<'v>,
+    /// Tokens to find, sorted by their text.
+    sorted: &'v [u32],
+    /// The first bytes of their texts.
+    starts: [bool; 256],
+}
+
+impl<'v> Finder<'v> {
+    /// A finder of user-defined tokens, and of control and unknown ones too if `control`.
+    pub(super) fn new(vocab: &'v Vocab<'v>, control: bool) -> Self {
+        let sorted = if control { vocab.specials } else { vocab.user_defined };
+        let mut starts = [false; 256];
+        for &token in sorted {
+            starts[usize::from(vocab.text(token)[0])] = true;
+        }
+        Self { vocab, sorted, starts }
+    }
+
+    /// The first special token in `text`.
+    pub(super) fn find(&self, text: &[u8]) -> Option<Match> {
+        if self.sorted.is_empty() {
+            return None;
+        }
+        (0..text.len()).filter(|&start| self.starts[usize::from(text[start])]).find_map(|start| {
+            let (len, token) = self.longest_at(&text[start..])?;
+            Some(Match { start, len, token })
+        })
+    }
+
+    /// The longest special token at the start of `text`: narrows the sorted list byte by byte.
+    fn longest_at(&self, text: &[u8]) -> Option<(usize, u32)> {
+        let mut range = self.sorted;
+        let mut longest = None;
+        for (depth, &byte) in text.iter().enumerate() {
+            let at = |&token: &u32| self.vocab.text(token).get(depth).copied();
+            range = &range[range.partition_point(|token| at(token) < Some(byte))..];
+            range = &range[..range.partition_point(|token| at(token) == Some(byte))];
+            // Texts are unique and the shortest sorts first.
+            match range.first() {
+                None => break,
+                Some(&token) if self.vocab.text(token).len() == depth + 1 => {
+                    longest = Some((depth + 1, token))
+                }
+                Some(_) => {}
+            }
+        }
+        longest
+    }
+}
