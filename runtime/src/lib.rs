@@ -10,7 +10,7 @@ extern crate std;
 
 mod error;
 pub mod format;
-// pub mod kernels;
+pub mod kernels;
 // pub mod session;
 pub mod tokenizer;
 pub mod workers;

@@ -1,20 +1,31 @@
 //! Arithmetic on weights and activations, one implementation per instruction set.
 //!
-//! [`Kernels`] is the one dispatch table. `generic` is the oracle: every fast kernel has a twin there
-//! and is tested against it over shapes. Kernels never know a model family.
+//! [`Kernels`] is the one dispatch table. Algorithms are written once over the operations of
+//! `simd::Simd` and instantiated per instruction set; `generic` is the oracle, and every other table
+//! agrees with it bit for bit (see `simd`). Kernels never know a model family, never allocate, and never
+//! start a thread: matrices are shared among the caller's [`Workers`](crate::workers::Workers).
+#![allow(clippy::inline_always, reason = "algorithms are instantiated inside functions with CPU features")]
 
 mod activations;
+mod attention;
+mod blocks;
 mod dispatch;
 mod exp;
+mod float;
 mod generic;
 mod matmul;
+mod output;
+mod simd;
+mod table;
 
-#[cfg(target_arch = "aarch64")]
-mod aarch64;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 
 pub use activations::{Activations, ActivationsMut};
 pub use dispatch::{Features, Kernels};
+pub use exp::exp;
 pub use generic::dequantize_row;
 pub use matmul::Matrix;
+
+#[cfg(test)]
+mod tests;

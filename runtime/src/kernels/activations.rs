@@ -1,0 +1,171 @@
+//! A batch of activation rows and their quantized twin, in buffers that the session hands in.
+//!
+//! There is one quantized form for all weight types: blocks of 32 values, each with a scale `max|x| / 127`
+//! and the integers `q = round(x / scale)` within ±127. The sum of a block's integers is kept too, because
+//! a weight `d * q + m` needs it. Rows are padded with zero blocks to a whole number of 8 blocks (the
+//! vector width of all kernels), and blocks are stored in pairs, first halves before second halves:
+//! `[even 0..16, odd 0..16, even 16..32, odd 16..32]`, the order in which nibbles come out of the weights.
+
+use crate::{Code, Error, Result};
+
+/// Values in a block.
+pub(crate) const BLOCK: usize = 32;
+/// Blocks in a group, and lanes of a vector.
+pub(crate) const GROUP: usize = 8;
+/// Values in a group.
+pub(crate) const GROUP_LEN: usize = BLOCK * GROUP;
+
+/// Blocks of a row with their padding; 0 for a width that is not a multiple of 32, which is never quantized.
+const fn padded_blocks(cols: usize) -> usize {
+    if cols % BLOCK == 0 { (cols / BLOCK).next_multiple_of(GROUP) } else { 0 }
+}
+
+/// Rows of activations to write; [`super::Kernels::quantize`] turns them into [`Activations`].
+#[derive(Debug)]
+pub struct ActivationsMut<'a> {
+    tokens: usize,
+    cols: usize,
+    pub(super) values: &'a mut [f32],
+    pub(super) quants: &'a mut [i8],
+    pub(super) scales: &'a mut [f32],
+    pub(super) sums: &'a mut [f32],
+}
+
+/// Rows of activations to multiply with, with or without their quantized twin.
+#[derive(Clone, Copy, Debug)]
+pub struct Activations<'a> {
+    tokens: usize,
+    cols: usize,
+    values: &'a [f32],
+    quants: &'a [[i8; GROUP_LEN]],
+    scales: &'a [[f32; GROUP]],
+    sums: &'a [[f32; GROUP]],
+}
+
+/// The quantized twin of one row, in groups of 8 blocks.
+#[derive(Clone, Copy)]
+pub(crate) struct QuantizedRow<'a> {
+    /// Integers within ±127.
+    pub quants: &'a [[i8; GROUP_LEN]],
+    /// One scale a block.
+    pub scales: &'a [[f32; GROUP]],
+    /// The sum of a block's integers.
+    pub sums: &'a [[f32; GROUP]],
+}
+
+impl<'a> ActivationsMut<'a> {
+    /// `f32` elements that one row of `cols` values needs.
+    pub const fn floats_per_token(cols: usize) -> usize {
+        cols + 2 * padded_blocks(cols)
+    }
+
+    /// `i8` elements that one row of `cols` values needs.
+    pub const fn quants_per_token(cols: usize) -> usize {
+        padded_blocks(cols) * BLOCK
+    }
+
+    /// `tokens` rows of `cols` values in the front of the two buffers. What the buffers hold stays: the values
+    /// are the first `tokens * cols` floats, row after row.
+    ///
+    /// # Errors
+    /// [`Code::BufferTooSmall`] if a buffer holds less than `tokens` times what one token needs.
+    pub fn new(tokens: usize, cols: usize, floats: &'a mut [f32], quants: &'a mut [i8]) -> Result<Self> {
+        let blocks = padded_blocks(cols);
+        // Division instead of a product that could overflow.
+        let fits = |len: usize, per_token: usize| per_token == 0 || len / per_token >= tokens;
+        if cols > isize::MAX as usize / 16 || !fits(floats.len(), Self::floats_per_token(cols)) {
+            return Err(Error::new(Code::BufferTooSmall, "activations").found(floats.len() as u64, 0));
+        }
+        if !fits(quants.len(), Self::quants_per_token(cols)) {
+            return Err(
+                Error::new(Code::BufferTooSmall, "quantized activations").found(quants.len() as u64, 0)
+            );
+        }
+        let (values, rest) = floats.split_at_mut(tokens * cols);
+        let (scales, rest) = rest.split_at_mut(tokens * blocks);
+        let sums = &mut rest[..tokens * blocks];
+        let quants = &mut quants[..tokens * blocks * BLOCK];
+        Ok(Self { tokens, cols, values, quants, scales, sums })
+    }
+
+    /// Number of rows.
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// Values in a row.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// All values, `[tokens, cols]`.
+    pub fn values(&self) -> &[f32] {
+        self.values
+    }
+
+    /// All values, `[tokens, cols]`, to write.
+    pub fn values_mut(&mut self) -> &mut [f32] {
+        self.values
+    }
+
+    /// One row to write; empty beyond the last.
+    pub fn row_mut(&mut self, token: usize) -> &mut [f32] {
+        if token < self.tokens { &mut self.values[token * self.cols..][..self.cols] } else { &mut [] }
+    }
+
+    /// The rows without a quantized twin: enough for float weights, refused by quantized ones.
+    pub fn unquantized(&self) -> Activations<'_> {
+        let (tokens, cols) = (self.tokens, self.cols);
+        Activations { tokens, cols, values: self.values, quants: &[], scales: &[], sums: &[] }
+    }
+
+    /// The rows and their twin, once a kernel has filled it.
+    pub(super) fn quantized(&self) -> Activations<'_> {
+        Activations {
+            quants: self.quants.as_chunks().0,
+            scales: self.scales.as_chunks().0,
+            sums: self.sums.as_chunks().0,
+            ..self.unquantized()
+        }
+    }
+}
+
+impl<'a> Activations<'a> {
+    /// Number of rows.
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// Values in a row.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// All values, `[tokens, cols]`.
+    pub fn values(&self) -> &'a [f32] {
+        self.values
+    }
+
+    /// Whether quantized weights can be multiplied with these rows.
+    pub fn is_quantized(&self) -> bool {
+        self.tokens == 0 || !self.quants.is_empty()
+    }
+
+    /// The values of one row.
+    #[inline]
+    pub(crate) fn row(&self, token: usize) -> &'a [f32] {
+        &self.values[token * self.cols..][..self.cols]
+    }
+
+    /// The quantized twin of one row.
+    #[inline]
+    pub(crate) fn quantized_row(&self, token: usize) -> QuantizedRow<'a> {
+        let groups = padded_blocks(self.cols) / GROUP;
+        let range = token * groups..(token + 1) * groups;
+        QuantizedRow {
+            quants: &self.quants[range.clone()],
+            scales: &self.scales[range.clone()],
+            sums: &self.sums[range],
+        }
+    }
+}

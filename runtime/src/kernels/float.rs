@@ -1,0 +1,178 @@
+//! Kernels on `f32` rows: dot, axpy, RMS norm, SwiGLU, rope and the quantization of activations.
+//!
+//! A dot product has 16 running sums (element `i` goes to sum `i % 16`), which are added pairwise at the
+//! end; a row whose length is not a multiple of 16 counts as padded with zeros.
+
+use super::activations::{ActivationsMut, BLOCK};
+use super::exp::exp_lanes;
+use super::simd::Simd;
+use edge_models::RopePairing;
+
+/// The part of a row behind its last 16 elements, padded with zeros.
+#[inline(always)]
+fn padded(rest: &[f32]) -> [f32; 16] {
+    let mut block = [0.0; 16];
+    for (to, from) in block.iter_mut().zip(rest) {
+        *to = *from;
+    }
+    block
+}
+
+/// The two halves of 16 floats.
+#[inline(always)]
+pub(crate) fn load16<S: Simd>(s: S, x: &[f32; 16]) -> [S::F; 2] {
+    let ([a, b], _) = x.as_chunks::<8>() else { return [s.splat(0.0); 2] };
+    [s.load(a), s.load(b)]
+}
+
+/// The 16 sums of a dot product, folded to 8.
+#[inline(always)]
+pub(crate) fn dot_lanes<S: Simd>(s: S, x: &[f32], y: &[f32]) -> S::F {
+    let len = x.len().min(y.len());
+    let ((x, x_rest), (y, y_rest)) = (x[..len].as_chunks::<16>(), y[..len].as_chunks::<16>());
+    let mut sums = [s.splat(0.0); 2];
+    for (x, y) in x.iter().zip(y) {
+        let (x, y) = (load16(s, x), load16(s, y));
+        sums = [s.add(sums[0], s.mul(x[0], y[0])), s.add(sums[1], s.mul(x[1], y[1]))];
+    }
+    if !x_rest.is_empty() {
+        let (x, y) = (load16(s, &padded(x_rest)), load16(s, &padded(y_rest)));
+        sums = [s.add(sums[0], s.mul(x[0], y[0])), s.add(sums[1], s.mul(x[1], y[1]))];
+    }
+    s.add(sums[0], sums[1])
+}
+
+/// The dot product of two rows.
+#[inline(always)]
+pub(crate) fn dot<S: Simd>(s: S, x: &[f32], y: &[f32]) -> f32 {
+    s.sum(dot_lanes(s, x, y))
+}
+
+/// `y += a * x`.
+#[inline(always)]
+pub(crate) fn axpy<S: Simd>(s: S, a: f32, x: &[f32], y: &mut [f32]) {
+    let len = x.len().min(y.len());
+    let (x, x_rest) = x[..len].as_chunks::<8>();
+    let (y, y_rest) = y[..len].as_chunks_mut::<8>();
+    for (x, y) in x.iter().zip(y) {
+        s.store(s.add(s.load(y), s.mul(s.splat(a), s.load(x))), y);
+    }
+    for (x, y) in x_rest.iter().zip(y_rest) {
+        *y += a * x;
+    }
+}
+
+/// `out = x * weight / sqrt(mean(x^2) + eps)`.
+#[inline(always)]
+pub(crate) fn rms_norm<S: Simd>(s: S, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    let len = x.len().min(weight.len()).min(out.len());
+    let x = &x[..len];
+    let mean = dot(s, x, x) / len as f32;
+    let scale = 1.0 / libm::sqrtf(mean + eps);
+    let (x, x_rest) = x.as_chunks::<8>();
+    let (weight, weight_rest) = weight[..len].as_chunks::<8>();
+    let (out, out_rest) = out[..len].as_chunks_mut::<8>();
+    for ((x, w), out) in x.iter().zip(weight).zip(out) {
+        s.store(s.mul(s.mul(s.load(x), s.splat(scale)), s.load(w)), out);
+    }
+    for ((x, w), out) in x_rest.iter().zip(weight_rest).zip(out_rest) {
+        *out = x * scale * w;
+    }
+}
+
+/// `gate / (1 + exp(-gate)) * up`, eight lanes.
+#[inline(always)]
+fn swiglu_lanes<S: Simd>(s: S, gate: S::F, up: S::F) -> S::F {
+    let exp = exp_lanes(s, s.sub(s.splat(0.0), gate));
+    s.mul(s.div(gate, s.add(s.splat(1.0), exp)), up)
+}
+
+/// `gate = gate * sigmoid(gate) * up`.
+#[inline(always)]
+pub(crate) fn swiglu<S: Simd>(s: S, gate: &mut [f32], up: &[f32]) {
+    let len = gate.len().min(up.len());
+    let (gate, gate_rest) = gate[..len].as_chunks_mut::<8>();
+    let (up, up_rest) = up[..len].as_chunks::<8>();
+    for (gate, up) in gate.iter_mut().zip(up) {
+        s.store(swiglu_lanes(s, s.load(gate), s.load(up)), gate);
+    }
+    let (mut gates, mut ups) = ([0.0; 8], [0.0; 8]);
+    for (i, (gate, up)) in gate_rest.iter().zip(up_rest).enumerate() {
+        (gates[i], ups[i]) = (*gate, *up);
+    }
+    let (lanes, ups) = (s.load(&gates), s.load(&ups));
+    s.store(swiglu_lanes(s, lanes, ups), &mut gates);
+    for (gate, result) in gate_rest.iter_mut().zip(gates) {
+        *gate = result;
+    }
+}
+
+/// Rotates each pair of a head by the angle whose cosine and sine are given.
+#[inline(always)]
+pub(crate) fn rope<S: Simd>(_: S, head: &mut [f32], cos: &[f32], sin: &[f32], pairing: RopePairing) {
+    let rotate = |a: &mut f32, b: &mut f32, cos: f32, sin: f32| {
+        (*a, *b) = (*a * cos - *b * sin, *a * sin + *b * cos);
+    };
+    let angles = cos.iter().zip(sin);
+    match pairing {
+        RopePairing::Interleaved => {
+            for ([a, b], (cos, sin)) in head.as_chunks_mut().0.iter_mut().zip(angles) {
+                rotate(a, b, *cos, *sin);
+            }
+        }
+        RopePairing::Halves => {
+            let (first, second) = head.split_at_mut(head.len() / 2);
+            for ((a, b), (cos, sin)) in first.iter_mut().zip(second).zip(angles) {
+                rotate(a, b, *cos, *sin);
+            }
+        }
+    }
+}
+
+/// The largest magnitude that is too small to quantize (2^-100): such a block counts as zero.
+const TINY: f32 = f32::from_bits((127 - 100) << 23);
+
+/// Fills the quantized twin of every row. A block with a value that is not finite gets the scale NaN, so
+/// that whatever it is multiplied with becomes NaN too.
+#[inline(always)]
+pub(crate) fn quantize<S: Simd>(s: S, acts: &mut ActivationsMut) {
+    let (tokens, cols) = (acts.tokens(), acts.cols());
+    if tokens == 0 || acts.scales.is_empty() {
+        return;
+    }
+    let padded = acts.scales.len() / tokens;
+    acts.scales.fill(0.0);
+    acts.sums.fill(0.0);
+    for token in 0..tokens {
+        let values = acts.values[token * cols..][..cols].as_chunks::<BLOCK>().0;
+        let quants = acts.quants[token * padded * BLOCK..][..padded * BLOCK].as_chunks_mut::<64>().0;
+        let scales = &mut acts.scales[token * padded..][..padded];
+        let sums = &mut acts.sums[token * padded..][..padded];
+        quants[values.len() / 2..].as_flattened_mut().fill(0);
+        for (b, values) in values.iter().enumerate() {
+            let (scale, halves) = quantize_block(s, values);
+            scales[b] = scale;
+            sums[b] = halves.as_flattened().iter().map(|q| i32::from(*q)).sum::<i32>() as f32;
+            let (even_or_odd, pair) = (b % 2 * 16, &mut quants[b / 2]);
+            pair[even_or_odd..][..16].copy_from_slice(&halves[0]);
+            pair[even_or_odd + 32..][..16].copy_from_slice(&halves[1]);
+        }
+    }
+}
+
+/// The scale and the two halves of one block.
+#[inline(always)]
+fn quantize_block<S: Simd>(s: S, values: &[f32; BLOCK]) -> (f32, [[i8; 16]; 2]) {
+    let ([a, b], _) = values.as_chunks::<16>() else { return (0.0, [[0; 16]; 2]) };
+    let ([a, b], [c, d]) = (load16(s, a), load16(s, b));
+    let peak = f32::from_bits(s.peak([a, b, c, d]));
+    if !peak.is_finite() {
+        return (f32::NAN, [[0; 16]; 2]);
+    }
+    if peak <= TINY {
+        return (0.0, [[0; 16]; 2]);
+    }
+    let inverse = s.splat(127.0 / peak);
+    let halves = [[a, b], [c, d]].map(|half| s.round_i8([s.mul(half[0], inverse), s.mul(half[1], inverse)]));
+    (peak / 127.0, halves)
+}

@@ -1,0 +1,101 @@
+//! The one place where several threads write into one buffer.
+//!
+//! A matrix product is `[tokens, rows]`; threads take ranges of rows, so what one thread writes is not
+//! contiguous and cannot be handed out as slices. [`Output`] hands out each range once instead.
+
+use core::marker::PhantomData;
+use core::ops::Range;
+use core::sync::atomic::{AtomicUsize, Ordering};
+
+/// A `[tokens, rows]` buffer that is shared in parts of `step` rows.
+pub(crate) struct Output<'a> {
+    start: *mut f32,
+    tokens: usize,
+    rows: usize,
+    step: usize,
+    next: AtomicUsize,
+    buffer: PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: the buffer is reached only through `Columns`, and `take` gives every row to one `Columns` only, so
+// that no element is accessed by two threads. The counter is atomic.
+unsafe impl Sync for Output<'_> {}
+
+/// The right to write the elements of some rows, for all tokens.
+pub(crate) struct Columns<'a> {
+    start: *mut f32,
+    tokens: usize,
+    stride: usize,
+    rows: Range<usize>,
+    output: PhantomData<&'a Output<'a>>,
+}
+
+impl<'a> Output<'a> {
+    /// Shares `buffer`, which must have `tokens * rows` elements, in parts of `step` rows (at least 1).
+    pub fn new(buffer: &'a mut [f32], tokens: usize, rows: usize, step: usize) -> Option<Self> {
+        if tokens.checked_mul(rows) != Some(buffer.len()) || step == 0 {
+            return None;
+        }
+        let next = AtomicUsize::new(0);
+        Some(Self { start: buffer.as_mut_ptr(), tokens, rows, step, next, buffer: PhantomData })
+    }
+
+    /// The next part that nobody has; `None` once all are taken.
+    ///
+    /// Threads take parts instead of computing their share from their number, so that a broken
+    /// implementation of `Workers` can lose time but never make two threads write one element.
+    pub fn take(&self) -> Option<Columns<'_>> {
+        let part = self.next.fetch_add(1, Ordering::Relaxed);
+        let start = part.checked_mul(self.step).filter(|start| *start < self.rows)?;
+        let rows = start..self.rows.min(start + self.step);
+        Some(Columns { start: self.start, tokens: self.tokens, stride: self.rows, rows, output: PhantomData })
+    }
+}
+
+impl Columns<'_> {
+    /// The rows of this part.
+    pub fn rows(&self) -> Range<usize> {
+        self.rows.clone()
+    }
+
+    /// Writes the element of `token` and `row`; one outside this part is not written.
+    #[inline(always)]
+    pub fn set(&mut self, token: usize, row: usize, value: f32) {
+        debug_assert!(token < self.tokens && self.rows.contains(&row));
+        if token < self.tokens && self.rows.contains(&row) {
+            // SAFETY: `row < stride` since `rows` lies within `0..stride`, so the offset is less than
+            // `tokens * stride`, the length of the buffer that `Output` borrows mutably for as long as this
+            // lives. No other `Columns` has `row`, and `self` is borrowed mutably.
+            unsafe { self.start.add(token * self.stride + row).write(value) }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Output;
+
+    #[test]
+    fn every_row_is_taken_once() {
+        let mut buffer = [0.0; 3 * 10];
+        let output = Output::new(&mut buffer, 3, 10, 4).unwrap();
+        while let Some(mut part) = output.take() {
+            for row in part.rows() {
+                for token in 0..3 {
+                    part.set(token, row, (token * 10 + row) as f32);
+                }
+            }
+        }
+        assert!(output.take().is_none());
+        for (i, value) in buffer.into_iter().enumerate() {
+            assert_eq!(value, i as f32);
+        }
+    }
+
+    #[test]
+    fn refuses_a_buffer_of_another_size() {
+        assert!(Output::new(&mut [0.0; 29], 3, 10, 4).is_none());
+        assert!(Output::new(&mut [], usize::MAX, 2, 4).is_none());
+        assert!(Output::new(&mut [0.0; 2], 1, 2, 0).is_none());
+    }
+}

@@ -1,0 +1,61 @@
+//! Instantiates every algorithm for one instruction set.
+
+/// Defines `TABLE`, the kernels of the instruction set whose token is `$token`, compiled with `$features`.
+macro_rules! kernel_table {
+    ($name:literal, $token:expr, $(#[$features:meta])*) => {
+        use $crate::kernels::activations::{Activations, ActivationsMut};
+        use $crate::kernels::output::Columns;
+        use $crate::kernels::matmul::{self, Matrix};
+        use $crate::kernels::{attention, blocks, dispatch, float};
+        use edge_models::RopePairing;
+
+        $crate::kernels::table::entries! {
+            [$token, $(#[$features])*]
+            fn quantize(acts: &mut ActivationsMut) = float::quantize;
+            fn dot(x: &[f32], y: &[f32]) -> f32 = float::dot;
+            fn axpy(a: f32, x: &[f32], y: &mut [f32]) = float::axpy;
+            fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) = float::rms_norm;
+            fn swiglu(gate: &mut [f32], up: &[f32]) = float::swiglu;
+            fn rope(head: &mut [f32], cos: &[f32], sin: &[f32], pairing: RopePairing) = float::rope;
+            fn attend(q: &[f32], cache: attention::Cache, len: usize, scale: f32, out: &mut [f32])
+                = attention::attention;
+            fn f32_rows(w: &Matrix, x: &Activations, out: &mut Columns) = matmul::float_rows::<_, matmul::F32>;
+            fn f16_rows(w: &Matrix, x: &Activations, out: &mut Columns) = matmul::float_rows::<_, matmul::F16>;
+            fn bf16_rows(w: &Matrix, x: &Activations, out: &mut Columns) = matmul::float_rows::<_, matmul::BF16>;
+            fn q8_0_rows(w: &Matrix, x: &Activations, out: &mut Columns) = matmul::quantized_rows::<_, blocks::Q8_0>;
+            fn q4_0_rows(w: &Matrix, x: &Activations, out: &mut Columns) = matmul::quantized_rows::<_, blocks::Q4_0>;
+            fn q4_1_rows(w: &Matrix, x: &Activations, out: &mut Columns) = matmul::quantized_rows::<_, blocks::Q4_1>;
+            fn q5_0_rows(w: &Matrix, x: &Activations, out: &mut Columns) = matmul::quantized_rows::<_, blocks::Q5_0>;
+            fn q5_1_rows(w: &Matrix, x: &Activations, out: &mut Columns) = matmul::quantized_rows::<_, blocks::Q5_1>;
+            fn q4_k_rows(w: &Matrix, x: &Activations, out: &mut Columns) = matmul::quantized_rows::<_, blocks::Q4K>;
+            fn q5_k_rows(w: &Matrix, x: &Activations, out: &mut Columns) = matmul::quantized_rows::<_, blocks::Q5K>;
+            fn q6_k_rows(w: &Matrix, x: &Activations, out: &mut Columns) = matmul::quantized_rows::<_, blocks::Q6K>;
+        }
+
+        /// The kernels of this instruction set, for CPUs that have it.
+        pub(crate) static TABLE: dispatch::Kernels = dispatch::Kernels {
+            name: $name,
+            quantize, dot, axpy, rms_norm, swiglu, rope, attend,
+            rows: dispatch::RowsKernels {
+                f32: f32_rows, f16: f16_rows, bf16: bf16_rows,
+                q8_0: q8_0_rows, q4_0: q4_0_rows, q4_1: q4_1_rows, q5_0: q5_0_rows, q5_1: q5_1_rows,
+                q4_k: q4_k_rows, q5_k: q5_k_rows, q6_k: q6_k_rows,
+            },
+        };
+    };
+}
+
+/// Functions that call an algorithm with the token of an instruction set.
+macro_rules! entries {
+    ([$token:expr, $($features:tt)*]) => {};
+    ([$token:expr, $($features:tt)*]
+     fn $name:ident($($arg:ident: $type:ty),*) $(-> $result:ty)? = $algorithm:expr; $($rest:tt)*) => {
+        $($features)*
+        fn $name($($arg: $type),*) $(-> $result)? {
+            $algorithm($token, $($arg),*)
+        }
+        $crate::kernels::table::entries! { [$token, $($features)*] $($rest)* }
+    };
+}
+
+pub(crate) use {entries, kernel_table};

@@ -1,0 +1,223 @@
+//! Kernels on `f32` rows against formulas in double precision, and all tables against each other.
+
+use super::*;
+use crate::kernels::exp;
+use edge_models::RopePairing;
+
+/// Distance of two positive floats in units of the last place.
+fn ulps(a: f32, b: f32) -> u32 {
+    a.to_bits().abs_diff(b.to_bits())
+}
+
+#[test]
+fn exp_is_within_two_ulps() {
+    let mut worst = 0;
+    for i in 0..2_000_000 {
+        let x = -87.3 + i as f32 * (176.0 / 2e6);
+        let exact = f64::from(x).exp() as f32;
+        if exact.is_finite() {
+            worst = worst.max(ulps(exp(x), exact));
+        }
+    }
+    assert!(worst <= 2, "{worst} ulps");
+    assert_eq!(exp(0.0), 1.0);
+    assert_eq!(exp(-87.4), 0.0);
+    assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+    assert_eq!(exp(89.0), f32::INFINITY);
+    assert_eq!(exp(f32::INFINITY), f32::INFINITY);
+    for bits in [0x7fc0_0000, 0xffc0_0000, 0x7f80_0001, 0xffff_ffff, 0x7f80_0100] {
+        assert!(exp(f32::from_bits(bits)).is_nan());
+    }
+}
+
+/// Attention by its definition, in double precision.
+fn exact_attention(
+    q: &[f32],
+    keys: &[f32],
+    values: &[f32],
+    stride: usize,
+    len: usize,
+    scale: f32,
+) -> Vec<f64> {
+    let score = |p: usize| {
+        let key = &keys[p * stride..][..q.len()];
+        q.iter().zip(key).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>() * f64::from(scale)
+    };
+    let scores: Vec<f64> = (0..len).map(score).collect();
+    let peak = scores.iter().fold(f64::MIN, |a, b| a.max(*b));
+    let weights: Vec<f64> = scores.iter().map(|s| (s - peak).exp()).collect();
+    let total: f64 = weights.iter().sum();
+    let element =
+        |i: usize| (0..len).map(|p| weights[p] * f64::from(values[p * stride + i])).sum::<f64>() / total;
+    (0..q.len()).map(element).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn rows(len in 1..200usize, seed: u64) {
+        let mut random = Random(seed);
+        let (x, y) = (random.floats(len), random.floats(len));
+        let exact: f64 = x.iter().zip(&y).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum();
+        let magnitude: f64 = x.iter().zip(&y).map(|(x, y)| f64::from((x * y).abs())).sum();
+        let mean = x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>() / len as f64 + 1e-5;
+        let generic = Kernels::generic();
+        for kernels in Kernels::available() {
+            let name = kernels.name();
+            let dot = kernels.dot(&x, &y);
+            prop_assert!((f64::from(dot) - exact).abs() <= 1e-6 * magnitude);
+            assert_same(&[dot], &[generic.dot(&x, &y)], name);
+
+            let (mut found, mut expected) = (y.clone(), y.clone());
+            kernels.axpy(0.3, &x, &mut found);
+            generic.axpy(0.3, &x, &mut expected);
+            assert_same(&found, &expected, name);
+            for ((found, x), y) in found.iter().zip(&x).zip(&y) {
+                prop_assert_eq!(*found, y + 0.3 * x);
+            }
+
+            kernels.rms_norm(&x, &y, 1e-5, &mut found);
+            generic.rms_norm(&x, &y, 1e-5, &mut expected);
+            assert_same(&found, &expected, name);
+            for ((found, x), w) in found.iter().zip(&x).zip(&y) {
+                let exact = f64::from(*x) / mean.sqrt() * f64::from(*w);
+                prop_assert!((f64::from(*found) - exact).abs() <= 2e-6 * exact.abs());
+            }
+
+            let gate: Vec<f32> = x.iter().map(|x| x * 30.0).collect();
+            let (mut found, mut expected) = (gate.clone(), gate.clone());
+            kernels.swiglu(&mut found, &y);
+            generic.swiglu(&mut expected, &y);
+            assert_same(&found, &expected, name);
+            for ((found, gate), up) in found.iter().zip(&gate).zip(&y) {
+                let exact = f64::from(*gate) / (1.0 + (-f64::from(*gate)).exp()) * f64::from(*up);
+                prop_assert!((f64::from(*found) - exact).abs() <= 1e-6 * exact.abs() + 1e-30);
+            }
+        }
+    }
+
+    #[test]
+    fn rope_rotates(half in 1..40usize, seed: u64) {
+        let mut random = Random(seed);
+        let head = random.floats(2 * half);
+        let angles = random.floats(half);
+        let cos: Vec<f32> = angles.iter().map(|a| a.cos()).collect();
+        let sin: Vec<f32> = angles.iter().map(|a| a.sin()).collect();
+        for kernels in Kernels::available() {
+            for pairing in [RopePairing::Interleaved, RopePairing::Halves] {
+                let mut found = head.clone();
+                kernels.rope(&mut found, &cos, &sin, pairing);
+                for i in 0..half {
+                    let (a, b) = match pairing {
+                        RopePairing::Interleaved => (2 * i, 2 * i + 1),
+                        RopePairing::Halves => (i, i + half),
+                    };
+                    prop_assert_eq!(found[a], head[a] * cos[i] - head[b] * sin[i]);
+                    prop_assert_eq!(found[b], head[a] * sin[i] + head[b] * cos[i]);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn attention_is_a_softmax(width in 1..100usize, len in 1..200usize, gap in 0..40usize, seed: u64) {
+        let mut random = Random(seed);
+        let stride = width + gap;
+        let cached = (len - 1) * stride + width;
+        let (q, keys, values) = (random.floats(width), random.floats(cached), random.floats(cached));
+        let scale = 3.0 / (width as f32).sqrt();
+        let exact = exact_attention(&q, &keys, &values, stride, len, scale);
+        let mut expected = vec![f32::NAN; width];
+        Kernels::generic().attention(&q, &keys, &values, stride, len, scale, &mut expected);
+        for (found, exact) in expected.iter().zip(exact) {
+            prop_assert!((f64::from(*found) - exact).abs() <= 3e-6, "{} {}", found, exact);
+        }
+        for kernels in Kernels::available() {
+            let mut found = vec![f32::NAN; width];
+            kernels.attention(&q, &keys, &values, stride, len, scale, &mut found);
+            assert_same(&found, &expected, kernels.name());
+        }
+    }
+
+    #[test]
+    fn quantization_is_exact(tokens in 1..4usize, blocks in 1..20usize, power in -40..38i32, seed: u64) {
+        let mut random = Random(seed);
+        let cols = blocks * 32;
+        let mut values: Vec<f32> = random.floats(tokens * cols).iter().map(|x| x * 10f32.powi(power)).collect();
+        values[0] = 0.0;
+        for kernels in Kernels::available() {
+            let mut batch = Batch::new(tokens, cols, &values);
+            let mut rows = batch.rows();
+            let acts = kernels.quantize(&mut rows);
+            for token in 0..tokens {
+                let row = acts.quantized_row(token);
+                let quants = row.quants.as_flattened();
+                for (b, x) in values[token * cols..][..cols].chunks(32).enumerate() {
+                    let peak = x.iter().fold(0f32, |m, x| m.max(x.abs()));
+                    let zero = peak <= 2f32.powi(-100);
+                    let (scale, inverse) = if zero { (0.0, 0.0) } else { (peak / 127.0, 127.0 / peak) };
+                    let q: Vec<i8> = x.iter().map(|x| (x * inverse).round_ties_even() as i8).collect();
+                    let at = b / 2 * 64 + b % 2 * 16;
+                    prop_assert_eq!(&quants[at..at + 16], &q[..16]);
+                    prop_assert_eq!(&quants[at + 32..at + 48], &q[16..]);
+                    prop_assert_eq!(row.scales.as_flattened()[b], scale);
+                    prop_assert_eq!(row.sums.as_flattened()[b], q.iter().map(|q| f32::from(*q)).sum::<f32>());
+                }
+                let padding = row.scales.as_flattened()[blocks..].iter().chain(&row.sums.as_flattened()[blocks..]);
+                prop_assert!(padding.into_iter().all(|x| *x == 0.0));
+            }
+        }
+    }
+}
+
+#[test]
+fn attention_survives_huge_and_broken_scores() {
+    for kernels in Kernels::available() {
+        // One position wins by far: its value is the result.
+        let (keys, values) = ([0.0, 1e30, -1e30, 0.0], [1.0, 2.0, 3.0, 4.0]);
+        let mut out = [f32::NAN];
+        kernels.attention(&[1e8], &keys, &values, 1, 4, 1.0, &mut out);
+        assert!(out[0].is_nan() || out[0] == 2.0);
+        kernels.attention(&[1.0], &keys, &values, 1, 4, 1.0, &mut out);
+        assert_eq!(out, [2.0]);
+        kernels.attention(&[f32::NAN], &keys, &values, 1, 4, 1.0, &mut out);
+        assert!(out[0].is_nan());
+        // The highest score comes in the last block.
+        let mut keys = std::vec![0.0; 130];
+        keys[129] = 100.0;
+        let values: Vec<f32> = (0..130).map(|i| i as f32).collect();
+        kernels.attention(&[1.0], &keys, &values, 1, 130, 1.0, &mut out);
+        assert_eq!(out, [129.0]);
+    }
+}
+
+#[test]
+fn values_that_are_not_finite_poison_their_block() {
+    for kernels in Kernels::available() {
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::from_bits(0xff80_0001)] {
+            let mut values = [1.0; 64];
+            values[40] = bad;
+            let mut batch = Batch::new(1, 64, &values);
+            let mut rows = batch.rows();
+            let row = kernels.quantize(&mut rows).quantized_row(0);
+            assert_eq!(row.scales[0][0], 1.0 / 127.0);
+            assert!(row.scales[0][1].is_nan());
+        }
+    }
+}
+
+#[test]
+fn tables_have_names() {
+    let names: Vec<&str> = Kernels::available().map(Kernels::name).collect();
+    assert!(names.contains(&"generic"));
+    assert!(names.iter().all(|name| Kernels::by_name(name).is_some_and(|k| k.name() == *name)));
+    assert!(Kernels::by_name("avx1024").is_none());
+    #[cfg(target_arch = "x86_64")]
+    assert_eq!(
+        names.contains(&"avx2"),
+        std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("f16c")
+    );
+    #[cfg(target_arch = "aarch64")]
+    assert!(names.contains(&"neon"));
+}
