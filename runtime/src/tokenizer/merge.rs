@@ -173,3 +173,42 @@ impl Heap<'_> {
         Some(top)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    extern crate std;
+    use super::*;
+    use crate::tokenizer::tests::vocabulary;
+    use proptest::prelude::*;
+    use std::{vec, vec::Vec};
+
+    #[test]
+    fn both_ways_agree() {
+        let tokenizer = vocabulary("gpt-2", None);
+        let letters = prop_oneof![
+            any::<u8>(),
+            prop::sample::select(b"aehinorst ".to_vec()),
+            prop::sample::select(b"a=- ".to_vec())
+        ];
+        proptest!(ProptestConfig::with_cases(2000), |(word in prop::collection::vec(letters, 1..=SHORT))| {
+            let (mut short, mut long) = (Vec::new(), Vec::new());
+            merge_short(&tokenizer.vocab, &word, |token| short.push(token));
+            let mut scratch = vec![0x77; SCRATCH_PER_BYTE * word.len()];
+            merge_long(&tokenizer.vocab, &word, &mut scratch, |token| long.push(token));
+            prop_assert_eq!(short, long);
+        });
+    }
+
+    #[test]
+    fn the_heap_sorts() {
+        proptest!(|(entries in prop::collection::vec((0..50u32, 0..50u32), 0..99))| {
+            let mut words = vec![0; 2 * entries.len()];
+            let mut heap = Heap { entries: &mut words, len: 0 };
+            entries.iter().for_each(|&entry| heap.push(entry));
+            let popped: Vec<_> = core::iter::from_fn(|| heap.pop()).collect();
+            let mut sorted = entries;
+            sorted.sort_unstable();
+            prop_assert_eq!(popped, sorted);
+        });
+    }
+}

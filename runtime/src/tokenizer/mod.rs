@@ -20,6 +20,8 @@ mod unicode_table;
 mod vocab;
 
 #[cfg(test)]
+mod hostile_tests;
+#[cfg(test)]
 mod tests;
 
 use crate::format::Gguf;
@@ -65,8 +67,8 @@ impl<'a> Tokenizer<'a> {
     /// - [`Code::Unsupported`]: a tokenizer model or pre-tokenizer that is not there, with those that are.
     /// - [`Code::MissingKey`], [`Code::WrongKeyType`], [`Code::BadLength`], [`Code::OutOfRange`]: a
     ///   metadata key, by name.
-    /// - [`Code::BadVocabulary`]: two tokens of the same text, a merge of what are no tokens, or texts made
-    ///   to collide, with the number of the entry.
+    /// - [`Code::BadVocabulary`]: two tokens of the same text, a merge of what are no tokens, a special token
+    ///   of more than 1024 bytes, or texts made to collide, with the number of the entry.
     /// - [`Code::BufferTooSmall`]: `index` is smaller than [`Self::index_words`].
     pub fn new(file: &Gguf<'a>, index: &'a mut [u32]) -> Result<Self> {
         let keys = Keys::read(file)?;
@@ -105,8 +107,11 @@ impl<'a> Tokenizer<'a> {
         out: &mut [u32],
     ) -> Result<usize> {
         let mut ids = Ids { out, count: 0 };
-        if options.add_bos && self.add_bos {
-            ids.push(self.bos.unwrap_or(NONE));
+        if options.add_bos
+            && self.add_bos
+            && let Some(bos) = self.bos
+        {
+            ids.push(bos);
         }
         let specials = special::Finder::new(&self.vocab, options.parse_special);
         let mut rest = text;
@@ -182,6 +187,12 @@ impl<'a> Tokenizer<'a> {
     #[expect(clippy::len_without_is_empty, reason = "a vocabulary without tokens is refused")]
     pub fn len(&self) -> usize {
         self.vocab.len()
+    }
+
+    /// The name of the pre-tokenizer: of several with the same meaning the first. `default` is also that
+    /// of files that name none, as llama.cpp reads them.
+    pub fn pre_tokenizer(&self) -> &'static str {
+        self.pre.names[0]
     }
 
     /// The token that begins a text.

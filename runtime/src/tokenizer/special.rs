@@ -4,6 +4,7 @@
 //! before any pre-tokenizer. The leftmost match wins, the longest of those that start together.
 
 use super::vocab::{Kind, NONE, Vocab};
+use crate::{Code, Error, Result};
 
 /// Texts that make a token a control token whatever type the file gives it, and whether it ends a
 /// generation. As in llama.cpp (`src/llama-vocab.cpp`), because many files get the types wrong.
@@ -51,6 +52,9 @@ pub(super) const MARKERS: [(&str, bool); 41] = [
     ("<|middle|>", false),
 ];
 
+/// Most bytes of a special token, so that looking for them stays linear in the text.
+const MAX_BYTES: usize = 1024;
+
 /// A special token in a text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Match {
@@ -74,17 +78,28 @@ impl<'a> Vocab<'a> {
     }
 
     /// Fills `slots` with the tokens that `wanted` accepts, sorted by their text.
-    pub(super) fn sort_specials(&self, slots: &'a mut [u32], wanted: impl Fn(Kind) -> bool) -> &'a [u32] {
+    pub(super) fn sort_specials(
+        &self,
+        slots: &'a mut [u32],
+        wanted: impl Fn(Kind) -> bool,
+    ) -> Result<&'a [u32]> {
         let mut count = 0;
         for token in 0..self.len() as u32 {
-            if wanted(self.kind(token)) && !self.text(token).is_empty() {
-                slots[count] = token;
-                count += 1;
+            let len = self.text(token).len();
+            if len == 0 || !wanted(self.kind(token)) {
+                continue;
             }
+            if len > MAX_BYTES {
+                return Err(Error::new(Code::BadVocabulary, "tokenizer.ggml.tokens")
+                    .found(u64::from(token), 0)
+                    .hint("a special token of more than 1024 bytes"));
+            }
+            slots[count] = token;
+            count += 1;
         }
         let slots = &mut slots[..count];
         slots.sort_unstable_by_key(|&token| self.text(token));
-        slots
+        Ok(slots)
     }
 }
 

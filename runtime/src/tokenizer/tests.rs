@@ -3,9 +3,11 @@
 extern crate std;
 
 use super::*;
+use proptest::prelude::*;
 use std::{fs, path::PathBuf, string::String, vec, vec::Vec};
 
 const PLAIN: Encode = Encode { add_bos: false, parse_special: false };
+const SPECIAL: Encode = Encode { add_bos: false, parse_special: true };
 
 fn golden(name: &str) -> Vec<u8> {
     let path = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/tokenizers")).join(name);
@@ -21,7 +23,7 @@ fn texts() -> Vec<String> {
 }
 
 /// A vocabulary file that lives as long as the test process, its pre-tokenizer's name replaced.
-fn vocabulary(name: &str, pre: Option<&str>) -> Tokenizer<'static> {
+pub(super) fn vocabulary(name: &str, pre: Option<&str>) -> Tokenizer<'static> {
     let mut file = golden(&std::format!("ggml-vocab-{name}.gguf"));
     if let Some(pre) = pre {
         let key = b"tokenizer.ggml.pre";
@@ -106,4 +108,101 @@ fn splits_of_the_regular_expressions() {
             assert_eq!(ours, theirs, "{name} {text:?}");
         }
     }
+}
+
+/// Whatever the bytes: an alphabet that is whole loses nothing.
+#[test]
+fn decoding_gives_the_text_back() {
+    let pieces = prop_oneof![
+        prop::collection::vec(any::<u8>(), 0..40),
+        ".{0,12}".prop_map(String::into_bytes),
+        prop::sample::select(vec![" ", "  ", "\n", "'s", "'LL", "the", "2024", "½", "漢", "e\u{301}", "😀"])
+            .prop_map(|text| text.as_bytes().to_vec()),
+    ];
+    let texts = prop::collection::vec(pieces, 0..12).prop_map(|pieces| pieces.concat());
+    for pre in ["gpt-2", "smollm", "llama-bpe", "qwen2", "default"] {
+        let tokenizer = vocabulary("gpt-2", Some(pre));
+        proptest!(|(text in &texts)| {
+            let ids = encode(&tokenizer, &text, PLAIN);
+            prop_assert_eq!(decode(&tokenizer, &ids), text);
+        });
+    }
+}
+
+#[test]
+fn bytes_without_a_token_are_left_out() {
+    let tokenizer = vocabulary("smollm2", None);
+    assert_eq!(tokenizer.byte(0x04), None);
+    assert_eq!(
+        encode(&tokenizer, b"a\x04b", PLAIN),
+        encode(&tokenizer, b"a", PLAIN)
+            .into_iter()
+            .chain(encode(&tokenizer, b"b", PLAIN))
+            .collect::<Vec<_>>()
+    );
+    let all = vocabulary("gpt-2", None);
+    assert!((0..=255).all(|byte| all.byte(byte).is_some()));
+}
+
+/// Long words of every kind; a merge that looked at each pair again after each merge would need hours.
+#[test]
+fn a_megabyte_without_a_break() {
+    const LEN: usize = 1 << 20;
+    let mut state = 1u32;
+    let mut random = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 24) as u8
+    };
+    let texts: [Vec<u8>; 6] = [
+        vec![b'a'; LEN],
+        vec![b' '; LEN],
+        vec![b'\n'; LEN],
+        vec![b'<'; LEN],
+        (0..LEN).map(|_| random()).collect(),
+        (0..LEN).map(|_| b'a' + random() % 26).collect(),
+    ];
+    for pre in ["gpt-2", "llama-bpe", "default"] {
+        let tokenizer = vocabulary("gpt-2", Some(pre));
+        for text in &texts {
+            let start = std::time::Instant::now();
+            let ids = encode(&tokenizer, text, SPECIAL);
+            assert!(start.elapsed().as_secs() < 20, "{pre} {:?}", &text[..4]);
+            assert!(decode(&tokenizer, &ids) == *text);
+        }
+    }
+}
+
+#[test]
+fn special_tokens_of_smollm2() {
+    let tokenizer = vocabulary("smollm2", None);
+    let (start, end) = (tokenizer.find(b"<|im_start|>").unwrap(), tokenizer.find(b"<|im_end|>").unwrap());
+    assert_eq!((tokenizer.len(), start, end), (49_152, 1, 2));
+    assert_eq!((tokenizer.bos(), tokenizer.eos(), tokenizer.adds_bos()), (Some(1), Some(2), false));
+    assert_eq!(tokenizer.pre_tokenizer(), "smollm");
+    assert!(tokenizer.is_end_of_generation(end) && tokenizer.is_end_of_generation(0));
+    assert!(!tokenizer.is_end_of_generation(start) && !tokenizer.is_end_of_generation(100));
+    let chat = b"<|im_start|>user\nHi<|im_end|>";
+    let ids = encode(&tokenizer, chat, SPECIAL);
+    assert_eq!((ids[0], *ids.last().unwrap()), (start, end));
+    assert_eq!(decode(&tokenizer, &ids), b"user\nHi");
+    assert_eq!(decode(&tokenizer, &encode(&tokenizer, chat, PLAIN)), chat);
+    assert_eq!(tokenizer.raw_text(end), Some(&b"<|im_end|>"[..]));
+    assert_eq!(tokenizer.raw_text(49_152), None);
+    let error = tokenizer.piece(49_152, &mut []).unwrap_err();
+    assert_eq!((error.code, error.found, error.expected), (Code::BadToken, 49_152, 49_152));
+}
+
+#[test]
+fn small_buffers_say_what_they_need() {
+    let tokenizer = vocabulary("gpt-2", None);
+    let text = b"Hello world, this is a text";
+    let ids = encode(&tokenizer, text, PLAIN);
+    let error = tokenizer.encode(text, PLAIN, &mut [], &mut [0; 2]).unwrap_err();
+    assert_eq!((error.code, error.found, error.expected), (Code::BufferTooSmall, 2, ids.len() as u64));
+    let long = [b'x'; 100];
+    let error = tokenizer.encode(&long, PLAIN, &mut [0; 799], &mut [0; 100]).unwrap_err();
+    assert_eq!((error.code, error.found, error.expected), (Code::BufferTooSmall, 799, 800));
+    assert_eq!(Tokenizer::scratch_words(100), 800);
+    let error = tokenizer.piece(ids[0], &mut [0; 4]).unwrap_err();
+    assert_eq!((error.code, error.found, error.expected), (Code::BufferTooSmall, 4, 5));
 }

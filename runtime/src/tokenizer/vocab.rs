@@ -148,8 +148,8 @@ impl<'a> Vocab<'a> {
         vocab.merge_slots = merge_slots;
         vocab.markers = vocab.find_markers(markers);
         let special = |kind| matches!(kind, Kind::Unknown | Kind::Control | Kind::UserDefined);
-        vocab.specials = vocab.sort_specials(specials, special);
-        vocab.user_defined = vocab.sort_specials(user_defined, |kind| kind == Kind::UserDefined);
+        vocab.specials = vocab.sort_specials(specials, special)?;
+        vocab.user_defined = vocab.sort_specials(user_defined, |kind| kind == Kind::UserDefined)?;
         Ok(vocab)
     }
 
@@ -327,7 +327,7 @@ impl Hash {
     }
 }
 
-fn hash_text(head: &[u8], tail: &[u8]) -> u32 {
+pub(super) fn hash_text(head: &[u8], tail: &[u8]) -> u32 {
     let mut hash = Hash::default();
     hash.add(head);
     hash.add(tail);

@@ -1,0 +1,261 @@
+//! Small vocabularies made for the test: odd ones that work, broken ones that are refused by name.
+
+extern crate std;
+
+use super::*;
+use proptest::prelude::*;
+use std::{string::String, vec, vec::Vec};
+
+/// A GGUF file without tensors.
+#[derive(Clone, Default)]
+struct File {
+    entries: Vec<(String, Vec<u8>)>,
+}
+
+fn string(text: &[u8]) -> Vec<u8> {
+    [&(text.len() as u64).to_le_bytes(), text].concat()
+}
+
+impl File {
+    fn with(mut self, key: &str, kind: u32, value: &[u8]) -> Self {
+        let key = String::from("tokenizer.ggml.") + key;
+        self.entries.retain(|(old, _)| *old != key);
+        self.entries.push((key, [&kind.to_le_bytes(), value].concat()));
+        self
+    }
+
+    fn without(mut self, key: &str) -> Self {
+        self.entries.retain(|(old, _)| !old.ends_with(key));
+        self
+    }
+
+    fn text(self, key: &str, text: &str) -> Self {
+        self.with(key, 8, &string(text.as_bytes()))
+    }
+
+    fn id(self, key: &str, id: u32) -> Self {
+        self.with(key, 4, &id.to_le_bytes())
+    }
+
+    fn strings<T: AsRef<[u8]>>(self, key: &str, texts: &[T]) -> Self {
+        let bytes: Vec<u8> = texts.iter().flat_map(|text| string(text.as_ref())).collect();
+        self.array(key, 8, texts.len(), &bytes)
+    }
+
+    fn kinds(self, kinds: &[i32]) -> Self {
+        let bytes: Vec<u8> = kinds.iter().flat_map(|kind| kind.to_le_bytes()).collect();
+        self.array("token_type", 5, kinds.len(), &bytes)
+    }
+
+    fn array(self, key: &str, element: u32, count: usize, bytes: &[u8]) -> Self {
+        self.with(key, 9, &[&element.to_le_bytes(), &(count as u64).to_le_bytes()[..], bytes].concat())
+    }
+
+    fn bytes(&self) -> Vec<u8> {
+        let mut file = b"GGUF\x03\0\0\0".to_vec();
+        file.extend_from_slice(&0u64.to_le_bytes());
+        file.extend_from_slice(&(self.entries.len() as u64).to_le_bytes());
+        for (key, value) in &self.entries {
+            file.extend_from_slice(&string(key.as_bytes()));
+            file.extend_from_slice(value);
+        }
+        file
+    }
+
+    fn open(&self) -> Result<Tokenizer<'static>> {
+        let file = Gguf::parse(self.bytes().leak())?;
+        let words = Tokenizer::index_words(&file)?;
+        Tokenizer::new(&file, vec![0; words].leak())
+    }
+
+    fn refused(&self) -> (Code, &'static str, u64) {
+        let error = self.open().unwrap_err();
+        (error.code, std::string::ToString::to_string(error.name.as_str()).leak(), error.found)
+    }
+}
+
+/// Tokens 0 to 9: a, b, c, ab, bc, abc, two user-defined, a control and an empty one.
+fn small() -> File {
+    File::default()
+        .text("model", "gpt2")
+        .text("pre", "gpt-2")
+        .strings("tokens", &["a", "b", "c", "ab", "bc", "abc", "<u>", "<u>>", "<c>", ""])
+        .kinds(&[1, 1, 1, 1, 1, 1, 4, 4, 3, 5])
+        .strings("merges", &["b c", "a b", "a bc", "ab c", "b c"])
+}
+
+fn encode(tokenizer: &Tokenizer<'_>, text: &str, parse_special: bool) -> Vec<u32> {
+    let mut out = vec![0; text.len() + 1];
+    let options = Encode { add_bos: true, parse_special };
+    let mut scratch = vec![0; Tokenizer::scratch_words(text.len())];
+    let count = tokenizer.encode(text.as_bytes(), options, &mut scratch, &mut out).unwrap();
+    out.truncate(count);
+    out
+}
+
+#[test]
+fn lowest_rank_first_then_leftmost() {
+    let tokenizer = small().open().unwrap();
+    // b c has the lowest rank, then a bc; the repeated merge changes nothing.
+    assert_eq!(encode(&tokenizer, "abc", false), [5]);
+    assert_eq!(encode(&tokenizer, "abab", false), [3, 3]);
+    assert_eq!(encode(&tokenizer, "cbcb", false), [2, 4, 1]);
+    // Bytes without a token are left out.
+    assert_eq!(encode(&tokenizer, "a!b", false), [0, 1]);
+    let overlapping =
+        small().strings("tokens", &["a", "aa", "b"]).kinds(&[1, 1, 1]).strings("merges", &["a a"]);
+    assert_eq!(encode(&overlapping.open().unwrap(), "aaa", false), [1, 0]);
+}
+
+#[test]
+fn a_whole_word_wins_only_where_merges_are_ignored() {
+    let file = small().strings("merges", &["a b"]);
+    assert_eq!(encode(&file.open().unwrap(), "abc", false), [3, 2]);
+    let file = file.text("pre", "llama-bpe").id("bos_token_id", 8);
+    assert_eq!(encode(&file.open().unwrap(), "abc", false), [8, 5]);
+    let file = file.with("add_bos_token", 7, &[0]);
+    assert_eq!(encode(&file.open().unwrap(), "abc", false), [5]);
+}
+
+#[test]
+fn special_tokens_in_a_text() {
+    let tokenizer = small().open().unwrap();
+    assert_eq!(encode(&tokenizer, "a<u>>b<u><c>", false), [0, 7, 1, 6, 2]);
+    assert_eq!(encode(&tokenizer, "a<u>>b<u><c>", true), [0, 7, 1, 6, 8]);
+    // A marker is a control token even where the file calls it user-defined or normal.
+    let marked =
+        small().strings("tokens", &["a", "<|im_end|>", "</s>"]).kinds(&[1, 4, 1]).strings("merges", &[""; 0]);
+    let tokenizer = marked.open().unwrap();
+    assert_eq!(encode(&tokenizer, "a<|im_end|></s>a", true), [0, 1, 2, 0]);
+    assert_eq!(encode(&tokenizer, "a<|im_end|></s>a", false), [0, 0]);
+    assert!(tokenizer.is_end_of_generation(1) && tokenizer.is_end_of_generation(2));
+    let mut piece = [0; 16];
+    assert_eq!(tokenizer.piece(1, &mut piece), Ok(0));
+}
+
+#[test]
+fn ends_of_generation_by_key() {
+    let file = small().id("eos_token_id", 0).id("eot_token_id", 1).id("eom_token_id", 2);
+    let tokenizer = file.open().unwrap();
+    let ends: Vec<u32> = (0..10).filter(|&token| tokenizer.is_end_of_generation(token)).collect();
+    assert_eq!(ends, [0, 1, 2]);
+}
+
+#[test]
+fn pieces_by_kind() {
+    let tokenizer = small()
+        .strings("tokens", &["Ġa", "Ġ<", "Ġ", "<unk>", "x y"])
+        .kinds(&[1, 4, 5, 2, 1])
+        .strings("merges", &[""; 0])
+        .open()
+        .unwrap();
+    let piece = |token| {
+        let mut out = [0; 8];
+        let len = tokenizer.piece(token, &mut out).unwrap();
+        out[..len].to_vec()
+    };
+    assert_eq!(piece(0), b" a");
+    assert_eq!(piece(1), "Ġ<".as_bytes());
+    assert_eq!((piece(2), piece(3)), (vec![], vec![]));
+    assert_eq!(piece(4), b"x y");
+}
+
+#[test]
+fn unknown_tokenizers_are_refused_by_name() {
+    for (key, name, known) in [("model", "llama", "gpt2"), ("pre", "tekken", "llama-bpe")] {
+        let error = small().text(key, name).open().unwrap_err();
+        assert_eq!((error.code, error.name.as_str()), (Code::Unsupported, name));
+        assert!(error.hint.contains(known));
+    }
+    assert_eq!(small().without(".pre").open().unwrap().pre_tokenizer(), "default");
+}
+
+#[test]
+fn broken_metadata_is_refused() {
+    for key in ["model", "tokens", "merges"] {
+        let name = String::from("tokenizer.ggml.") + key;
+        assert_eq!(small().without(key).refused(), (Code::MissingKey, &*name, 0));
+        assert_eq!(small().id(key, 7).refused(), (Code::WrongKeyType, &*name, 0));
+    }
+    let numbers = small().array("tokens", 4, 1, &[0; 4]);
+    assert_eq!(numbers.refused().0, Code::WrongKeyType);
+    assert_eq!(small().kinds(&[1; 9]).refused(), (Code::BadLength, "tokenizer.ggml.token_type", 9));
+    assert_eq!(
+        small().id("eos_token_id", 10).refused(),
+        (Code::OutOfRange, "tokenizer.ggml.eos_token_id", 10)
+    );
+    let negative = small().with("bos_token_id", 5, &(-1i32).to_le_bytes());
+    assert_eq!(negative.refused(), (Code::WrongKeyType, "tokenizer.ggml.bos_token_id", 0));
+    let no_bos = small().with("add_bos_token", 7, &[1]);
+    assert_eq!(no_bos.refused(), (Code::MissingKey, "tokenizer.ggml.bos_token_id", 0));
+    assert_eq!(small().strings("tokens", &[""; 0]).kinds(&[]).refused().0, Code::BadLength);
+    let index = &mut [0; 100];
+    let error =
+        Tokenizer::new(&Gguf::parse(small().bytes().leak()).unwrap(), index.to_vec().leak()).unwrap_err();
+    assert_eq!((error.code, error.found), (Code::BufferTooSmall, 100));
+}
+
+#[test]
+fn contradictions_are_refused() {
+    let twice = small().strings("tokens", &["a", "b", "a"]).kinds(&[1; 3]);
+    assert_eq!(twice.refused(), (Code::BadVocabulary, "tokenizer.ggml.tokens", 2));
+    for merge in ["a x", "x a", "b a", "a", "", " ", "a ", " a", "ab", "a b c"] {
+        let file = small().strings("merges", &["a b", merge]);
+        assert_eq!(file.refused(), (Code::BadVocabulary, "tokenizer.ggml.merges", 1), "{merge:?}");
+    }
+    let long = small().strings("tokens", &["x".repeat(1025)]).kinds(&[4]).strings("merges", &[""; 0]);
+    assert_eq!(long.refused(), (Code::BadVocabulary, "tokenizer.ggml.tokens", 0));
+}
+
+/// Texts that all begin their search in the same part of the hash table.
+#[test]
+fn texts_made_to_collide_are_refused() {
+    let texts = (0u32..).map(|number| std::format!("{number:x}"));
+    let texts: Vec<String> =
+        texts.filter(|text| vocab::hash_text(text.as_bytes(), &[]) >> 25 == 0).take(1500).collect();
+    let file = small().strings("merges", &[""; 0]).kinds(&[1; 1500]).strings("tokens", &texts);
+    assert_eq!(file.refused().0, Code::BadVocabulary);
+    let file = file.kinds(&[1; 900]).strings("tokens", &texts[..900]);
+    let tokenizer = file.open().unwrap();
+    assert!((0..900).all(|token| tokenizer.find(texts[token].as_bytes()) == Some(token as u32)));
+}
+
+/// Each merge appends one letter: the longest chain that a vocabulary can make.
+#[test]
+fn a_chain_of_merges() {
+    let tokens: Vec<String> = (1..=500).map(|len| "a".repeat(len)).collect();
+    let merges: Vec<String> = tokens[..499].iter().map(|token| token.clone() + " a").collect();
+    let file = small().strings("tokens", &tokens).kinds(&[1; 500]).strings("merges", &merges);
+    let tokenizer = file.open().unwrap();
+    // Pairs of one letter come first, and then nothing merges two pairs.
+    assert_eq!(encode(&tokenizer, &"a".repeat(100_000), false), vec![1; 50_000]);
+    let reversed: Vec<String> = merges.into_iter().rev().collect();
+    let tokenizer = file.strings("merges", &reversed).open().unwrap();
+    let ids = encode(&tokenizer, &"a".repeat(1_000_000), false);
+    assert!(ids[0] > 0);
+    assert_eq!(ids.iter().map(|id| id + 1).sum::<u32>(), 1_000_000);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(3000))]
+
+    /// Whatever a file holds, it is refused or it works.
+    #[test]
+    fn damaged_files_do_no_harm(changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
+                                text in "[abc<u>é \\n]{0,50}") {
+        let mut bytes = small().id("bos_token_id", 8).id("eos_token_id", 8).with("add_bos_token", 7, &[1]).bytes();
+        for (at, byte) in changes {
+            let at = at.index(bytes.len());
+            bytes[at] = byte;
+        }
+        let Ok(file) = Gguf::parse(&bytes) else { return Ok(()) };
+        let Ok(words) = Tokenizer::index_words(&file) else { return Ok(()) };
+        let mut index = vec![0x1234_5678; words];
+        let Ok(tokenizer) = Tokenizer::new(&file, &mut index) else { return Ok(()) };
+        for id in encode(&tokenizer, &text, true) {
+            prop_assert!((id as usize) < tokenizer.len());
+            let mut piece = vec![0; tokenizer.raw_text(id).unwrap().len()];
+            tokenizer.piece(id, &mut piece).unwrap();
+        }
+    }
+}
