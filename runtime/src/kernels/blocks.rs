@@ -93,7 +93,6 @@ macro_rules! small_blocks {
                 }
                 let bytes = &row[index * GROUP * $bytes..][..blocks * $bytes];
                 let b: [&[u8; $bytes]; 8] = refs(bytes.as_chunks().0, &[0; $bytes]);
-                let halves = |at: usize| b.map(|block| bits16(block, at));
                 Group {
                     pairs: [
                         pair(s, b[0], b[1]),
@@ -101,9 +100,9 @@ macro_rules! small_blocks {
                         pair(s, b[4], b[5]),
                         pair(s, b[6], b[7]),
                     ],
-                    scale: s.f16_bits(halves(0)),
+                    scale: s.f16_bits(halves(b, 0)),
                     min: match $min {
-                        Some(at) => s.f16_bits(halves(at)),
+                        Some(at) => s.f16_bits(halves(b, at)),
                         None => s.splat(0.0),
                     },
                 }
@@ -117,11 +116,40 @@ macro_rules! small_blocks {
     };
 }
 
+/// Block `i`, `zero` beyond the last.
+#[inline(always)]
+fn block_or<'a, const N: usize>(blocks: &'a [[u8; N]], i: usize, zero: &'a [u8; N]) -> &'a [u8; N] {
+    if i < blocks.len() { &blocks[i] } else { zero }
+}
+
 /// Eight blocks, `zero` where `blocks` has fewer.
 #[inline(always)]
-fn refs<'a, const N: usize>(blocks: &'a [[u8; N]], zero: &'a [u8; N]) -> [&'a [u8; N]; 8] {
-    let at = |i: usize| blocks.get(i).unwrap_or(zero);
-    [at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)]
+fn refs<'a, const N: usize>(b: &'a [[u8; N]], zero: &'a [u8; N]) -> [&'a [u8; N]; 8] {
+    [
+        block_or(b, 0, zero),
+        block_or(b, 1, zero),
+        block_or(b, 2, zero),
+        block_or(b, 3, zero),
+        block_or(b, 4, zero),
+        block_or(b, 5, zero),
+        block_or(b, 6, zero),
+        block_or(b, 7, zero),
+    ]
+}
+
+/// The 16 bits at byte `at` of eight blocks.
+#[inline(always)]
+fn halves<const N: usize>(b: [&[u8; N]; 8], at: usize) -> [u16; 8] {
+    [
+        bits16(b[0], at),
+        bits16(b[1], at),
+        bits16(b[2], at),
+        bits16(b[3], at),
+        bits16(b[4], at),
+        bits16(b[5], at),
+        bits16(b[6], at),
+        bits16(b[7], at),
+    ]
 }
 
 small_blocks!(Q4_0, 18, bias 8.0, min None, dot_small, |s, even, odd| nibbles(s, even, odd, 2));
@@ -226,21 +254,35 @@ impl Format for Q5K {
 /// Super-blocks of 210 bytes, with an integer factor for every 16 weights.
 pub(crate) struct Q6K;
 
-/// Pair 0 (`LOW` 0, `EVEN` 0, `ODD` 2) or pair 1 (4, 4, 6) of half `half` of a Q6_K super-block.
+/// Halves (16 weights, from `at`) of pair 0 (`LOW` 0, `EVEN` 0, `ODD` 2) or pair 1 (4, 4, 6) of the 128
+/// weights whose low nibbles start at byte `low` and whose upper bits start at byte `high`.
+#[inline(always)]
+fn q6k_half<S: Simd, const LOW: i32, const EVEN: i32, const ODD: i32>(
+    s: S,
+    block: &[u8; 210],
+    low: usize,
+    high: usize,
+) -> S::B {
+    let nibbles = s.bits::<LOW, LOW>(s.pair(bytes16(block, low), bytes16(block, low + 32)), 15);
+    let upper = s.shl4(s.bits::<EVEN, ODD>(s.both(bytes16(block, high)), 3));
+    s.sub_i8(s.or(nibbles, upper), 32)
+}
+
+/// A pair of blocks of 32 of one half (`part`) of a super-block, and their factors.
 #[inline(always)]
 fn q6k_pair<S: Simd, const LOW: i32, const EVEN: i32, const ODD: i32>(
     s: S,
     block: &[u8; 210],
-    half: usize,
+    part: usize,
 ) -> ([S::B; 2], S::K) {
-    let (low, high) = (half * 64, 128 + half * 32);
-    let weights = |at: usize| {
-        let nibbles = s.bits::<LOW, LOW>(s.pair(bytes16(block, low + at), bytes16(block, low + 32 + at)), 15);
-        let upper = s.shl4(s.bits::<EVEN, ODD>(s.both(bytes16(block, high + at)), 3));
-        s.sub_i8(s.or(nibbles, upper), 32)
-    };
-    let factor = |i: usize| block[192 + half * 8 + LOW as usize + i] as i8;
-    ([weights(0), weights(16)], s.factors([factor(0), factor(1)], [factor(2), factor(3)]))
+    let (low, high, factors) = (part * 64, 128 + part * 32, 192 + part * 8 + LOW as usize);
+    let weights = [
+        q6k_half::<S, LOW, EVEN, ODD>(s, block, low, high),
+        q6k_half::<S, LOW, EVEN, ODD>(s, block, low + 16, high + 16),
+    ];
+    let even = [block[factors] as i8, block[factors + 1] as i8];
+    let odd = [block[factors + 2] as i8, block[factors + 3] as i8];
+    (weights, s.factors(even, odd))
 }
 
 impl Format for Q6K {

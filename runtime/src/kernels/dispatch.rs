@@ -79,6 +79,10 @@ impl Kernels {
         if features.avx2 {
             return &super::x86_64::avx2::TABLE;
         }
+        #[cfg(all(target_arch = "aarch64", target_feature = "neon"))]
+        if features == Features::NONE {
+            return &super::aarch64::neon::TABLE;
+        }
         let _ = features;
         Self::generic()
     }

@@ -18,6 +18,8 @@ mod output;
 mod simd;
 mod table;
 
+#[cfg(all(target_arch = "aarch64", target_feature = "neon"))]
+mod aarch64;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 

@@ -86,8 +86,10 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     fn f16_bits(self, bits: [u16; 8]) -> __m256 {
-        let [a, b, c, d, e, f, g, h] = bits.map(|bits| bits as i16);
-        avx2!(_mm256_cvtph_ps(_mm_setr_epi16(a, b, c, d, e, f, g, h)))
+        let [a, b, c, d, e, f, g, h] = bits;
+        avx2!(_mm256_cvtph_ps(_mm_setr_epi16(
+            a as i16, b as i16, c as i16, d as i16, e as i16, f as i16, g as i16, h as i16
+        )))
     }
 
     #[inline(always)]
@@ -233,10 +235,10 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     fn factors(self, even: [i8; 2], odd: [i8; 2]) -> [__m256i; 2] {
-        let half = |even: i8, odd: i8| {
-            avx2!(_mm256_set_m128i(_mm_set1_epi16(i16::from(odd)), _mm_set1_epi16(i16::from(even))))
-        };
-        [half(even[0], odd[0]), half(even[1], odd[1])]
+        avx2!([
+            _mm256_set_m128i(_mm_set1_epi16(i16::from(odd[0])), _mm_set1_epi16(i16::from(even[0]))),
+            _mm256_set_m128i(_mm_set1_epi16(i16::from(odd[1])), _mm_set1_epi16(i16::from(even[1]))),
+        ])
     }
 
     #[inline(always)]
