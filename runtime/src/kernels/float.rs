@@ -173,6 +173,9 @@ fn quantize_block<S: Simd>(s: S, values: &[f32; BLOCK]) -> (f32, [[i8; 16]; 2]) 
         return (0.0, [[0; 16]; 2]);
     }
     let inverse = s.splat(127.0 / peak);
-    let halves = [[a, b], [c, d]].map(|half| s.round_i8([s.mul(half[0], inverse), s.mul(half[1], inverse)]));
+    let halves = [
+        s.round_i8([s.mul(a, inverse), s.mul(b, inverse)]),
+        s.round_i8([s.mul(c, inverse), s.mul(d, inverse)]),
+    ];
     (peak / 127.0, halves)
 }

@@ -6,7 +6,7 @@
 //!
 //! `lane[b % 8] += (scale_w[b] * (v - BIAS * sum_a[b]) + min_w[b] * sum_a[b]) * scale_a[b]`
 
-use super::activations::{Activations, GROUP, GROUP_LEN, QuantizedRow};
+use super::activations::{Activations, BLOCK, GROUP, GROUP_LEN, QuantizedRow};
 use super::blocks::{Format, Group};
 use super::float::load16;
 use super::output::{Columns, Output};
@@ -146,13 +146,17 @@ pub(crate) fn quantized_rows<S: Simd, W: Format>(
         let mut token = 0;
         while token < tokens {
             let n = (tokens - token).min(TILE);
+            let mut x = [acts.quantized_row(token); TILE];
+            for (i, x) in x[..n].iter_mut().enumerate() {
+                *x = acts.quantized_row(token + i);
+            }
             for row in first..last {
                 let Some(bytes) = weight.row(row) else { return };
                 if n == 1 {
-                    let lanes = tile::<S, W, 1>(s, bytes, weight.cols, acts, token, 1);
+                    let lanes = tile::<S, W, 1>(s, bytes, weight.cols, &x[..1]);
                     out.set(token, row, s.sum(lanes[0]));
                 } else {
-                    let lanes = tile::<S, W, TILE>(s, bytes, weight.cols, acts, token, n);
+                    let lanes = tile::<S, W, TILE>(s, bytes, weight.cols, &x[..n]);
                     let mut sums = [0.0; TILE];
                     s.store(s.sums(lanes), &mut sums);
                     for (i, sum) in sums[..n].iter().enumerate() {
@@ -166,31 +170,24 @@ pub(crate) fn quantized_rows<S: Simd, W: Format>(
     }
 }
 
-/// The lanes of the dot products of one row with `n <= N` tokens.
+/// The lanes of the dot products of one row with at most `N` tokens.
 #[inline(always)]
 fn tile<S: Simd, W: Format, const N: usize>(
     s: S,
     bytes: &[u8],
     cols: usize,
-    acts: &Activations,
-    token: usize,
-    n: usize,
+    x: &[QuantizedRow],
 ) -> [S::F; N] {
-    let mut rows = [acts.quantized_row(token); N];
-    for (i, row) in rows[..n].iter_mut().enumerate() {
-        *row = acts.quantized_row(token + i);
-    }
-    let rows = &rows[..n];
     let mut lanes = [s.splat(0.0); N];
     let full = cols / GROUP_LEN;
     for index in 0..full {
         let group = W::group(s, bytes, index, GROUP);
-        add_group(s, &group, GROUP, rows, index, &mut lanes);
+        add_group(s, &group, GROUP, x, index, &mut lanes);
     }
-    let rest = cols % GROUP_LEN / 32;
+    let rest = cols % GROUP_LEN / BLOCK;
     if rest > 0 {
         let group = W::group(s, bytes, full, rest);
-        add_group(s, &group, rest, rows, full, &mut lanes);
+        add_group(s, &group, rest, x, full, &mut lanes);
     }
     lanes
 }
@@ -201,11 +198,11 @@ fn add_group<S: Simd, W: Format>(
     s: S,
     group: &Group<S, W>,
     blocks: usize,
-    rows: &[QuantizedRow],
+    x: &[QuantizedRow],
     index: usize,
     lanes: &mut [S::F],
 ) {
-    for (row, lanes) in rows.iter().zip(lanes) {
+    for (row, lanes) in x.iter().zip(lanes) {
         let mut products = [s.no_products(); 4];
         let quants = row.quants[index].as_chunks::<64>().0;
         for (i, (product, a)) in products.iter_mut().zip(quants).enumerate() {

@@ -3,6 +3,7 @@
 extern crate std;
 
 mod float;
+mod golden;
 mod matmul;
 
 use super::{Activations, ActivationsMut, Kernels, Matrix};

@@ -160,7 +160,10 @@ impl Simd for Avx2 {
         avx2!({
             // Without the sign, floats are ordered as their bits are.
             let magnitude = _mm256_set1_epi32(0x7fff_ffff);
-            let [a, b, c, d] = x.map(|x| _mm256_and_si256(_mm256_castps_si256(x), magnitude));
+            let a = _mm256_and_si256(_mm256_castps_si256(x[0]), magnitude);
+            let b = _mm256_and_si256(_mm256_castps_si256(x[1]), magnitude);
+            let c = _mm256_and_si256(_mm256_castps_si256(x[2]), magnitude);
+            let d = _mm256_and_si256(_mm256_castps_si256(x[3]), magnitude);
             let eight = _mm256_max_epi32(_mm256_max_epi32(a, b), _mm256_max_epi32(c, d));
             let four = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256::<1>(eight));
             let two = _mm_max_epi32(four, _mm_shuffle_epi32::<0b01_00_11_10>(four));
@@ -174,7 +177,8 @@ impl Simd for Avx2 {
             // The adder rounds to nearest even, in whatever mode MXCSR leaves the conversions.
             let shift = _mm256_set1_ps(12_582_912.0);
             let low_byte = _mm256_set1_epi32(0xff);
-            let [a, b] = x.map(|x| _mm256_and_si256(_mm256_castps_si256(_mm256_add_ps(x, shift)), low_byte));
+            let a = _mm256_and_si256(_mm256_castps_si256(_mm256_add_ps(x[0], shift)), low_byte);
+            let b = _mm256_and_si256(_mm256_castps_si256(_mm256_add_ps(x[1], shift)), low_byte);
             // Words 0-3 of `a`, 0-3 of `b`, 4-7 of `a`, 4-7 of `b`; then put in order and narrowed.
             let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi32(a, b));
             let bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
