@@ -3,5 +3,6 @@
 //! The only crate that knows candle, the network and the file system.
 
 pub mod atomic;
+pub mod bundle;
 pub mod export;
 pub mod model;

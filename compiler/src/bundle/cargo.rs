@@ -1,0 +1,156 @@
+//! Runs cargo on the runtime's C ABI for another platform, with the linker that comes with Rust.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use super::BundleError;
+
+/// Which library is built.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// Loaded at run time; needs nothing from the system.
+    Shared,
+    /// Linked into a program, which brings `memcpy` and its kin.
+    Archive,
+}
+
+impl Kind {
+    pub(super) fn file(self) -> &'static str {
+        match self {
+            Self::Shared => "libedge.so",
+            Self::Archive => "libedge.a",
+        }
+    }
+
+    fn arguments(self) -> [&'static str; 4] {
+        match self {
+            Self::Shared => ["--crate-type", "cdylib", "--features", "freestanding,memory"],
+            Self::Archive => ["--crate-type", "staticlib", "--features", "freestanding"],
+        }
+    }
+}
+
+/// Compiler flags of both libraries. The linker is the one that rustup ships with every toolchain; it
+/// is given no library and no start file, and refuses symbols that nobody defines. Pages are 16 KiB,
+/// as Android asks for.
+const FLAGS: &[&str] = &[
+    "-Clinker=rust-lld",
+    "-Clinker-flavor=ld.lld",
+    "-Cdefault-linker-libraries=no",
+    // Musl's default is a static program, which could not be a shared library.
+    "-Ctarget-feature=-crt-static",
+    "-Clink-arg=-nostdlib",
+    "-Clink-arg=-zdefs",
+    "-Clink-arg=-zmax-page-size=16384",
+    "-Clink-arg=-soname=libedge.so",
+    "-Clink-arg=--build-id=sha1",
+];
+
+/// The folder with the sources of the runtime.
+pub(super) struct Workspace {
+    root: PathBuf,
+}
+
+impl Workspace {
+    /// `EDGEC_WORKSPACE`, or where this program was compiled.
+    pub(super) fn find() -> Result<Self, BundleError> {
+        let root = match std::env::var_os("EDGEC_WORKSPACE") {
+            Some(folder) => PathBuf::from(folder),
+            None => Path::new(env!("CARGO_MANIFEST_DIR")).join(".."),
+        };
+        let manifest = root.join("runtime/capi/Cargo.toml");
+        match root.canonicalize() {
+            Ok(root) if manifest.is_file() => Ok(Self { root }),
+            _ => Err(BundleError::NoWorkspace(manifest)),
+        }
+    }
+
+    /// The C header.
+    pub(super) fn header(&self) -> PathBuf {
+        self.root.join("runtime/capi/include/edge.h")
+    }
+
+    /// Adds Rust's libraries for `triple` if they are not there.
+    pub(super) fn ensure_rust_target(&self, triple: &str) -> Result<(), BundleError> {
+        let mut query = self.command("RUSTC", "rustc");
+        query.args(["--print", "target-libdir", "--target", triple]);
+        let answer = run(&mut query)?;
+        let folder = String::from_utf8_lossy(&answer.stdout).trim().to_owned();
+        if answer.status.success() && Path::new(&folder).is_dir() {
+            return Ok(());
+        }
+        eprintln!("adding Rust's libraries for {triple}: rustup target add {triple}");
+        let mut add = self.command("RUSTUP", "rustup");
+        add.args(["target", "add", triple]);
+        let reason = match run(&mut add) {
+            Ok(answer) if answer.status.success() => return Ok(()),
+            Ok(answer) => last_line(&answer.stderr),
+            Err(error) => error.to_string(),
+        };
+        Err(BundleError::NoRustTarget { triple: triple.into(), workspace: self.root.clone(), reason })
+    }
+
+    /// Builds one library and returns where it is.
+    pub(super) fn build(&self, kind: Kind, triple: &str) -> Result<PathBuf, BundleError> {
+        let folder = self.target_folder();
+        let mut command = self.command("CARGO", "cargo");
+        command
+            .args(["rustc", "--locked", "--quiet", "--profile", "device", "--package", "edge-capi", "--lib"])
+            .args(kind.arguments())
+            .args(["--target", triple])
+            .env("CARGO_TARGET_DIR", &folder)
+            .env("CARGO_ENCODED_RUSTFLAGS", self.rust_flags())
+            .env_remove("RUSTFLAGS");
+        let answer = run(&mut command)?;
+        if !answer.status.success() {
+            let text = String::from_utf8_lossy(&answer.stderr);
+            eprint!("{text}");
+            let error = text.lines().find(|line| line.starts_with("error"));
+            let reason = error.map_or_else(|| last_line(&answer.stderr), str::to_owned);
+            return Err(BundleError::Build { file: kind.file(), triple: triple.into(), reason });
+        }
+        Ok(folder.join(triple).join("device").join(kind.file()))
+    }
+
+    /// Own folder, so that the build waits for no other one's lock.
+    fn target_folder(&self) -> PathBuf {
+        let target = std::env::var_os("CARGO_TARGET_DIR").map(PathBuf::from);
+        let target = target.and_then(|folder| std::path::absolute(folder).ok());
+        target.unwrap_or_else(|| self.root.join("target")).join("bundle")
+    }
+
+    /// [`FLAGS`], and no folder of this machine in the messages of the library.
+    fn rust_flags(&self) -> OsString {
+        let mut flags = OsString::from(FLAGS.join("\u{1f}"));
+        let home = std::env::var_os("CARGO_HOME").map(PathBuf::from);
+        let home = home.or_else(|| Some(std::env::home_dir()?.join(".cargo")));
+        for (folder, name) in [(Some(self.root.clone()), "edge"), (home, "cargo")] {
+            if let Some(folder) = folder {
+                flags.push("\u{1f}--remap-path-prefix=");
+                flags.push(folder);
+                flags.push("=");
+                flags.push(name);
+            }
+        }
+        flags
+    }
+
+    /// A tool of the Rust toolchain that belongs to the workspace; `variable` may name another one.
+    fn command(&self, variable: &str, tool: &str) -> Command {
+        let mut command = Command::new(std::env::var_os(variable).unwrap_or_else(|| tool.into()));
+        command.current_dir(&self.root);
+        command
+    }
+}
+
+fn run(command: &mut Command) -> Result<Output, BundleError> {
+    command.output().map_err(|source| BundleError::Tool {
+        tool: command.get_program().to_string_lossy().into_owned(),
+        source,
+    })
+}
+
+fn last_line(text: &[u8]) -> String {
+    String::from_utf8_lossy(text).lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("").to_owned()
+}
