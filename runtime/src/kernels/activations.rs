@@ -17,7 +17,7 @@ pub(crate) const GROUP_LEN: usize = BLOCK * GROUP;
 
 /// Blocks of a row with their padding; 0 for a width that is not a multiple of 32, which is never quantized.
 const fn padded_blocks(cols: usize) -> usize {
-    if cols % BLOCK == 0 { (cols / BLOCK).next_multiple_of(GROUP) } else { 0 }
+    if cols.is_multiple_of(BLOCK) { (cols / BLOCK).next_multiple_of(GROUP) } else { 0 }
 }
 
 /// Rows of activations to write; [`super::Kernels::quantize`] turns them into [`Activations`].
@@ -56,12 +56,12 @@ pub(crate) struct QuantizedRow<'a> {
 impl<'a> ActivationsMut<'a> {
     /// `f32` elements that one row of `cols` values needs.
     pub const fn floats_per_token(cols: usize) -> usize {
-        cols + 2 * padded_blocks(cols)
+        cols.saturating_add(2 * padded_blocks(cols))
     }
 
     /// `i8` elements that one row of `cols` values needs.
     pub const fn quants_per_token(cols: usize) -> usize {
-        padded_blocks(cols) * BLOCK
+        padded_blocks(cols).saturating_mul(BLOCK)
     }
 
     /// `tokens` rows of `cols` values in the front of the two buffers. What the buffers hold stays: the values
@@ -71,16 +71,13 @@ impl<'a> ActivationsMut<'a> {
     /// [`Code::BufferTooSmall`] if a buffer holds less than `tokens` times what one token needs.
     pub fn new(tokens: usize, cols: usize, floats: &'a mut [f32], quants: &'a mut [i8]) -> Result<Self> {
         let blocks = padded_blocks(cols);
-        // Division instead of a product that could overflow.
-        let fits = |len: usize, per_token: usize| per_token == 0 || len / per_token >= tokens;
-        if cols > isize::MAX as usize / 16 || !fits(floats.len(), Self::floats_per_token(cols)) {
-            return Err(Error::new(Code::BufferTooSmall, "activations").found(floats.len() as u64, 0));
-        }
-        if !fits(quants.len(), Self::quants_per_token(cols)) {
-            return Err(
-                Error::new(Code::BufferTooSmall, "quantized activations").found(quants.len() as u64, 0)
-            );
-        }
+        let check = |what, held: usize, per_token: usize| match per_token.checked_mul(tokens) {
+            Some(needed) if needed <= held => Ok(()),
+            needed => Err(Error::new(Code::BufferTooSmall, what)
+                .found(held as u64, needed.unwrap_or(usize::MAX) as u64)),
+        };
+        check("activations", floats.len(), Self::floats_per_token(cols))?;
+        check("quantized activations", quants.len(), Self::quants_per_token(cols))?;
         let (values, rest) = floats.split_at_mut(tokens * cols);
         let (scales, rest) = rest.split_at_mut(tokens * blocks);
         let sums = &mut rest[..tokens * blocks];

@@ -45,9 +45,11 @@ impl<'a> Output<'a> {
     /// Threads take parts instead of computing their share from their number, so that a broken
     /// implementation of `Workers` can lose time but never make two threads write one element.
     pub fn take(&self) -> Option<Columns<'_>> {
-        let part = self.next.fetch_add(1, Ordering::Relaxed);
-        let start = part.checked_mul(self.step).filter(|start| *start < self.rows)?;
-        let rows = start..self.rows.min(start + self.step);
+        // Looking first keeps the counter from ever wrapping: it ends at most one per thread beyond the last.
+        let remain = |part: usize| part.checked_mul(self.step).filter(|start| *start < self.rows);
+        remain(self.next.load(Ordering::Relaxed))?;
+        let start = remain(self.next.fetch_add(1, Ordering::Relaxed))?;
+        let rows = start..self.rows.min(start.saturating_add(self.step));
         Some(Columns { start: self.start, tokens: self.tokens, stride: self.rows, rows, output: PhantomData })
     }
 }
