@@ -6,3 +6,4 @@ pub mod atomic;
 pub mod bundle;
 pub mod export;
 pub mod model;
+pub mod train;

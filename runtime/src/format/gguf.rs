@@ -386,6 +386,12 @@ impl<'a> Gguf<'a> {
         self.bytes
     }
 
+    /// Everything before the first tensor entry: with its tensor count at bytes 8 to 15 set to 0 it is a
+    /// whole file that holds the metadata alone.
+    pub fn header_bytes(&self) -> &'a [u8] {
+        &self.bytes[..self.tensor_start]
+    }
+
     /// Every metadata entry in order.
     pub fn metadata(&self) -> impl Iterator<Item = (&'a str, Value<'a>)> + use<'a> {
         let mut cursor = Cursor { bytes: self.bytes, at: self.kv_start };

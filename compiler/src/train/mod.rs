@@ -1,0 +1,4 @@
+//! Training.
+pub mod graph;
+pub mod loss;
+mod ops;

@@ -1,0 +1,81 @@
+//! `y = x W^T`, with gradients that come out in the layout of the weights.
+
+use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
+
+use super::{Matrix, gemm, matrix, rows_cols, tensor, values, with_values};
+
+struct Linear;
+
+/// `x W^T`: `x` is `[n, in]`, `weight` `[out, in]`, the result `[n, out]`.
+///
+/// # Errors
+/// The shapes do not fit.
+pub fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    x.apply_op2(weight, Linear)
+}
+
+impl CustomOp2 for Linear {
+    fn name(&self) -> &'static str {
+        "linear"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        weight: &CpuStorage,
+        weight_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (n, cols) = rows_cols(x_layout, "linear")?;
+        let (out, weight_cols) = rows_cols(weight_layout, "linear")?;
+        if cols != weight_cols {
+            bail!("linear: {cols} columns times a weight of {weight_cols}");
+        }
+        let x = Matrix::new(values(x, x_layout, "linear")?, n, cols);
+        let weight = Matrix::new(values(weight, weight_layout, "linear")?, out, cols);
+        let mut y = vec![0.0; n * out];
+        gemm(&mut y, x, weight.t(), 1.0, false, true);
+        Ok(matrix(y, n, out))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        _y: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let ((n, cols), (out, _)) = (x.dims2()?, weight.dims2()?);
+        let grad = grad.contiguous()?;
+        with_values(&grad, |grad| {
+            let grad = Matrix::new(grad, n, out);
+            let dx = with_values(weight, |weight| {
+                let mut dx = vec![0.0; n * cols];
+                gemm(&mut dx, grad, Matrix::new(weight, out, cols), 1.0, false, true);
+                tensor(dx, n, cols)
+            })?;
+            let dweight = with_values(x, |x| {
+                let mut dweight = vec![0.0; out * cols];
+                gemm(&mut dweight, grad.t(), Matrix::new(x, n, cols), 1.0, false, true);
+                tensor(dweight, out, cols)
+            })?;
+            Ok((Some(dx), Some(dweight)))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::train::ops::check;
+
+    #[test]
+    fn gradient() {
+        check::gradients(&[check::matrix(1, 5, 8), check::matrix(2, 6, 8)], |x| linear(&x[0], &x[1]));
+    }
+
+    #[test]
+    fn shapes_must_fit() {
+        assert!(linear(&check::matrix(1, 5, 8), &check::matrix(2, 6, 7)).is_err());
+    }
+}
