@@ -1,0 +1,237 @@
+//! Perplexity, KL divergence and agreement over windows of text.
+//!
+//! Perplexity is llama.cpp's: the text is cut into windows of `context` tokens that share nothing, the
+//! first token of each becomes BOS where the vocabulary asks for it, and with [`Score::Half`] only the
+//! predictions made from the second half of a window count. The KL divergence is that of the student's
+//! distribution from the teacher's, in nats, averaged over the same positions.
+
+use edge_runtime::session::{Limits, Plan, Session};
+use edge_runtime::workers::Pool;
+use rayon::prelude::*;
+
+use super::{Engine, Error, NativeFile};
+
+/// Which positions of a window count.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Score {
+    /// The second half, as llama.cpp's perplexity tool does.
+    Half,
+    /// All of them.
+    All,
+}
+
+/// What to evaluate on.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Tokens in a window.
+    pub context: usize,
+    /// Most windows, from the start of the text.
+    pub windows: Option<usize>,
+    /// Which positions count.
+    pub score: Score,
+    /// BOS, if it replaces the first token of each window.
+    pub bos: Option<u32>,
+}
+
+/// What was found.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
+pub struct Outcome {
+    /// Perplexity of the model.
+    pub ppl: f64,
+    /// Perplexity of the teacher on the same positions.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub teacher_ppl: Option<f64>,
+    /// KL(teacher || student) in nats per token.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kl: Option<f64>,
+    /// Share of positions at which both prefer the same token.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub top1_agreement: Option<f64>,
+    /// Positions that counted.
+    pub tokens: usize,
+    /// Windows that were read.
+    pub windows: usize,
+}
+
+/// Sums over positions.
+#[derive(Clone, Copy, Default)]
+struct Sums {
+    nll: f64,
+    teacher_nll: f64,
+    kl: f64,
+    agreed: usize,
+    tokens: usize,
+}
+
+/// Evaluates `student`, beside `teacher` if there is one, on the token stream `ids`.
+///
+/// `progress` is told after every window how many are done, of how many, and the perplexity so far.
+///
+/// # Errors
+/// The text is shorter than one window, the vocabularies differ in size, or the runtime refuses a file.
+pub fn evaluate(
+    student: &NativeFile,
+    teacher: Option<&NativeFile>,
+    ids: &[u32],
+    config: &Config,
+    engine: &Engine,
+    progress: &mut dyn FnMut(usize, usize, f64),
+) -> Result<Outcome, Error> {
+    let context = config.context;
+    let most = ids.len() / context;
+    let windows = config.windows.map_or(most, |limit| limit.min(most));
+    if windows == 0 {
+        return Err(Error::TextTooShort { found: ids.len(), needed: context });
+    }
+    let pool = Pool::new(engine.threads);
+    let mut student = Scorer::new(student, context, engine)?;
+    let mut teacher = teacher.map(|file| Scorer::new(file, context, engine)).transpose()?;
+    if let Some(teacher) = &teacher
+        && teacher.vocab() != student.vocab()
+    {
+        return Err(Error::VocabularySize { teacher: teacher.vocab(), student: student.vocab() });
+    }
+    // llama.cpp scores the predictions of the tokens first + 1 .. context.
+    let first = match config.score {
+        Score::Half => context / 2,
+        Score::All => 0,
+    };
+    let vocab = student.vocab();
+    let scored = context - 1 - first;
+    let mut student_logits = vec![0.0; scored * vocab];
+    let mut teacher_logits = vec![0.0; if teacher.is_some() { scored * vocab } else { 0 }];
+    let mut sums = Sums::default();
+    for window in 0..windows {
+        let mut tokens = ids[window * context..][..context].to_vec();
+        let targets = tokens[first + 1..].to_vec();
+        if let Some(bos) = config.bos {
+            tokens[0] = bos;
+        }
+        student.score(&tokens, first, &pool, &mut student_logits)?;
+        if let Some(teacher) = &mut teacher {
+            teacher.score(&tokens, first, &pool, &mut teacher_logits)?;
+        }
+        sums.add(&student_logits, &teacher_logits, &targets, vocab);
+        progress(window + 1, windows, (sums.nll / sums.tokens as f64).exp());
+    }
+    let count = sums.tokens as f64;
+    let compared = teacher.is_some();
+    Ok(Outcome {
+        ppl: (sums.nll / count).exp(),
+        teacher_ppl: compared.then(|| (sums.teacher_nll / count).exp()),
+        kl: compared.then(|| sums.kl / count),
+        top1_agreement: compared.then(|| sums.agreed as f64 / count),
+        tokens: sums.tokens,
+        windows,
+    })
+}
+
+/// One model with the memory to run it.
+struct Scorer<'f> {
+    file: &'f NativeFile,
+    plan: Plan,
+    kernels: &'static edge_runtime::kernels::Kernels,
+    arena: Vec<u8>,
+}
+
+impl<'f> Scorer<'f> {
+    fn new(file: &'f NativeFile, context: usize, engine: &Engine) -> Result<Self, Error> {
+        let limits = Limits { context, batch: 64, logits_rows: 32, workers: engine.threads };
+        let plan = Plan::new(&file.gguf()?, limits).map_err(|error| file.error(error))?;
+        let arena = vec![0; plan.arena_bytes()];
+        Ok(Self { file, plan, kernels: engine.kernels()?, arena })
+    }
+
+    fn vocab(&self) -> usize {
+        self.plan.spec().vocab
+    }
+
+    /// Logits after the tokens `first ..` but for the last, `[tokens.len() - 1 - first, vocab]`.
+    fn score(&mut self, tokens: &[u32], first: usize, pool: &Pool, out: &mut [f32]) -> Result<(), Error> {
+        let vocab = self.vocab();
+        let gguf = self.file.gguf()?;
+        let mut run = || {
+            let mut session = Session::new(&gguf, &self.plan, self.kernels, pool, &mut self.arena)?;
+            if first > 0 {
+                session.feed(&tokens[..first])?;
+            }
+            session.feed_all(&tokens[first..tokens.len() - 1], &mut |row, logits| {
+                out[row * vocab..][..vocab].copy_from_slice(logits);
+            })
+        };
+        run().map_err(|error| self.file.error(error))
+    }
+}
+
+impl Sums {
+    /// Adds the positions of one window; `teacher` is empty where there is none.
+    fn add(&mut self, student: &[f32], teacher: &[f32], targets: &[u32], vocab: usize) {
+        let rows: Vec<Self> = student
+            .par_chunks(vocab)
+            .zip(targets)
+            .enumerate()
+            .map(|(row, (logits, &target))| {
+                let mut sums = Self { tokens: 1, ..Self::default() };
+                let normalizer = log_sum_exp(logits);
+                sums.nll = normalizer - f64::from(logits[target as usize]);
+                if !teacher.is_empty() {
+                    let wanted = &teacher[row * vocab..][..vocab];
+                    let wanted_normalizer = log_sum_exp(wanted);
+                    sums.teacher_nll = wanted_normalizer - f64::from(wanted[target as usize]);
+                    sums.kl = kl(wanted, wanted_normalizer, logits, normalizer);
+                    sums.agreed = usize::from(
+                        edge_runtime::session::argmax(logits) == edge_runtime::session::argmax(wanted),
+                    );
+                }
+                sums
+            })
+            .collect();
+        // Added in order: the result does not depend on the threads.
+        for row in rows {
+            self.nll += row.nll;
+            self.teacher_nll += row.teacher_nll;
+            self.kl += row.kl;
+            self.agreed += row.agreed;
+            self.tokens += row.tokens;
+        }
+    }
+}
+
+/// `ln(sum(exp(x)))`, in f64.
+fn log_sum_exp(logits: &[f32]) -> f64 {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits.iter().map(|&logit| f64::from((logit - max).exp())).sum();
+    f64::from(max) + sum.ln()
+}
+
+/// `sum(p * (ln p - ln q))` over one position, in nats.
+fn kl(teacher: &[f32], teacher_normalizer: f64, student: &[f32], student_normalizer: f64) -> f64 {
+    let shift = teacher_normalizer - student_normalizer;
+    teacher
+        .iter()
+        .zip(student)
+        .map(|(&t, &s)| {
+            let p = f64::from((f64::from(t) - teacher_normalizer) as f32).exp();
+            p * (f64::from(t) - f64::from(s) - shift)
+        })
+        .sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn divergence_of_known_distributions() {
+        // p = (1/2, 1/4, 1/4), q = (1/4, 1/2, 1/4): KL = 1/2 ln 2 - 1/4 ln 2.
+        let p: Vec<f32> = [0.5f32, 0.25, 0.25].iter().map(|x| x.ln() + 3.0).collect();
+        let q: Vec<f32> = [0.25f32, 0.5, 0.25].iter().map(|x| x.ln() - 1.0).collect();
+        let found = kl(&p, log_sum_exp(&p), &q, log_sum_exp(&q));
+        assert!((found - 0.25 * 2f64.ln()).abs() < 1e-6, "{found}");
+        let mut sums = Sums::default();
+        sums.add(&q, &p, &[0], 3);
+        assert!((sums.nll - 4f64.ln()).abs() < 1e-6);
+        assert!((sums.teacher_nll - 2f64.ln()).abs() < 1e-6);
+        assert_eq!((sums.agreed, sums.tokens), (0, 1));
+    }
+}
