@@ -1,0 +1,258 @@
+//! `edgec run` and `edgec chat`.
+
+use std::io::{BufRead, IsTerminal, Write, stdin, stdout};
+use std::path::PathBuf;
+use std::time::Instant;
+
+use anyhow::{Context, bail};
+use clap::Args;
+use edge_runtime::session::{Limits, Plan, Sampler, SamplerConfig, Session};
+use edge_runtime::workers::Pool;
+use edgec::profile::NativeFile;
+use edgec::text::{ChatTemplate, HostTokenizer, Message};
+
+use super::{EngineArguments, output};
+
+#[derive(Args)]
+pub struct RunArguments {
+    /// GGUF file, Hugging Face folder or run's folder
+    model: PathBuf,
+    /// Text to continue
+    #[arg(long)]
+    prompt: String,
+    /// Most tokens to generate
+    #[arg(long, default_value_t = 128)]
+    max_tokens: usize,
+    /// Print the ids of the generated tokens as a JSON array instead of their text
+    #[arg(long)]
+    ids: bool,
+    #[command(flatten)]
+    sampling: SamplingArguments,
+    #[command(flatten)]
+    engine: EngineArguments,
+}
+
+#[derive(Args)]
+pub struct ChatArguments {
+    /// GGUF file, Hugging Face folder or run's folder
+    model: PathBuf,
+    /// What the model is told first
+    #[arg(long)]
+    system: Option<String>,
+    /// Most tokens in an answer
+    #[arg(long, default_value_t = 512)]
+    max_tokens: usize,
+    #[command(flatten)]
+    sampling: SamplingArguments,
+    #[command(flatten)]
+    engine: EngineArguments,
+}
+
+#[derive(Args)]
+struct SamplingArguments {
+    /// Softmax temperature; 0 always takes the likeliest token
+    #[arg(long, default_value_t = 0.0)]
+    temp: f32,
+    /// Keep the K likeliest tokens; 0 keeps all
+    #[arg(long, default_value_t = 40)]
+    top_k: usize,
+    /// Keep the likeliest tokens that together have this probability
+    #[arg(long, default_value_t = 0.95)]
+    top_p: f32,
+    /// Keep tokens at least this likely, relative to the likeliest
+    #[arg(long, default_value_t = 0.05)]
+    min_p: f32,
+    /// Penalty on tokens among the last 64; 1 is none
+    #[arg(long, default_value_t = 1.0)]
+    repeat_penalty: f32,
+    /// Seed of the random numbers
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Tokens of context [default: the model's, at most 4096]
+    #[arg(long)]
+    context: Option<usize>,
+}
+
+impl SamplingArguments {
+    fn sampler(&self) -> anyhow::Result<Sampler> {
+        Ok(Sampler::new(SamplerConfig {
+            temperature: self.temp,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            repeat_penalty: self.repeat_penalty,
+            repeat_window: 64,
+            seed: self.seed,
+        })?)
+    }
+}
+
+/// A model that generates: a session with its tokenizer and sampler.
+struct Generator<'a> {
+    session: Session<'a>,
+    tokenizer: &'a HostTokenizer,
+    sampler: Sampler,
+    history: Vec<u32>,
+    scratch: Vec<u32>,
+    logits: Vec<f32>,
+}
+
+impl Generator<'_> {
+    /// Feeds `prompt` and generates; `sink` gets each token with the text that became whole.
+    fn generate(
+        &mut self,
+        prompt: &[u32],
+        max_tokens: usize,
+        sink: &mut dyn FnMut(u32, &str) -> anyhow::Result<()>,
+    ) -> anyhow::Result<Speed> {
+        let start = Instant::now();
+        self.session.feed(prompt)?;
+        self.history.extend_from_slice(prompt);
+        let prefill = start.elapsed().as_secs_f64();
+        let start = Instant::now();
+        let mut stream = self.tokenizer.stream();
+        let mut generated = 0;
+        while generated < max_tokens {
+            self.logits.copy_from_slice(self.session.logits());
+            let token = self.sampler.sample(&mut self.logits, &self.history, &mut self.scratch)?;
+            if self.tokenizer.is_end_of_generation(token) {
+                break;
+            }
+            generated += 1;
+            self.history.push(token);
+            sink(token, &stream.push(token)?)?;
+            if self.session.position() == self.session.context() {
+                eprintln!("\nthe context of {} tokens is full", self.session.context());
+                break;
+            }
+            self.session.feed(&[token])?;
+        }
+        let tail = stream.finish();
+        if !tail.is_empty() {
+            stdout().lock().write_all(tail.as_bytes())?;
+        }
+        Ok(Speed { prompt: prompt.len(), prefill, generated, decode: start.elapsed().as_secs_f64() })
+    }
+}
+
+struct Speed {
+    prompt: usize,
+    prefill: f64,
+    generated: usize,
+    decode: f64,
+}
+
+impl Speed {
+    fn report(&self) {
+        eprintln!(
+            "prompt {} tokens at {:.1} tok/s, generated {} at {:.1} tok/s",
+            self.prompt,
+            self.prompt as f64 / self.prefill.max(1e-9),
+            self.generated,
+            self.generated as f64 / self.decode.max(1e-9),
+        );
+    }
+}
+
+/// Opens a model and hands a ready generator to `body`.
+fn with_generator<T>(
+    model: &std::path::Path,
+    sampling: &SamplingArguments,
+    engine: &EngineArguments,
+    body: impl FnOnce(&mut Generator<'_>, &NativeFile) -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
+    const LONGEST_DEFAULT: usize = 4096;
+    let file = NativeFile::open(model)?;
+    let gguf = file.gguf()?;
+    let tokenizer = HostTokenizer::from_gguf(&gguf).with_context(|| model.display().to_string())?;
+    let engine = engine.engine();
+    let limits = |context| Limits { context, batch: 64, logits_rows: 1, workers: engine.threads };
+    let refuse = |error| file.error(error);
+    let own = Plan::new(&gguf, limits(1)).map_err(refuse)?.spec().context;
+    let context = sampling.context.unwrap_or(own.min(LONGEST_DEFAULT));
+    let plan = Plan::new(&gguf, limits(context)).map_err(refuse)?;
+    let mut arena = vec![0; plan.arena_bytes()];
+    let pool = Pool::new(engine.threads);
+    let session = Session::new(&gguf, &plan, engine.kernels()?, &pool, &mut arena).map_err(refuse)?;
+    let vocab = session.spec().vocab;
+    let mut generator = Generator {
+        session,
+        tokenizer: &tokenizer,
+        sampler: sampling.sampler()?,
+        history: Vec::new(),
+        scratch: vec![0; vocab],
+        logits: vec![0.0; vocab],
+    };
+    body(&mut generator, &file)
+}
+
+pub fn run(arguments: &RunArguments) -> anyhow::Result<()> {
+    with_generator(&arguments.model, &arguments.sampling, &arguments.engine, |generator, _| {
+        let prompt = generator.tokenizer.encode(&arguments.prompt, true, true)?;
+        if prompt.is_empty() {
+            bail!("--prompt: the text has no tokens");
+        }
+        let mut ids = Vec::new();
+        let speed = generator.generate(&prompt, arguments.max_tokens, &mut |token, text| {
+            ids.push(token);
+            if !arguments.ids {
+                let mut out = stdout().lock();
+                out.write_all(text.as_bytes())?;
+                out.flush()?;
+            }
+            Ok(())
+        })?;
+        output::line(if arguments.ids { serde_json::to_string(&ids)? } else { String::new() })?;
+        speed.report();
+        Ok(())
+    })
+}
+
+pub fn chat(arguments: &ChatArguments) -> anyhow::Result<()> {
+    with_generator(&arguments.model, &arguments.sampling, &arguments.engine, |generator, _| {
+        let template = ChatTemplate::of(generator.tokenizer).with_context(|| {
+            format!("{}: no chat template; use `edgec run`", arguments.model.display())
+        })?;
+        let mut messages = Vec::new();
+        if let Some(system) = &arguments.system {
+            messages.push(Message::new("system", system));
+        }
+        let interactive = stdin().is_terminal();
+        if interactive {
+            eprintln!("Type a message; an empty line or Ctrl-D ends the chat.");
+        }
+        let mut lines = stdin().lock().lines();
+        let mut fed = Vec::new();
+        loop {
+            if interactive {
+                eprint!("> ");
+            }
+            let Some(line) = lines.next().transpose()? else { break };
+            if line.trim().is_empty() {
+                break;
+            }
+            messages.push(Message::new("user", &line));
+            let text = template.render(&messages, true)?;
+            let prompt = generator.tokenizer.encode(&text, false, true)?;
+            // What the cache already holds is not computed again.
+            let shared = prompt.iter().zip(&fed).take_while(|(new, old)| new == old).count();
+            let shared = shared.min(generator.session.position()).min(prompt.len().saturating_sub(1));
+            generator.session.truncate(shared);
+            generator.history.truncate(shared);
+            let mut answer = String::new();
+            let speed = generator.generate(&prompt[shared..], arguments.max_tokens, &mut |_, text| {
+                answer.push_str(text);
+                let mut out = stdout().lock();
+                out.write_all(text.as_bytes())?;
+                Ok(out.flush()?)
+            })?;
+            output::line("")?;
+            if interactive {
+                speed.report();
+            }
+            fed = generator.history.clone();
+            messages.push(Message::new("assistant", &answer));
+        }
+        Ok(())
+    })
+}

@@ -1,0 +1,96 @@
+//! The command line: arguments in, one library call, something readable out.
+//!
+//! Nothing here computes; every command is a thin file over the library.
+
+mod bench;
+mod bundle;
+mod distill;
+mod eval;
+mod export;
+mod generate;
+mod inspect;
+mod logits;
+mod output;
+mod pretrain;
+mod progress;
+mod quantize;
+mod targets;
+mod tokenize;
+
+use clap::{Args, Parser, Subcommand};
+use edgec::profile::Engine;
+
+/// Distills a large language model into a small one, quantizes it, and bundles it for a device.
+#[derive(Parser)]
+#[command(name = "edgec", version, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Distill a student from a teacher and bundle it for a target.
+    Distill(distill::Arguments),
+    /// Write a model as GGUF in another tensor type.
+    Quantize(quantize::Arguments),
+    /// Write a model folder in an open format.
+    Export(export::Arguments),
+    /// Build the device library for a target.
+    Bundle(bundle::Arguments),
+    /// Continue a prompt.
+    Run(generate::RunArguments),
+    /// Talk to a model with its chat template.
+    Chat(generate::ChatArguments),
+    /// Token ids of the text on standard input, as a JSON array.
+    Tokenize(tokenize::Arguments),
+    /// Logits after every token of a prompt, as a safetensors file.
+    Logits(logits::Arguments),
+    /// Perplexity, and KL and agreement beside a teacher.
+    Eval(eval::Arguments),
+    /// Time prefill and decode on this machine.
+    Bench(bench::Arguments),
+    /// What a model file holds, and what of it cannot be run.
+    Inspect(inspect::Arguments),
+    /// The devices that are known, or one of them.
+    Targets(targets::Arguments),
+    /// Train a small model and its vocabulary from scratch on text.
+    Pretrain(pretrain::Arguments),
+}
+
+/// How to run a model on this machine.
+#[derive(Args, Clone, Debug)]
+struct EngineArguments {
+    /// Threads [default: one for each core]
+    #[arg(short, long, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+    /// Kernel table: generic, avx2, neon [default: the best that this CPU has]
+    #[arg(long)]
+    kernels: Option<String>,
+}
+
+impl EngineArguments {
+    fn engine(&self) -> Engine {
+        let default = Engine::default();
+        Engine { threads: self.threads.map_or(default.threads, usize::from), kernels: self.kernels.clone() }
+    }
+}
+
+/// Parses the command line and runs the command.
+pub fn run() -> anyhow::Result<()> {
+    match Cli::parse().command {
+        Command::Distill(arguments) => distill::run(arguments),
+        Command::Quantize(arguments) => quantize::run(&arguments),
+        Command::Export(arguments) => export::run(&arguments),
+        Command::Bundle(arguments) => bundle::run(&arguments),
+        Command::Run(arguments) => generate::run(&arguments),
+        Command::Chat(arguments) => generate::chat(&arguments),
+        Command::Tokenize(arguments) => tokenize::run(&arguments),
+        Command::Logits(arguments) => logits::run(&arguments),
+        Command::Eval(arguments) => eval::run(&arguments),
+        Command::Bench(arguments) => bench::run(&arguments),
+        Command::Inspect(arguments) => inspect::run(&arguments),
+        Command::Targets(arguments) => targets::run(&arguments),
+        Command::Pretrain(arguments) => pretrain::run(arguments),
+    }
+}

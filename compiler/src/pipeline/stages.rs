@@ -1,0 +1,408 @@
+//! The stages of a run, in order, each from what the one before left in the folder.
+
+use std::fs;
+use std::io;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+use edge_targets::Target;
+use serde::{Deserialize, Serialize};
+
+use super::manifest::{Artifact, Manifest, sha256};
+use super::{Data, Error, Observer, Recipe, StudentSource, TeacherSource};
+use crate::export::gguf::Mix;
+use crate::model::Model;
+use crate::profile::eval::{Config, Outcome, Score, evaluate};
+use crate::profile::{Engine, NativeFile, bench};
+use crate::report::{self, ModelRow, Summary};
+use crate::text::corpus::{self, Corpus};
+use crate::text::{ChatTemplate, HostTokenizer};
+use crate::train::trainer::{Progress, StepReport, Text};
+use crate::train::{RunFolder, trainer};
+use crate::{atomic, bundle, demo, export, quantize, student, teacher};
+
+/// Windows of held-out text on which a run is judged, at most.
+const EVAL_WINDOWS: usize = 16;
+
+/// Share of the text that is held out where no other text to judge on is given.
+const HELD_OUT: f64 = 0.05;
+
+/// The choice of layers, as the run's folder keeps it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Layers {
+    kept: Vec<usize>,
+    kl: f64,
+}
+
+/// A run under way.
+struct Run<'a> {
+    recipe: &'a Recipe,
+    folder: &'a Path,
+    observer: &'a mut dyn Observer,
+}
+
+/// Everything that the stages after loading need.
+struct Inputs {
+    teacher: Model,
+    teacher_file: NativeFile,
+    tokenizer: HostTokenizer,
+    train: Corpus,
+    eval: Vec<u32>,
+    hashes: Vec<(String, String)>,
+}
+
+/// Does what `recipe` asks in `folder`, which must be new or empty, or hold a run to `resume`.
+///
+/// # Errors
+/// Whatever stops a stage. What the stages before it made stays, and `resume` goes on from there.
+pub fn distill(
+    recipe: &Recipe,
+    folder: &Path,
+    resume: bool,
+    observer: &mut dyn Observer,
+) -> Result<Manifest, Error> {
+    let target = Target::by_name(&recipe.target).map_err(|error| Error::Student(error.to_string()))?;
+    let mix: Mix = recipe.quant.parse().map_err(|error| Error::Student(format!("--quant: {error}")))?;
+    let mut run = Run { recipe, folder, observer };
+    run.open(resume)?;
+    let inputs = run.load()?;
+    let (untrained, kept) = run.student(&inputs)?;
+    let trained = run.train(&inputs, untrained, resume)?;
+    run.export(&trained, mix)?;
+    run.observer.note("bundle", &format!("libedge for {} ({})", target.name, target.triple));
+    let library = bundle::build(&target, folder)?;
+    run.judge(&inputs, &trained, kept, &library)
+}
+
+impl Run<'_> {
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.join(name)
+    }
+
+    /// Takes the folder: a new run writes down its recipe, a resumed one must find the same.
+    fn open(&mut self, resume: bool) -> Result<(), Error> {
+        let path = self.path("recipe.json");
+        if resume {
+            let text = match fs::read(&path) {
+                Ok(text) => text,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    return Err(Error::NothingToResume {
+                        path: self.folder.into(),
+                        missing: "recipe.json is missing",
+                    });
+                }
+                Err(source) => return Err(Error::Io { path, source }),
+            };
+            let found: Recipe = serde_json::from_slice(&text)
+                .map_err(|error| Error::Damaged { path: path.clone(), message: error.to_string() })?;
+            return match found.difference(self.recipe) {
+                None => Ok(()),
+                Some(difference) => Err(Error::OtherRecipe { path: self.folder.into(), difference }),
+            };
+        }
+        let in_use = fs::read_dir(self.folder).is_ok_and(|mut entries| entries.next().is_some());
+        if in_use {
+            return Err(Error::FolderInUse { path: self.folder.into() });
+        }
+        fs::create_dir_all(self.folder)
+            .map_err(|source| Error::Io { path: self.folder.into(), source })?;
+        self.write_json("recipe.json", self.recipe)
+    }
+
+    fn write_json(&self, name: &str, value: &impl Serialize) -> Result<(), Error> {
+        let path = self.path(name);
+        atomic::write(&path, |file| {
+            serde_json::to_writer_pretty(&mut *file, value)?;
+            file.write_all(b"\n")
+        })
+        .map_err(|source| Error::Io { path, source })
+    }
+
+    fn load(&mut self) -> Result<Inputs, Error> {
+        let recipe = self.recipe;
+        let (teacher, teacher_file, mut hashes) = match &recipe.teacher {
+            TeacherSource::Embedded => {
+                let file = demo::teacher()?;
+                let model = teacher::from_gguf(&file.gguf()?, file.path())?;
+                self.observer.note("teacher", "none given: the small embedded one");
+                (model, file, vec![])
+            }
+            TeacherSource::Path(path) => {
+                let hashes = hash_model(path)?;
+                (teacher::load(path)?, NativeFile::open(path)?, hashes)
+            }
+        };
+        self.observer.note("teacher", &describe(&teacher));
+        let tokenizer = HostTokenizer::from_gguf(&teacher_file.gguf()?)?;
+        let template = ChatTemplate::of(&tokenizer);
+        let corpus = match &recipe.data {
+            Data::Embedded => {
+                self.observer.note("text", "none given: the embedded one");
+                corpus::from_text(demo::TEXT, &tokenizer)?
+            }
+            Data::Files(paths) => {
+                for path in paths {
+                    hashes.push(hash(path)?);
+                }
+                corpus::load(paths, &tokenizer, template.as_ref(), recipe.mask_prompts)?
+            }
+        };
+        let length = recipe.train.length;
+        let (train, eval) = match &recipe.eval_data {
+            Some(path) => {
+                hashes.push(hash(path)?);
+                let paths = std::slice::from_ref(path);
+                (corpus, corpus::load(paths, &tokenizer, template.as_ref(), false)?.ids)
+            }
+            None if recipe.data == Data::Embedded => {
+                (corpus, corpus::from_text(demo::HELD_OUT, &tokenizer)?.ids)
+            }
+            None => {
+                let count = held_out(corpus.ids.len(), length);
+                corpus.split(count)
+            }
+        };
+        if eval.len() < length || train.ids.len() <= length {
+            let found = train.ids.len() + eval.len();
+            return Err(Error::TextTooShort { found, needed: 2 * length + 1 });
+        }
+        self.observer.note(
+            "text",
+            &format!("{} tokens to distill on, {} held out to judge on", train.ids.len(), eval.len()),
+        );
+        Ok(Inputs { teacher, teacher_file, tokenizer, train, eval, hashes })
+    }
+
+    /// The student before training, and which of the teacher's layers it kept.
+    fn student(&mut self, inputs: &Inputs) -> Result<(Model, Vec<usize>), Error> {
+        let teacher = &inputs.teacher;
+        let keep = match &self.recipe.student {
+            StudentSource::Path(path) => {
+                let model = teacher::load(path)?;
+                student::check(teacher, &model)?;
+                self.observer.note("student", &describe(&model));
+                return Ok((model, vec![]));
+            }
+            StudentSource::Layers(layers) => *layers,
+            StudentSource::Shrink(share) => student::shrink_to_layers(&teacher.spec, *share)?,
+        };
+        let path = self.path("layers.json");
+        let layers = match fs::read(&path) {
+            Ok(text) => serde_json::from_slice(&text)
+                .map_err(|error| Error::Damaged { path: path.clone(), message: error.to_string() })?,
+            Err(_) => {
+                let layers = self.choose(inputs, keep)?;
+                self.write_json("layers.json", &layers)?;
+                layers
+            }
+        };
+        let cut = student::cut(teacher, &layers.kept)?;
+        let kept: Vec<String> = layers.kept.iter().map(ToString::to_string).collect();
+        self.observer.note(
+            "student",
+            &format!("{}, layers {} (KL {:.3} before training)", describe(&cut), kept.join(" "), layers.kl),
+        );
+        Ok((cut, layers.kept))
+    }
+
+    fn choose(&mut self, inputs: &Inputs, keep: usize) -> Result<Layers, Error> {
+        let length = self.recipe.train.length;
+        let wanted = (self.recipe.calibration / length).max(1) * length;
+        let ids = &inputs.train.ids;
+        let calibration = &ids[..wanted.min(ids.len() / length * length)];
+        let observer = &mut *self.observer;
+        let choice = student::choose_layers(&inputs.teacher, keep, calibration, length, &mut |done, total, kl| {
+            observer.progress("layers", done, total, &format!("KL {kl:.3}"));
+        })?;
+        Ok(Layers { kept: choice.kept, kl: choice.kl })
+    }
+
+    fn train(&mut self, inputs: &Inputs, untrained: Model, resume: bool) -> Result<Model, Error> {
+        let folder = RunFolder::new(self.folder, resume);
+        let text = Text { ids: &inputs.train.ids, scored: &inputs.train.scored };
+        let mut watch = Watch { observer: &mut *self.observer };
+        let trained =
+            trainer::distill(&inputs.teacher, untrained, text, &self.recipe.train, &folder, &mut watch)?;
+        Ok(trained)
+    }
+
+    fn export(&mut self, trained: &Model, mix: Mix) -> Result<(), Error> {
+        export::hf::write(trained, &self.path("student"))?;
+        self.observer.note("export", "student/ (Hugging Face folder)");
+        let path = self.path("student.gguf");
+        let report = quantize::quantize_file(trained, mix, &path)?;
+        self.observer.note(
+            "export",
+            &format!("student.gguf ({mix}, {:.2} bits per weight)", report.bits_per_weight),
+        );
+        Ok(())
+    }
+
+    /// Measures student beside teacher, writes the report and the manifest.
+    fn judge(
+        &mut self,
+        inputs: &Inputs,
+        trained: &Model,
+        kept_layers: Vec<usize>,
+        library: &bundle::BundleReport,
+    ) -> Result<Manifest, Error> {
+        let teacher = &inputs.teacher_file;
+        let trained_file = NativeFile::from_model(trained, Path::new("student (f32)"))?;
+        let shipped = NativeFile::open(&self.path("student.gguf"))?;
+        let folder = NativeFile::open(&self.path("student"))?;
+        let quality = self.evaluate(inputs, "student", &shipped, teacher)?;
+        let trained_quality = self.evaluate(inputs, "trained weights", &trained_file, teacher)?;
+        let gguf_parity = self.evaluate(inputs, "student.gguf parity", &shipped, &trained_file)?;
+        let folder_parity = self.evaluate(inputs, "student/ parity", &folder, &trained_file)?;
+        let of_teacher = Outcome {
+            ppl: quality.teacher_ppl.unwrap_or(f64::NAN),
+            kl: Some(0.0),
+            top1_agreement: Some(1.0),
+            ..quality
+        };
+        let folder_bytes = fs::metadata(self.path("student/model.safetensors"))
+            .map_err(|source| Error::Io { path: self.path("student"), source })?
+            .len();
+        let summary = Summary {
+            title: inputs.teacher.name.clone(),
+            target: self.recipe.target.clone(),
+            teacher: self.row("teacher", &inputs.teacher, teacher, of_teacher)?,
+            trained: self.row("student, f32", trained, &trained_file, trained_quality)?,
+            student: self.row(&format!("student, {}", self.recipe.quant), trained, &shipped, quality)?,
+            library_bytes: library.shared_bytes,
+            cpu: bench::cpu_name(),
+        };
+        report::write(&self.path("report.html"), self.folder, self.recipe, &kept_layers, &summary)?;
+        let artifact = |path: &str, parity| {
+            Artifact::new(self.folder, path, parity)
+                .map_err(|source| Error::Io { path: self.folder.join(path), source })
+        };
+        let inside = |path: &Path| {
+            path.strip_prefix(self.folder).unwrap_or(path).to_string_lossy().into_owned()
+        };
+        let artifacts = vec![
+            Artifact {
+                path: "student".into(),
+                bytes: folder_bytes,
+                ..artifact("student/model.safetensors", Some(folder_parity))?
+            },
+            artifact("student.gguf", Some(gguf_parity))?,
+            artifact(&inside(&library.shared), None)?,
+            artifact(&inside(&library.archive), None)?,
+            artifact("report.html", None)?,
+        ];
+        let manifest = Manifest {
+            edgec: env!("CARGO_PKG_VERSION").to_owned(),
+            recipe: self.recipe.clone(),
+            inputs: inputs.hashes.clone(),
+            kept_layers,
+            artifacts,
+            summary,
+        };
+        self.write_json("manifest.json", &manifest)?;
+        Ok(manifest)
+    }
+
+    fn evaluate(
+        &mut self,
+        inputs: &Inputs,
+        what: &str,
+        student: &NativeFile,
+        teacher: &NativeFile,
+    ) -> Result<Outcome, Error> {
+        let config = Config {
+            context: self.recipe.train.length,
+            windows: Some(EVAL_WINDOWS),
+            score: Score::All,
+            bos: inputs.tokenizer.bos_to_add(),
+        };
+        let observer = &mut *self.observer;
+        let outcome = evaluate(
+            student,
+            Some(teacher),
+            &inputs.eval,
+            &config,
+            &Engine::default(),
+            &mut |done, total, ppl| {
+                observer.progress("evaluate", done, total, &format!("{what}: ppl {ppl:.2}"));
+            },
+        )?;
+        Ok(outcome)
+    }
+
+    fn row(
+        &mut self,
+        name: &str,
+        model: &Model,
+        file: &NativeFile,
+        quality: Outcome,
+    ) -> Result<ModelRow, Error> {
+        let prompt = 128.min(model.spec.context / 2).max(1);
+        let config = bench::Config { prompt, generate: 32, repetitions: 3 };
+        self.observer.progress("latency", 0, 1, name);
+        let rows = bench::bench(file, config, &Engine::default())?;
+        Ok(ModelRow::new(name, model, file.bytes().len() as u64, quality, &rows))
+    }
+}
+
+/// Passes the trainer's steps on.
+struct Watch<'a> {
+    observer: &'a mut dyn Observer,
+}
+
+impl Progress for Watch<'_> {
+    fn step(&mut self, report: &StepReport) -> ControlFlow<()> {
+        let row = &report.row;
+        let message = format!(
+            "loss {:.4}  KL {:.4}  lr {:.1e}  {:.0} tok/s",
+            row.loss, row.kl, row.lr, report.tokens_per_second
+        );
+        self.observer.progress("distill", row.step as usize, report.steps as usize, &message);
+        ControlFlow::Continue(())
+    }
+
+    fn note(&mut self, message: &str) {
+        self.observer.note("distill", message);
+    }
+}
+
+/// Tokens at the end of a text that are held out: a share of it, whole windows, at least one.
+fn held_out(tokens: usize, length: usize) -> usize {
+    let share = (tokens as f64 * HELD_OUT) as usize / length;
+    share.clamp(1, EVAL_WINDOWS) * length
+}
+
+fn describe(model: &Model) -> String {
+    let spec = &model.spec;
+    format!(
+        "{} ({}): {:.2} M parameters, {} layers of {}",
+        model.name,
+        spec.family.name,
+        spec.parameters() as f64 / 1e6,
+        spec.layers,
+        spec.hidden
+    )
+}
+
+fn hash(path: &Path) -> Result<(String, String), Error> {
+    let hash = sha256(path).map_err(|source| Error::Io { path: path.into(), source })?;
+    Ok((path.display().to_string(), hash))
+}
+
+/// The hash of a model's file, or of each weight file in its folder.
+fn hash_model(path: &Path) -> Result<Vec<(String, String)>, Error> {
+    if path.is_file() {
+        return Ok(vec![hash(path)?]);
+    }
+    let io = |source| Error::Io { path: path.into(), source };
+    let mut files: Vec<PathBuf> = fs::read_dir(path)
+        .map_err(io)?
+        .map(|entry| entry.map(|entry| entry.path()))
+        .collect::<Result<_, _>>()
+        .map_err(io)?;
+    files.retain(|file| {
+        matches!(file.extension().and_then(|e| e.to_str()), Some("safetensors" | "json" | "gguf"))
+    });
+    files.sort();
+    files.iter().map(|file| hash(file)).collect()
+}

@@ -1,0 +1,233 @@
+//! `report.html`: student beside teacher, in one file that opens without a network.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use minijinja::{Environment, context};
+use serde::Serialize;
+
+use crate::atomic;
+use crate::model::Model;
+use crate::pipeline::Recipe;
+use crate::profile::bench::Row;
+use crate::profile::eval::Outcome;
+use crate::train::metrics;
+
+/// Why the report could not be written.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum Error {
+    #[error("{}: {source}", path.display())]
+    Io { path: PathBuf, source: io::Error },
+    #[error("report template: {0}")]
+    Template(#[from] minijinja::Error),
+}
+
+/// Everything that a run measured.
+#[derive(Clone, Debug, Serialize)]
+pub struct Summary {
+    /// Name of the teacher.
+    pub title: String,
+    /// Name of the target.
+    pub target: String,
+    /// The teacher, as given.
+    pub teacher: ModelRow,
+    /// The trained weights, before quantization.
+    pub trained: ModelRow,
+    /// What is shipped.
+    pub student: ModelRow,
+    /// Bytes of the device library.
+    pub library_bytes: u64,
+    /// Processor on which latency was measured.
+    pub cpu: String,
+}
+
+/// One model's size, quality and speed.
+#[derive(Clone, Debug, Serialize)]
+pub struct ModelRow {
+    /// What the reader calls it.
+    pub name: String,
+    /// Transformer blocks.
+    pub layers: usize,
+    /// Parameters.
+    pub parameters: u64,
+    /// Bytes of the file that the runtime reads.
+    pub file_bytes: u64,
+    /// Bytes of the arena in the latency test.
+    pub arena_bytes: usize,
+    /// Perplexity, KL and agreement on the text to judge on.
+    pub quality: Outcome,
+    /// Prompt tokens of the prefill test.
+    pub prompt: usize,
+    /// Prompt tokens per second.
+    pub prefill_ts: f64,
+    /// Time to the first token, median and 95th percentile, in milliseconds.
+    pub first_token_ms: [f64; 2],
+    /// Generated tokens per second.
+    pub decode_ts: f64,
+    /// Time between tokens, median and 95th percentile, in milliseconds.
+    pub next_token_ms: [f64; 2],
+}
+
+impl ModelRow {
+    /// A row from a model, its quality, and the two rows of a bench.
+    pub fn new(name: &str, model: &Model, file_bytes: u64, quality: Outcome, rows: &[Row]) -> Self {
+        let prefill = rows.iter().find(|row| row.n_prompt > 0);
+        let decode = rows.iter().find(|row| row.n_gen > 0);
+        let speed = |row: Option<&Row>| row.map_or(f64::NAN, |row| row.avg_ts);
+        let latency = |row: Option<&Row>| row.map_or([f64::NAN; 2], |row| [row.p50_ms, row.p95_ms]);
+        Self {
+            name: name.to_owned(),
+            layers: model.spec.layers,
+            parameters: model.spec.parameters(),
+            file_bytes,
+            arena_bytes: rows.iter().map(|row| row.arena_bytes).max().unwrap_or(0),
+            quality,
+            prompt: prefill.map_or(0, |row| row.n_prompt),
+            prefill_ts: speed(prefill),
+            first_token_ms: latency(prefill),
+            decode_ts: speed(decode),
+            next_token_ms: latency(decode),
+        }
+    }
+}
+
+/// A line of the table: a label and one cell for each model.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Line {
+    /// What is measured, with its unit.
+    pub label: String,
+    /// Teacher, trained weights, shipped student.
+    pub cells: [String; 3],
+}
+
+impl Summary {
+    /// The columns of the table.
+    pub fn models(&self) -> [&ModelRow; 3] {
+        [&self.teacher, &self.trained, &self.student]
+    }
+
+    /// The lines of the table, the same on the terminal and in the page.
+    pub fn lines(&self) -> Vec<Line> {
+        let line = |label: &str, cell: &dyn Fn(&ModelRow) -> String| Line {
+            label: label.to_owned(),
+            cells: self.models().map(cell),
+        };
+        let mib = |bytes: u64| format!("{:.2}", bytes as f64 / 1_048_576.0);
+        let optional = |value: Option<f64>, scale: f64, digits: usize| {
+            value.map_or_else(|| "-".to_owned(), |value| format!("{:.digits$}", value * scale))
+        };
+        vec![
+            line("parameters (M)", &|m| format!("{:.2}", m.parameters as f64 / 1e6)),
+            line("layers", &|m| m.layers.to_string()),
+            line("file (MiB)", &|m| mib(m.file_bytes)),
+            line("arena (MiB)", &|m| mib(m.arena_bytes as u64)),
+            line("perplexity", &|m| format!("{:.2}", m.quality.ppl)),
+            line("KL from teacher (nats/token)", &|m| optional(m.quality.kl, 1.0, 3)),
+            line("agreement with teacher (%)", &|m| optional(m.quality.top1_agreement, 100.0, 1)),
+            line(&format!("prefill {} (tok/s)", self.teacher.prompt), &|m| format!("{:.0}", m.prefill_ts)),
+            line("first token p50 (ms)", &|m| format!("{:.2}", m.first_token_ms[0])),
+            line("first token p95 (ms)", &|m| format!("{:.2}", m.first_token_ms[1])),
+            line("decode (tok/s)", &|m| format!("{:.0}", m.decode_ts)),
+            line("next token p50 (ms)", &|m| format!("{:.2}", m.next_token_ms[0])),
+            line("next token p95 (ms)", &|m| format!("{:.2}", m.next_token_ms[1])),
+        ]
+    }
+}
+
+/// Writes the page for the run in `folder`.
+///
+/// # Errors
+/// The folder cannot be written, or the metrics of the run cannot be read.
+pub fn write(
+    path: &Path,
+    folder: &Path,
+    recipe: &Recipe,
+    kept_layers: &[usize],
+    summary: &Summary,
+) -> Result<(), Error> {
+    let rows = metrics::read(folder).map_err(|source| Error::Io { path: folder.into(), source })?;
+    let column = |value: fn(&metrics::Row) -> f64| -> Vec<f64> { rows.iter().map(value).collect() };
+    let mut environment = Environment::new();
+    environment.add_template("report.html", include_str!("report.html"))?;
+    let page = environment.get_template("report.html")?.render(context! {
+        summary,
+        lines => summary.lines(),
+        models => summary.models().map(|model| model.name.clone()),
+        recipe,
+        kept_layers,
+        library_kib => format!("{:.1}", summary.library_bytes as f64 / 1024.0),
+        tokens => rows.last().map_or(0, |row| row.tokens),
+        speed => format!("{:.0}", mean(&column(|row| row.tok_s))),
+        loss => Curve::new(&column(|row| row.loss)),
+        kl => Curve::new(&column(|row| row.kl)),
+        version => env!("CARGO_PKG_VERSION"),
+    })?;
+    let page = page.as_bytes();
+    atomic::write(path, |file| file.write_all(page))
+        .map_err(|source| Error::Io { path: path.into(), source })?;
+    Ok(())
+}
+
+/// A curve over the steps of a run, ready to be drawn in a box of [`Curve::WIDTH`] x [`Curve::HEIGHT`].
+#[derive(Debug, Serialize)]
+struct Curve {
+    /// Points of an SVG polyline.
+    points: String,
+    /// Labels of the vertical axis: text and height.
+    ticks: Vec<(String, f64)>,
+    /// Steps of the run.
+    steps: usize,
+    last: String,
+}
+
+impl Curve {
+    const WIDTH: f64 = 560.0;
+    const HEIGHT: f64 = 180.0;
+
+    /// `None` where there is nothing to draw.
+    fn new(values: &[f64]) -> Option<Self> {
+        let finite = || values.iter().copied().filter(|value| value.is_finite());
+        let (low, high) = (finite().fold(f64::INFINITY, f64::min), finite().fold(0.0, f64::max));
+        if values.len() < 2 || high <= 0.0 || !low.is_finite() {
+            return None;
+        }
+        let low = low.min(0.0);
+        let height = |value: f64| Self::HEIGHT * (1.0 - (value - low) / (high - low));
+        // At most one point a pixel: the mean of the steps that fall on it.
+        let per_point = values.len().div_ceil(Self::WIDTH as usize);
+        let points: Vec<String> = values
+            .chunks(per_point)
+            .enumerate()
+            .map(|(index, chunk)| {
+                let x = (index * per_point) as f64 / (values.len() - 1) as f64 * Self::WIDTH;
+                format!("{x:.1},{:.1}", height(mean(chunk)))
+            })
+            .collect();
+        let ticks = [0.0, 0.25, 0.5, 0.75, 1.0]
+            .map(|share| low + share * (high - low))
+            .map(|value| (format!("{value:.2}"), height(value)))
+            .to_vec();
+        let last = format!("{:.3}", values.last().copied().unwrap_or(f64::NAN));
+        Some(Self { points: points.join(" "), ticks, steps: values.len(), last })
+    }
+}
+
+fn mean(values: &[f64]) -> f64 {
+    values.iter().sum::<f64>() / values.len().max(1) as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn curves_fill_their_box() {
+        let curve = Curve::new(&[4.0, 2.0, 1.0]).unwrap();
+        assert_eq!(curve.points, "0.0,0.0 280.0,90.0 560.0,135.0");
+        assert_eq!(curve.ticks[0], ("0.00".to_owned(), 180.0));
+        assert!(Curve::new(&[]).is_none() && Curve::new(&[0.0, 0.0]).is_none());
+        let long: Vec<f64> = (0..10_000).map(f64::from).collect();
+        assert!(Curve::new(&long).unwrap().points.split(' ').count() <= 560);
+    }
+}
