@@ -3,7 +3,7 @@
 use crate::{Config, Family, SpecError};
 
 /// Everything that tells one decoder-only transformer from another, besides its weights.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct DecoderSpec {
     /// The row of the family table that this specification was read with.
     pub family: &'static Family,

@@ -76,6 +76,23 @@ impl Name {
         Self { bytes, len: len as u8 }
     }
 
+    /// `prefix.text`, cut likewise.
+    pub fn joined(prefix: &str, text: &str) -> Self {
+        let mut name = Self::new(prefix);
+        for part in [".", text] {
+            let tail = Self::new(part);
+            let start = usize::from(name.len);
+            // A character that is cut in the middle would make the whole name unreadable.
+            let mut len = usize::from(tail.len).min(64 - start);
+            while !tail.as_str().is_char_boundary(len) {
+                len -= 1;
+            }
+            name.bytes[start..start + len].copy_from_slice(&tail.bytes[..len]);
+            name.len += len as u8;
+        }
+        name
+    }
+
     /// The name as text.
     pub fn as_str(&self) -> &str {
         core::str::from_utf8(&self.bytes[..usize::from(self.len)]).unwrap_or("")

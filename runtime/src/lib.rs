@@ -11,7 +11,7 @@ extern crate std;
 mod error;
 pub mod format;
 pub mod kernels;
-// pub mod session;
+pub mod session;
 pub mod tokenizer;
 pub mod workers;
 

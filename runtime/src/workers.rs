@@ -1,4 +1,14 @@
 //! Threads are the caller's: the runtime hands out work through [`Workers`] and never starts one.
+//!
+//! With the feature `std` there is [`Pool`], a caller's group of threads of the standard library.
+
+mod chunks;
+#[cfg(feature = "std")]
+mod pool;
+
+pub(crate) use chunks::for_each_chunk;
+#[cfg(feature = "std")]
+pub use pool::Pool;
 
 /// A fixed group of threads that can run one job together.
 pub trait Workers: Sync {

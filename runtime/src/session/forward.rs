@@ -1,0 +1,190 @@
+//! The forward step: what a decoder-only transformer computes for a batch of tokens.
+//!
+//! Driven by the specification alone; it knows no family and no instruction set. Every token's numbers
+//! are computed in the same order whatever the batch and the number of threads, so prefill and decode
+//! agree bit for bit.
+
+use super::weights::{Layer, Linear};
+use crate::Result;
+use crate::kernels::{Activations, ActivationsMut, Kernels, Matrix};
+use crate::workers::{Workers, for_each_chunk};
+use edge_models::DecoderSpec;
+
+/// Multiplications below which other threads are not worth waking.
+const WORTH_SHARING: usize = 1 << 15;
+
+/// Room for everything between the embedding and the logits of one batch.
+pub(super) struct Buffers<'a> {
+    /// The residual stream, `[batch, hidden]`.
+    pub(super) residual: &'a mut [f32],
+    /// Input of the query, key, value, gate, up and head matrices, later the output of attention.
+    pub(super) narrow: &'a mut [f32],
+    pub(super) narrow_quants: &'a mut [i8],
+    /// The gate, later the input of the down projection.
+    pub(super) wide: &'a mut [f32],
+    pub(super) wide_quants: &'a mut [i8],
+    /// Queries; what a block adds to the residual stream; the up projection.
+    pub(super) outputs: &'a mut [f32],
+    /// `[batch, head_dim / 2]`.
+    pub(super) cos: &'a mut [f32],
+    /// `[batch, head_dim / 2]`.
+    pub(super) sin: &'a mut [f32],
+}
+
+/// One batch of tokens on its way through the layers.
+#[derive(Clone, Copy)]
+pub(super) struct Step<'s> {
+    pub(super) spec: &'s DecoderSpec,
+    pub(super) kernels: &'static Kernels,
+    pub(super) workers: &'s dyn Workers,
+    /// Position of the first token.
+    pub(super) position: usize,
+    /// Number of tokens, at most the batch.
+    pub(super) tokens: usize,
+}
+
+impl Step<'_> {
+    /// `residual += attention(norm(residual))`; the keys and values of the batch are added to the layer's
+    /// cache, both `[context, kv_width]`.
+    pub(super) fn attention(
+        &self,
+        layer: &Layer,
+        keys: &mut [f32],
+        values: &mut [f32],
+        buffers: &mut Buffers,
+    ) -> Result<()> {
+        let (spec, n) = (self.spec, self.tokens);
+        let Buffers { residual, narrow, narrow_quants, outputs, cos, sin, .. } = buffers;
+        let residual = &mut residual[..n * spec.hidden];
+        let mut input = ActivationsMut::new(n, spec.hidden, narrow, narrow_quants)?;
+        self.norm(residual, layer.attn_norm, input.values_mut());
+        let input = self.quantize(&mut input, &[&layer.q.weight, &layer.k.weight, &layer.v.weight]);
+
+        let new = self.position * spec.kv_width()..(self.position + n) * spec.kv_width();
+        let queries = &mut outputs[..n * spec.q_width()];
+        self.linear(&layer.q, &input, queries)?;
+        self.linear(&layer.k, &input, &mut keys[new.clone()])?;
+        self.linear(&layer.v, &input, &mut values[new.clone()])?;
+        self.rope(queries, spec.q_width(), cos, sin);
+        self.rope(&mut keys[new], spec.kv_width(), cos, sin);
+
+        let mut attended = ActivationsMut::new(n, spec.q_width(), narrow, narrow_quants)?;
+        self.attend(queries, keys, values, attended.values_mut());
+        let attended = self.quantize(&mut attended, &[&layer.attn_out.weight]);
+        let added = &mut outputs[..n * spec.hidden];
+        self.linear(&layer.attn_out, &attended, added)?;
+        self.kernels.axpy(1.0, added, residual);
+        Ok(())
+    }
+
+    /// `residual += down(swiglu(gate(x), up(x)))` with `x = norm(residual)`.
+    pub(super) fn feed_forward(&self, layer: &Layer, buffers: &mut Buffers) -> Result<()> {
+        let (spec, n) = (self.spec, self.tokens);
+        let Buffers { residual, narrow, narrow_quants, wide, wide_quants, outputs, .. } = buffers;
+        let residual = &mut residual[..n * spec.hidden];
+        let mut input = ActivationsMut::new(n, spec.hidden, narrow, narrow_quants)?;
+        self.norm(residual, layer.ffn_norm, input.values_mut());
+        let input = self.quantize(&mut input, &[&layer.gate, &layer.up]);
+
+        let mut inner = ActivationsMut::new(n, spec.ffn, wide, wide_quants)?;
+        let up = &mut outputs[..n * spec.ffn];
+        self.matmul(&layer.gate, &input, inner.values_mut())?;
+        self.matmul(&layer.up, &input, up)?;
+        let up = &*up;
+        self.rows(inner.values_mut(), spec.ffn, 16, &|token, gate| {
+            self.kernels.swiglu(gate, &up[token * spec.ffn..][..spec.ffn]);
+        });
+        let inner = self.quantize(&mut inner, &[&layer.down]);
+        let added = &mut outputs[..n * spec.hidden];
+        self.matmul(&layer.down, &inner, added)?;
+        self.kernels.axpy(1.0, added, residual);
+        Ok(())
+    }
+
+    /// Logits of the batch's tokens `first..first + count` into `logits`, `[count, vocab]`.
+    pub(super) fn head(
+        &self,
+        norm: &[f32],
+        head: &Matrix,
+        [first, count]: [usize; 2],
+        buffers: &mut Buffers,
+        logits: &mut [f32],
+    ) -> Result<()> {
+        let hidden = self.spec.hidden;
+        let Buffers { residual, narrow, narrow_quants, .. } = buffers;
+        let mut input = ActivationsMut::new(count, hidden, narrow, narrow_quants)?;
+        self.norm(&residual[first * hidden..][..count * hidden], norm, input.values_mut());
+        let input = self.quantize(&mut input, &[head]);
+        self.matmul(head, &input, logits)
+    }
+
+    /// Normalizes every row of `x`, `[tokens, hidden]`.
+    fn norm(&self, x: &[f32], weight: &[f32], out: &mut [f32]) {
+        let hidden = self.spec.hidden;
+        self.rows(out, hidden, 4, &|token, out| {
+            self.kernels.rms_norm(&x[token * hidden..][..hidden], weight, self.spec.norm_eps, out);
+        });
+    }
+
+    /// Rotates every head of every row of `x`, `[tokens, width]`.
+    fn rope(&self, x: &mut [f32], width: usize, cos: &[f32], sin: &[f32]) {
+        let half = self.spec.head_dim / 2;
+        self.rows(x, width, 2, &|token, row| {
+            let angles = token * half..(token + 1) * half;
+            for head in row.chunks_exact_mut(self.spec.head_dim) {
+                let (cos, sin) = (&cos[angles.clone()], &sin[angles.clone()]);
+                self.kernels.rope(head, cos, sin, self.spec.family.gguf_rope);
+            }
+        });
+    }
+
+    /// Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245), causal: token `t` of the batch
+    /// sees the positions up to its own. Queries and `out` are `[tokens, heads * head_dim]`.
+    fn attend(&self, queries: &[f32], keys: &[f32], values: &[f32], out: &mut [f32]) {
+        let spec = self.spec;
+        let (head_dim, stride) = (spec.head_dim, spec.kv_width());
+        let group = spec.heads / spec.kv_heads;
+        let scale = 1.0 / libm::sqrtf(head_dim as f32);
+        // Two multiplications for each element of each cached row.
+        let cost = 2 * out.len().saturating_mul(self.position + self.tokens);
+        for_each_chunk(self.workers, cost >= WORTH_SHARING, out, head_dim, &|index, out| {
+            let (token, head) = (index / spec.heads, index % spec.heads);
+            let query = &queries[index * head_dim..][..head_dim];
+            let start = head / group * head_dim;
+            let (keys, values) = (&keys[start..], &values[start..]);
+            let seen = self.position + token + 1;
+            self.kernels.attention(query, keys, values, stride, seen, scale, out);
+        });
+    }
+
+    /// `out = weight x + bias`.
+    fn linear(&self, linear: &Linear, x: &Activations, out: &mut [f32]) -> Result<()> {
+        self.matmul(&linear.weight, x, out)?;
+        if !linear.bias.is_empty() {
+            for row in out.chunks_exact_mut(linear.bias.len()) {
+                self.kernels.axpy(1.0, linear.bias, row);
+            }
+        }
+        Ok(())
+    }
+
+    fn matmul(&self, weight: &Matrix, x: &Activations, out: &mut [f32]) -> Result<()> {
+        self.kernels.matmul(self.workers, weight, x, out)
+    }
+
+    /// The activations as `weights` need them: quantized, unless all of these are floats.
+    fn quantize<'x>(&self, x: &'x mut ActivationsMut, weights: &[&Matrix]) -> Activations<'x> {
+        if weights.iter().all(|weight| weight.dtype().is_float()) {
+            x.unquantized()
+        } else {
+            self.kernels.quantize(x)
+        }
+    }
+
+    /// Calls `job` for every row of `x`, shared among the threads if `cost` multiplications for each
+    /// element make it worth it.
+    fn rows(&self, x: &mut [f32], width: usize, cost: usize, job: &(dyn Fn(usize, &mut [f32]) + Sync)) {
+        let worth = x.len().saturating_mul(cost) >= WORTH_SHARING;
+        for_each_chunk(self.workers, worth, x, width, job);
+    }
+}

@@ -1,0 +1,244 @@
+//! A model at work: a plan of its memory, the forward step over a KV cache, and the choice of the next
+//! token.
+//!
+//! [`Plan`] checks the file and counts the bytes; [`Session`] takes an arena of that size and never asks
+//! for more. Nothing here knows a model family (the specification does) or an instruction set (the
+//! kernels do), and nothing allocates.
+
+mod arena;
+mod cache;
+mod forward;
+mod plan;
+mod rope;
+mod sampler;
+mod weights;
+
+pub use plan::{Limits, Plan};
+pub use sampler::{Sampler, SamplerConfig, argmax};
+
+use crate::format::Gguf;
+use crate::kernels::{Kernels, dequantize_row};
+use crate::workers::Workers;
+use crate::{Code, Error, Result};
+use arena::Arena;
+use cache::Cache;
+use edge_models::DecoderSpec;
+use forward::{Buffers, Step};
+use weights::{Model, Weights, read_spec};
+
+/// One sequence of tokens on one model.
+pub struct Session<'a> {
+    spec: DecoderSpec,
+    limits: Limits,
+    kernels: &'static Kernels,
+    workers: &'a dyn Workers,
+    model: Model<'a>,
+    frequencies: &'a [f64],
+    cache: Cache<'a>,
+    buffers: Buffers<'a>,
+    /// `[logits_rows, vocab]`.
+    logits: &'a mut [f32],
+    /// The row of `logits` that belongs to the last token.
+    last_row: Option<usize>,
+    position: usize,
+}
+
+impl core::fmt::Debug for Session<'_> {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        let Self { spec, limits, kernels, position, .. } = self;
+        write!(f, "Session({}, {}, {limits:?}, at {position})", spec.family.name, kernels.name())
+    }
+}
+
+impl<'a> Session<'a> {
+    /// Begins a session on the file that `plan` was made from. The arena may hold anything and start
+    /// anywhere; `workers` share the large matrices.
+    ///
+    /// # Errors
+    /// [`Code::ArenaTooSmall`] if it has less than [`Plan::arena_bytes`]; [`Code::BadArgument`] if there
+    /// are more threads than planned or the file is another one.
+    pub fn new(
+        file: &Gguf<'a>,
+        plan: &Plan,
+        kernels: &'static Kernels,
+        workers: &'a dyn Workers,
+        arena: &'a mut [u8],
+    ) -> Result<Self> {
+        if arena.len() < plan.arena_bytes() {
+            return Err(
+                Error::new(Code::ArenaTooSmall, "arena").found(arena.len() as u64, plan.arena_bytes() as u64)
+            );
+        }
+        let limits = plan.limits();
+        if workers.count() > limits.workers {
+            return Err(Error::new(Code::BadArgument, "workers")
+                .found(workers.count() as u64, limits.workers as u64)
+                .hint("more threads than the plan allows"));
+        }
+        let spec = *plan.spec();
+        if read_spec(file)? != spec {
+            return Err(Error::new(Code::BadArgument, "file").hint("not the one that the plan was made from"));
+        }
+        let sizes = plan.sizes();
+        let mut arena = Arena::new(arena);
+        let weights = Weights { file, spec: &spec };
+        let vectors = arena.take(sizes.vectors)?;
+        let model = weights.load(&mut arena, vectors)?;
+        let frequencies: &mut [f64] = arena.take(sizes.frequencies)?;
+        let source = weights.frequencies()?;
+        for (index, frequency) in frequencies.iter_mut().enumerate() {
+            *frequency = source.get(index)?;
+        }
+        let layer = spec.kv_width() * limits.context;
+        let cache = Cache { keys: arena.take(sizes.cache)?, values: arena.take(sizes.cache)?, layer };
+        let buffers = Buffers {
+            residual: arena.take(sizes.residual)?,
+            narrow: arena.take(sizes.narrow)?,
+            narrow_quants: arena.take(sizes.narrow_quants)?,
+            wide: arena.take(sizes.wide)?,
+            wide_quants: arena.take(sizes.wide_quants)?,
+            outputs: arena.take(sizes.outputs)?,
+            cos: arena.take(sizes.angles)?,
+            sin: arena.take(sizes.angles)?,
+        };
+        let logits = arena.take(sizes.logits)?;
+        let (last_row, position) = (None, 0);
+        Ok(Self {
+            spec,
+            limits,
+            kernels,
+            workers,
+            model,
+            frequencies,
+            cache,
+            buffers,
+            logits,
+            last_row,
+            position,
+        })
+    }
+
+    /// Adds tokens to the sequence, in batches; afterwards [`Session::logits`] are those after the last.
+    ///
+    /// # Errors
+    /// [`Code::BadToken`] or [`Code::ContextFull`]; then nothing was added.
+    pub fn feed(&mut self, tokens: &[u32]) -> Result<()> {
+        self.check(tokens)?;
+        for batch in tokens.chunks(self.limits.batch) {
+            self.step(batch)?;
+        }
+        match tokens.len().checked_sub(1) {
+            Some(last) => self.head(last % self.limits.batch, 1),
+            None => Ok(()),
+        }
+    }
+
+    /// As [`Session::feed`]; `sink` gets the index of every token and the logits after it, `[vocab]`.
+    ///
+    /// # Errors
+    /// As [`Session::feed`].
+    pub fn feed_all(&mut self, tokens: &[u32], sink: &mut dyn FnMut(usize, &[f32])) -> Result<()> {
+        self.check(tokens)?;
+        let Limits { batch, logits_rows, .. } = self.limits;
+        for (index, tokens) in tokens.chunks(batch).enumerate() {
+            self.step(tokens)?;
+            for first in (0..tokens.len()).step_by(logits_rows) {
+                let count = logits_rows.min(tokens.len() - first);
+                self.head(first, count)?;
+                for (row, logits) in self.logits.chunks_exact(self.spec.vocab).take(count).enumerate() {
+                    sink(index * batch + first + row, logits);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Logits after the last token, `[vocab]`; empty while there are none, that is before the first
+    /// [`Session::feed`] and after [`Session::truncate`].
+    pub fn logits(&self) -> &[f32] {
+        match self.last_row {
+            Some(row) => &self.logits[row * self.spec.vocab..][..self.spec.vocab],
+            None => &[],
+        }
+    }
+
+    /// Number of tokens in the sequence.
+    pub fn position(&self) -> usize {
+        self.position
+    }
+
+    /// Number of tokens that fit.
+    pub fn context(&self) -> usize {
+        self.limits.context
+    }
+
+    /// Forgets all tokens from `position` on, and with them the logits; nothing happens if there are none.
+    pub fn truncate(&mut self, position: usize) {
+        if position < self.position {
+            self.position = position;
+            self.last_row = None;
+        }
+    }
+
+    /// The model.
+    pub fn spec(&self) -> &DecoderSpec {
+        &self.spec
+    }
+
+    /// Refuses tokens before any of them has changed anything.
+    fn check(&self, tokens: &[u32]) -> Result<()> {
+        if tokens.len() > self.limits.context - self.position {
+            let wanted = self.position.saturating_add(tokens.len());
+            return Err(Error::new(Code::ContextFull, "").found(wanted as u64, self.limits.context as u64));
+        }
+        match tokens.iter().find(|token| **token as usize >= self.spec.vocab) {
+            Some(token) => {
+                Err(Error::new(Code::BadToken, "").found(u64::from(*token), self.spec.vocab as u64))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Takes one batch through all layers; its residual stream stays in the buffers.
+    fn step(&mut self, tokens: &[u32]) -> Result<()> {
+        self.last_row = None;
+        let Self { spec, model, cache, buffers, .. } = self;
+        let half = self.frequencies.len();
+        let angles = ..tokens.len() * half;
+        rope::angles(self.frequencies, self.position, &mut buffers.cos[angles], &mut buffers.sin[angles]);
+        for (token, row) in tokens.iter().zip(buffers.residual.chunks_exact_mut(spec.hidden)) {
+            let bytes = model.embedding.row(*token as usize).unwrap_or(&[]);
+            dequantize_row(model.embedding.dtype(), bytes, row)?;
+        }
+        let step = Step {
+            spec,
+            kernels: self.kernels,
+            workers: self.workers,
+            position: self.position,
+            tokens: tokens.len(),
+        };
+        for (index, layer) in model.layers.iter().enumerate() {
+            let (keys, values) = cache.layer(index);
+            step.attention(layer, keys, values, buffers)?;
+            step.feed_forward(layer, buffers)?;
+        }
+        self.position += tokens.len();
+        Ok(())
+    }
+
+    /// Logits of `count` tokens of the last batch, from its token `first` on.
+    fn head(&mut self, first: usize, count: usize) -> Result<()> {
+        let Self { spec, model, buffers, .. } = self;
+        let logits = &mut self.logits[..count * spec.vocab];
+        let step = Step {
+            spec,
+            kernels: self.kernels,
+            workers: self.workers,
+            position: self.position,
+            tokens: count,
+        };
+        step.head(model.output_norm, &model.head, [first, count], buffers, logits)?;
+        self.last_row = Some(count - 1);
+        Ok(())
+    }
+}

@@ -1,0 +1,155 @@
+//! What a session will need, known before any memory is touched.
+
+use super::arena::{SLACK, padded_bytes};
+use super::weights::{Layer, Weights, read_spec};
+use crate::format::Gguf;
+use crate::kernels::ActivationsMut;
+use crate::{Code, Error, Result};
+use edge_models::DecoderSpec;
+
+/// How much a session can do at once. More of anything costs memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Tokens of KV cache; 0 is what the model was trained for. More than that is allowed, at the model's
+    /// own risk.
+    pub context: usize,
+    /// Tokens that prefill computes together, at least 1.
+    pub batch: usize,
+    /// Tokens for which [`super::Session::feed_all`] computes logits together, at least 1; 1 will do for
+    /// generation.
+    pub logits_rows: usize,
+    /// Most threads that will work, at least 1.
+    pub workers: usize,
+}
+
+/// A model file that was found to be sound, and the memory that a session on it needs.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    spec: DecoderSpec,
+    limits: Limits,
+    sizes: Sizes,
+    arena_bytes: usize,
+}
+
+/// Elements of each slice in the arena.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Sizes {
+    /// Norms and biases of all layers, `f32`.
+    pub(super) vectors: usize,
+    /// Inverse frequencies, `f64`.
+    pub(super) frequencies: usize,
+    /// Keys of all layers, and as many values, `f32`.
+    pub(super) cache: usize,
+    /// The residual stream, `f32`.
+    pub(super) residual: usize,
+    /// Inputs of the projections from the residual stream and of the attention's output, `f32`.
+    pub(super) narrow: usize,
+    /// Their integers, `i8`.
+    pub(super) narrow_quants: usize,
+    /// Input of the down projection, `f32`.
+    pub(super) wide: usize,
+    /// Its integers, `i8`.
+    pub(super) wide_quants: usize,
+    /// Outputs of matrices that no other buffer takes, `f32`.
+    pub(super) outputs: usize,
+    /// Cosines, and as many sines, `f32`.
+    pub(super) angles: usize,
+    /// Logits, `f32`.
+    pub(super) logits: usize,
+}
+
+impl Sizes {
+    /// `None` if a number is beyond the address space.
+    fn new(spec: &DecoderSpec, limits: &Limits) -> Option<Self> {
+        let (hidden, q_width, ffn) = (spec.hidden, spec.q_width(), spec.ffn);
+        let batch = |per_token: usize| per_token.checked_mul(limits.batch);
+        let floats = ActivationsMut::floats_per_token;
+        let quants = ActivationsMut::quants_per_token;
+        Some(Self {
+            vectors: Weights::layer_vectors(spec).checked_mul(spec.layers)?.checked_add(hidden)?,
+            frequencies: spec.head_dim / 2,
+            cache: spec.kv_width().checked_mul(limits.context)?.checked_mul(spec.layers)?,
+            residual: batch(hidden)?,
+            narrow: batch(floats(hidden).max(floats(q_width)))?,
+            narrow_quants: batch(quants(hidden).max(quants(q_width)))?,
+            wide: batch(floats(ffn))?,
+            wide_quants: batch(quants(ffn))?,
+            outputs: batch(q_width.max(hidden).max(ffn))?,
+            angles: batch(spec.head_dim / 2)?,
+            logits: spec.vocab.checked_mul(limits.logits_rows)?,
+        })
+    }
+
+    /// Bytes of an arena at any address.
+    fn arena_bytes(&self, spec: &DecoderSpec) -> Option<usize> {
+        let mut total = padded_bytes::<Layer>(spec.layers)?;
+        total = total.checked_add(padded_bytes::<f64>(self.frequencies)?)?;
+        for quants in [self.narrow_quants, self.wide_quants] {
+            total = total.checked_add(padded_bytes::<i8>(quants)?)?;
+        }
+        let floats = [self.vectors, self.residual, self.narrow, self.wide, self.outputs, self.logits];
+        for floats in floats.into_iter().chain([self.cache; 2]).chain([self.angles; 2]) {
+            total = total.checked_add(padded_bytes::<f32>(floats)?)?;
+        }
+        // No object can have more than isize::MAX bytes.
+        total.checked_add(SLACK).filter(|total| isize::try_from(*total).is_ok())
+    }
+}
+
+impl Plan {
+    /// Reads the specification of `file` and checks all its tensors.
+    ///
+    /// # Errors
+    /// [`Code::UnknownFamily`] with the name that was found; [`Code::MissingKey`], [`Code::OutOfRange`] or
+    /// [`Code::Unsupported`] with the key; [`Code::MissingTensor`], [`Code::WrongShape`],
+    /// [`Code::UnsupportedType`] or, for one that nobody would read, [`Code::Unsupported`] with the tensor;
+    /// [`Code::BadArgument`] with the limit that is 0, [`Code::OutOfRange`] if no machine has so much
+    /// memory.
+    pub fn new(file: &Gguf<'_>, limits: Limits) -> Result<Self> {
+        for (name, limit) in
+            [("batch", limits.batch), ("logits_rows", limits.logits_rows), ("workers", limits.workers)]
+        {
+            if limit == 0 {
+                return Err(Error::new(Code::BadArgument, name).hint("at least 1"));
+            }
+        }
+        let spec = read_spec(file)?;
+        Weights { file, spec: &spec }.check()?;
+        let context = if limits.context == 0 { spec.context } else { limits.context };
+        let batch = limits.batch.min(context);
+        let limits = Limits { context, batch, logits_rows: limits.logits_rows.min(batch), ..limits };
+        let sizes = Sizes::new(&spec, &limits);
+        match sizes.and_then(|sizes| Some((sizes, sizes.arena_bytes(&spec)?))) {
+            Some((sizes, arena_bytes)) => Ok(Self { spec, limits, sizes, arena_bytes }),
+            None => Err(Error::new(Code::OutOfRange, "context")
+                .found(context as u64, spec.context as u64)
+                .hint("the arena would not fit the address space")),
+        }
+    }
+
+    /// Bytes that [`super::Session::new`] needs, wherever they start.
+    pub fn arena_bytes(&self) -> usize {
+        self.arena_bytes
+    }
+
+    /// Bytes of the arena that are KV cache.
+    pub fn kv_bytes(&self) -> usize {
+        // Cannot overflow: it is part of `arena_bytes`.
+        2 * self.sizes.cache * size_of::<f32>()
+    }
+
+    /// The model.
+    pub fn spec(&self) -> &DecoderSpec {
+        &self.spec
+    }
+
+    /// The limits as they will be kept: a context of 0 replaced by the model's, a batch not above the
+    /// context, logits rows not above the batch.
+    pub fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    pub(super) fn sizes(&self) -> &Sizes {
+        &self.sizes
+    }
+}

@@ -1,0 +1,208 @@
+//! The weights of a model file: checked against the specification once, found by role afterwards.
+
+use super::arena::Arena;
+use super::rope::Frequencies;
+use crate::format::{DType, Gguf, GgufConfig, TensorInfo};
+use crate::kernels::{Matrix, dequantize_row};
+use crate::{Code, Error, Name, Result};
+use edge_models::{DecoderSpec, NameBuf, Role, SpecError, family_by_gguf_name};
+
+/// Reads the specification of `file` from its metadata.
+pub(super) fn read_spec(file: &Gguf) -> Result<DecoderSpec> {
+    let architecture = file.architecture()?;
+    let family =
+        family_by_gguf_name(architecture).ok_or_else(|| Error::new(Code::UnknownFamily, architecture))?;
+    (family.from_gguf)(&GgufConfig::new(*file)?).map_err(|error| {
+        let error_about = |code, key| Error { name: Name::joined(architecture, key), ..Error::new(code, "") };
+        match error {
+            SpecError::Missing { key } => error_about(Code::MissingKey, key),
+            SpecError::OutOfRange { key, found, max, .. } => {
+                error_about(Code::OutOfRange, key).found(found as u64, max as u64)
+            }
+            SpecError::Unsupported { key, expected } => error_about(Code::Unsupported, key).hint(expected),
+        }
+    })
+}
+
+/// The tensors of a file under its specification.
+#[derive(Clone, Copy)]
+pub(super) struct Weights<'f, 'a> {
+    pub(super) file: &'f Gguf<'a>,
+    pub(super) spec: &'f DecoderSpec,
+}
+
+/// A linear map, `weight [outputs, inputs]` and its bias, which is empty where there is none.
+#[derive(Clone, Copy)]
+pub(super) struct Linear<'a> {
+    pub(super) weight: Matrix<'a>,
+    pub(super) bias: &'a [f32],
+}
+
+/// The weights of one block.
+#[derive(Clone, Copy)]
+pub(super) struct Layer<'a> {
+    pub(super) attn_norm: &'a [f32],
+    pub(super) q: Linear<'a>,
+    pub(super) k: Linear<'a>,
+    pub(super) v: Linear<'a>,
+    pub(super) attn_out: Linear<'a>,
+    pub(super) ffn_norm: &'a [f32],
+    pub(super) gate: Matrix<'a>,
+    pub(super) up: Matrix<'a>,
+    pub(super) down: Matrix<'a>,
+}
+
+/// All weights: matrices stay in the file's bytes, vectors are decoded to `f32` in the arena.
+#[derive(Clone, Copy)]
+pub(super) struct Model<'a> {
+    pub(super) embedding: Matrix<'a>,
+    pub(super) layers: &'a [Layer<'a>],
+    pub(super) output_norm: &'a [f32],
+    pub(super) head: Matrix<'a>,
+}
+
+impl<'a> Weights<'_, 'a> {
+    /// Checks that every tensor that the specification asks for is there with its shape and a type that
+    /// can be run, and that there is no other: one that nobody reads means that the model is not what
+    /// its metadata says.
+    pub(super) fn check(&self) -> Result<()> {
+        let mut wanted = 0;
+        for row in self.spec.family.tensors.iter().filter(|row| row.role.required(self.spec)) {
+            wanted += if row.role.per_layer() { self.spec.layers } else { 1 };
+        }
+        let found = self.file.tensors().count();
+        if found > wanted {
+            return Err(self.surplus(found, wanted));
+        }
+        for row in self.spec.family.tensors.iter().filter(|row| row.role.required(self.spec)) {
+            for layer in 0..if row.role.per_layer() { self.spec.layers } else { 1 } {
+                self.get(row.role, layer)?;
+            }
+        }
+        let frequencies = self.frequencies()?;
+        (0..self.spec.head_dim / 2).try_for_each(|index| frequencies.get(index).map(drop))
+    }
+
+    /// The rotary frequencies.
+    pub(super) fn frequencies(&self) -> Result<Frequencies<'_>> {
+        let table = match Role::RopeFreqs.required(self.spec) {
+            true => Some(self.get(Role::RopeFreqs, 0)?.0),
+            false => None,
+        };
+        Ok(Frequencies::new(self.spec, table))
+    }
+
+    /// The error that names the first tensor which nobody asked for.
+    fn surplus(&self, found: usize, wanted: usize) -> Error {
+        match self.file.tensors().find(|tensor| !self.knows(tensor.name)) {
+            Some(tensor) => {
+                Error::new(Code::Unsupported, tensor.name).hint("the family has no use for this tensor")
+            }
+            None => Error::new(Code::BadLength, "tensors")
+                .found(found as u64, wanted as u64)
+                .hint("a tensor is there twice"),
+        }
+    }
+
+    /// Whether the specification asks for the tensor called `name`.
+    fn knows(&self, name: &str) -> bool {
+        self.spec.family.tensors.iter().filter(|row| row.role.required(self.spec)).any(|row| {
+            let Some((head, tail)) = row.gguf.split_once("{}") else { return row.gguf == name };
+            let layer = name.strip_prefix(head).and_then(|rest| rest.strip_suffix(tail));
+            let Some(Ok(layer)) = layer.map(str::parse) else { return false };
+            layer < self.spec.layers && NameBuf::new(row.gguf, layer).as_str() == name
+        })
+    }
+
+    /// The tensor of `role` in `layer`, with its type.
+    fn get(&self, role: Role, layer: usize) -> Result<(TensorInfo<'a>, DType)> {
+        let pattern = self.spec.family.tensor(role).map_or("", |row| row.gguf);
+        let name = NameBuf::new(pattern, layer);
+        let info =
+            self.file.tensor(name.as_str()).ok_or_else(|| Error::new(Code::MissingTensor, name.as_str()))?;
+        let dtype = info.dtype.ok_or_else(|| {
+            Error::new(Code::UnsupportedType, info.name).at(info.offset).found(u64::from(info.type_id), 0)
+        })?;
+        // `Gguf` bounds the product of all axes, so these cannot overflow.
+        let found = [info.dims[1] * info.dims[2] * info.dims[3], info.dims[0]];
+        for ((found, expected), hint) in found.into_iter().zip(role.shape(self.spec)).zip(["rows", "columns"])
+        {
+            if found != expected as u64 {
+                return Err(Error::new(Code::WrongShape, info.name).found(found, expected as u64).hint(hint));
+            }
+        }
+        Ok((info, dtype))
+    }
+
+    /// The matrix of `role` in `layer`, in the file's bytes.
+    fn matrix(&self, role: Role, layer: usize) -> Result<Matrix<'a>> {
+        let (info, dtype) = self.get(role, layer)?;
+        let [rows, cols] = role.shape(self.spec);
+        Matrix::new(dtype, rows, cols, info.data)
+            .map_err(|error| Error { name: Name::new(info.name), ..error })
+    }
+
+    /// Decodes the vector of `role` in `layer`.
+    fn vector(&self, role: Role, layer: usize, out: &mut [f32]) -> Result<()> {
+        let (info, dtype) = self.get(role, layer)?;
+        dequantize_row(dtype, info.data, out).map_err(|error| Error { name: Name::new(info.name), ..error })
+    }
+
+    /// Elements of all vectors of one layer.
+    pub(super) fn layer_vectors(spec: &DecoderSpec) -> usize {
+        let wanted = |role: Role| role.required(spec) && role.per_layer() && role.is_vector();
+        spec.family.tensors.iter().filter(|row| wanted(row.role)).map(|row| row.role.shape(spec)[1]).sum()
+    }
+
+    /// Builds the table of all weights in the arena.
+    ///
+    /// `vectors` must have room for all vectors: those of each layer and the output norm.
+    pub(super) fn load(&self, arena: &mut Arena<'a>, vectors: &'a mut [f32]) -> Result<Model<'a>> {
+        let mut vectors = Vectors { weights: *self, rest: vectors };
+        let layers = arena.build(self.spec.layers, |layer| {
+            let mut linear = |weight, bias: Role| {
+                Ok(Linear { weight: self.matrix(weight, layer)?, bias: vectors.take(bias, layer)? })
+            };
+            let q = linear(Role::AttnQ, Role::AttnQBias)?;
+            let k = linear(Role::AttnK, Role::AttnKBias)?;
+            let v = linear(Role::AttnV, Role::AttnVBias)?;
+            let attn_out = linear(Role::AttnOut, Role::AttnOutBias)?;
+            Ok(Layer {
+                attn_norm: vectors.take(Role::AttnNorm, layer)?,
+                q,
+                k,
+                v,
+                attn_out,
+                ffn_norm: vectors.take(Role::FfnNorm, layer)?,
+                gate: self.matrix(Role::FfnGate, layer)?,
+                up: self.matrix(Role::FfnUp, layer)?,
+                down: self.matrix(Role::FfnDown, layer)?,
+            })
+        })?;
+        let embedding = self.matrix(Role::TokenEmbedding, 0)?;
+        let head = if self.spec.tied_embeddings { embedding } else { self.matrix(Role::Output, 0)? };
+        Ok(Model { embedding, layers, output_norm: vectors.take(Role::OutputNorm, 0)?, head })
+    }
+}
+
+/// Room for vectors, handed out in parts.
+struct Vectors<'w, 'a> {
+    weights: Weights<'w, 'a>,
+    rest: &'a mut [f32],
+}
+
+impl<'a> Vectors<'_, 'a> {
+    /// The vector of `role` in `layer`; empty if the model has none.
+    fn take(&mut self, role: Role, layer: usize) -> Result<&'a [f32]> {
+        if !role.required(self.weights.spec) {
+            return Ok(&[]);
+        }
+        let len = role.shape(self.weights.spec)[1];
+        let Some((part, rest)) = core::mem::take(&mut self.rest).split_at_mut_checked(len) else {
+            return Err(Error::new(Code::ArenaTooSmall, "vectors"));
+        };
+        self.rest = rest;
+        self.weights.vector(role, layer, part)?;
+        Ok(part)
+    }
+}
