@@ -38,14 +38,22 @@ const FLAGS: &[&str] = &[
     "-Clinker=rust-lld",
     "-Clinker-flavor=ld.lld",
     "-Cdefault-linker-libraries=no",
-    // Musl's default is a static program, which could not be a shared library.
-    "-Ctarget-feature=-crt-static",
     "-Clink-arg=-nostdlib",
     "-Clink-arg=-zdefs",
     "-Clink-arg=-zmax-page-size=16384",
     "-Clink-arg=-soname=libedge.so",
     "-Clink-arg=--build-id=sha1",
 ];
+
+/// Without `crt-static`, since musl's default is a static program, which could not be a shared library.
+/// Without `outline-atomics`, whose helper asks the C library what the CPU can do.
+fn feature_flag(triple: &str) -> &'static str {
+    if triple.starts_with("aarch64-") {
+        "-Ctarget-feature=-crt-static,-outline-atomics"
+    } else {
+        "-Ctarget-feature=-crt-static"
+    }
+}
 
 /// The folder with the sources of the runtime.
 pub(super) struct Workspace {
@@ -100,7 +108,7 @@ impl Workspace {
             .args(kind.arguments())
             .args(["--target", triple])
             .env("CARGO_TARGET_DIR", &folder)
-            .env("CARGO_ENCODED_RUSTFLAGS", self.rust_flags())
+            .env("CARGO_ENCODED_RUSTFLAGS", self.rust_flags(triple))
             .env_remove("RUSTFLAGS");
         let answer = run(&mut command)?;
         if !answer.status.success() {
@@ -121,8 +129,10 @@ impl Workspace {
     }
 
     /// [`FLAGS`], and no folder of this machine in the messages of the library.
-    fn rust_flags(&self) -> OsString {
+    fn rust_flags(&self, triple: &str) -> OsString {
         let mut flags = OsString::from(FLAGS.join("\u{1f}"));
+        flags.push("\u{1f}");
+        flags.push(feature_flag(triple));
         let home = std::env::var_os("CARGO_HOME").map(PathBuf::from);
         let home = home.or_else(|| Some(std::env::home_dir()?.join(".cargo")));
         for (folder, name) in [(Some(self.root.clone()), "edge"), (home, "cargo")] {

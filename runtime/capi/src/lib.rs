@@ -1,1 +1,298 @@
-//! C ABI of the runtime.
+//! The C ABI of the runtime: `include/edge.h` in Rust, and the only symbols that the device library
+//! exports.
+//!
+//! Each function checks its pointers, turns them into slices and hands over to the runtime; a refusal
+//! becomes a negative number, its text is kept for the caller. Nothing here computes, allocates, starts
+//! a thread or keeps a global.
+#![no_std]
+
+// Without `freestanding` (tests, tools, editors) the standard library brings the panic handler. A
+// profile that unwinds needs it too, whatever the features say.
+#[cfg(not(all(feature = "freestanding", panic = "abort")))]
+extern crate std;
+
+mod abi;
+mod arena;
+#[cfg(all(feature = "freestanding", panic = "abort"))]
+mod freestanding;
+#[cfg(any(feature = "memory", test))]
+mod memory;
+mod message;
+mod session;
+mod team;
+
+use core::ffi::{c_char, c_void};
+
+pub use abi::{EdgeError, EdgeLimits, EdgePlanInfo, EdgeSampling, EdgeWorkers, Job, OnText, VERSION};
+use abi::{input, input_one, output, output_one};
+use edge_runtime::Result;
+use message::Message;
+pub use session::EdgeSession;
+
+/// Version of the interface.
+#[unsafe(no_mangle)]
+pub extern "C" fn edge_abi_version() -> u32 {
+    VERSION
+}
+
+/// A text for an error number; never null.
+#[unsafe(no_mangle)]
+pub extern "C" fn edge_error_text(code: i32) -> *const c_char {
+    message::text(code).as_ptr()
+}
+
+/// What a session on a model needs.
+///
+/// # Safety
+/// Pointers are null or valid as `edge.h` says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn edge_plan(
+    model: *const c_void,
+    model_size: usize,
+    limits: *const EdgeLimits,
+    plan: *mut EdgePlanInfo,
+    error: *mut EdgeError,
+) -> i32 {
+    let result = (|| {
+        // SAFETY: the caller's promise for each of the three.
+        let (model, limits, plan) = unsafe {
+            (
+                input(model.cast(), model_size, "model")?,
+                input_one(limits, "limits")?,
+                output_one(plan, "plan")?,
+            )
+        };
+        *plan = arena::Layout::new(model, limits)?.info();
+        Ok(0)
+    })();
+    // SAFETY: the caller's promise about `error`.
+    unsafe { abi::report(result, error) }
+}
+
+/// Begins a session in the caller's arena.
+///
+/// # Safety
+/// Pointers are null or valid as `edge.h` says; the model, the arena and the workers outlive the session
+/// and are used by nothing else.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn edge_open(
+    model: *const c_void,
+    model_size: usize,
+    limits: *const EdgeLimits,
+    workers: *const EdgeWorkers,
+    arena: *mut c_void,
+    arena_size: usize,
+    session: *mut *mut EdgeSession,
+    error: *mut EdgeError,
+) -> i32 {
+    let result = (|| {
+        // SAFETY: the caller's promise for each; it also says that model and arena outlive the session,
+        // which is all that lives longer than this call.
+        let (model, limits, arena, session) = unsafe {
+            (
+                input(model.cast(), model_size, "model")?,
+                input_one(limits, "limits")?,
+                output(arena.cast(), arena_size, "arena")?,
+                output_one(session, "session")?,
+            )
+        };
+        // SAFETY: the caller's promise; null is the calling thread alone.
+        let workers = if workers.is_null() { None } else { Some(unsafe { input_one(workers, "workers")? }) };
+        *session = core::ptr::null_mut();
+        *session = session::open(model, limits, workers, arena)?;
+        Ok(0)
+    })();
+    // SAFETY: the caller's promise about `error`.
+    unsafe { abi::report(result, error) }
+}
+
+/// The last error of a session.
+///
+/// # Safety
+/// Pointers are null or valid as `edge.h` says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn edge_last_error(
+    session: *const EdgeSession,
+    buffer: *mut c_char,
+    capacity: usize,
+) -> i32 {
+    // SAFETY: the caller's promise for both. The session is only read, so its error stays.
+    let arguments = unsafe {
+        input_one(session, "session").and_then(|s| Ok((s, output(buffer.cast(), capacity, "buffer")?)))
+    };
+    match arguments {
+        Ok((session, buffer)) => session.last_error().map_or(0, |error| Message::write(&error, buffer)),
+        Err(error) => abi::negative(&error),
+    }
+}
+
+/// Runs `work` on a session and keeps its error.
+///
+/// # Safety
+/// `session` is null or from [`edge_open`], and no other thread uses it meanwhile.
+unsafe fn on(session: *mut EdgeSession, work: impl FnOnce(&mut EdgeSession) -> Result<usize>) -> i32 {
+    // SAFETY: the caller's promise.
+    match unsafe { output_one(session, "session") } {
+        Ok(session) => session.keep_error(work),
+        Err(error) => abi::negative(&error),
+    }
+}
+
+/// Text to tokens.
+///
+/// # Safety
+/// Pointers are null or valid as `edge.h` says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn edge_tokenize(
+    session: *mut EdgeSession,
+    text: *const c_char,
+    length: usize,
+    flags: u32,
+    tokens: *mut u32,
+    capacity: usize,
+) -> i32 {
+    // SAFETY: the caller's promise for the session and both ranges.
+    unsafe {
+        on(session, |session| {
+            let (text, tokens) = (input(text.cast(), length, "text")?, output(tokens, capacity, "tokens")?);
+            session.tokenize(text, flags, tokens)
+        })
+    }
+}
+
+/// The bytes of a token.
+///
+/// # Safety
+/// Pointers are null or valid as `edge.h` says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn edge_piece(
+    session: *mut EdgeSession,
+    token: u32,
+    buffer: *mut c_char,
+    capacity: usize,
+) -> i32 {
+    // SAFETY: the caller's promise for the session and the buffer.
+    unsafe { on(session, |session| session.piece(token, output(buffer.cast(), capacity, "buffer")?)) }
+}
+
+/// Whether a token ends a text.
+///
+/// # Safety
+/// `session` is null or valid as `edge.h` says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn edge_is_end(session: *mut EdgeSession, token: u32) -> i32 {
+    // SAFETY: the caller's promise.
+    unsafe { on(session, |session| Ok(usize::from(session.is_end(token)?))) }
+}
+
+/// Appends tokens.
+///
+/// # Safety
+/// Pointers are null or valid as `edge.h` says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn edge_feed(session: *mut EdgeSession, tokens: *const u32, count: usize) -> i32 {
+    // SAFETY: the caller's promise for the session and the tokens.
+    unsafe {
+        on(session, |session| {
+            session.feed(input(tokens, count, "tokens")?)?;
+            Ok(0)
+        })
+    }
+}
+
+/// The logits after the last token.
+///
+/// # Safety
+/// Pointers are null or valid as `edge.h` says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn edge_logits(session: *mut EdgeSession, count: *mut usize) -> *const f32 {
+    // SAFETY: the caller's promise for both.
+    let logits = match unsafe { output_one(session, "session") } {
+        Ok(session) => session.logits(),
+        Err(_) => &[],
+    };
+    // SAFETY: the caller's promise; a null `count` is left alone.
+    if let Ok(count) = unsafe { output_one(count, "count") } {
+        *count = logits.len();
+    }
+    if logits.is_empty() { core::ptr::null() } else { logits.as_ptr() }
+}
+
+/// Number of tokens in the context.
+///
+/// # Safety
+/// `session` is null or valid as `edge.h` says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn edge_position(session: *mut EdgeSession) -> i32 {
+    // SAFETY: the caller's promise.
+    unsafe { on(session, |session| Ok(session.position())) }
+}
+
+/// Drops tokens from the end.
+///
+/// # Safety
+/// `session` is null or valid as `edge.h` says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn edge_truncate(session: *mut EdgeSession, count: usize) -> i32 {
+    // SAFETY: the caller's promise.
+    unsafe {
+        on(session, |session| {
+            session.truncate(count);
+            Ok(0)
+        })
+    }
+}
+
+/// Sets how tokens are chosen.
+///
+/// # Safety
+/// Pointers are null or valid as `edge.h` says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn edge_set_sampling(session: *mut EdgeSession, sampling: *const EdgeSampling) -> i32 {
+    // SAFETY: the caller's promise for both; null is greedy.
+    unsafe {
+        on(session, |session| {
+            let sampling =
+                if sampling.is_null() { EdgeSampling::default() } else { *input_one(sampling, "sampling")? };
+            session.set_sampling(&sampling)?;
+            Ok(0)
+        })
+    }
+}
+
+/// Chooses a token.
+///
+/// # Safety
+/// `session` is null or valid as `edge.h` says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn edge_next(session: *mut EdgeSession) -> i32 {
+    // SAFETY: the caller's promise.
+    unsafe { on(session, |session| Ok(session.next()? as usize)) }
+}
+
+/// Continues a prompt.
+///
+/// # Safety
+/// Pointers are null or valid as `edge.h` says; `on_text` does not use the session.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn edge_generate(
+    session: *mut EdgeSession,
+    prompt: *const c_char,
+    length: usize,
+    flags: u32,
+    max_tokens: u32,
+    on_text: OnText,
+    context: *mut c_void,
+) -> i32 {
+    let say = |text: &[u8]| match on_text {
+        // SAFETY: the caller's promise about its own function.
+        Some(on_text) => unsafe { on_text(context, text.as_ptr().cast(), text.len()) == 0 },
+        None => true,
+    };
+    // SAFETY: the caller's promise for the session and the prompt.
+    unsafe {
+        on(session, |session| {
+            session.generate(input(prompt.cast(), length, "prompt")?, flags, max_tokens, say)
+        })
+    }
+}

@@ -1,2 +1,235 @@
-//! Runs and times a model on a device.
-fn main() {}
+//! `edge-run`: runs and times a model on a device.
+
+use std::io::Write;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+use edge_run::bench::{self, Options, Test};
+use edge_run::{Engine, ModelFile, Settings};
+use edge_runtime::format::Gguf;
+use edge_runtime::session::argmax;
+use edge_runtime::tokenizer::{Encode, Tokenizer, Utf8Stream};
+use lexopt::prelude::*;
+
+const HELP: &str = "\
+Runs and times a small language model.
+
+edge-run generate MODEL --prompt TEXT [--max-tokens N] [-t THREADS] [--kernels NAME] [--ids]
+    continues TEXT with the most likely tokens; --ids prints their numbers as a JSON array
+edge-run bench MODEL [-p N] [-n N] [-b N] [-r N] [-t THREADS] [--kernels NAME] [-o json|md]
+    times a prompt of N tokens (512), N single tokens (128), each R times (5)
+
+MODEL is a GGUF file. NAME is generic, neon or avx2; by default the fastest.
+";
+
+fn main() -> std::process::ExitCode {
+    match run() {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("edge-run: {error:#}");
+            std::process::ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<()> {
+    let mut arguments = lexopt::Parser::from_env();
+    match arguments.next()? {
+        Some(Value(command)) if command == "generate" => generate(GenerateArguments::parse(arguments)?),
+        Some(Value(command)) if command == "bench" => bench(BenchArguments::parse(arguments)?),
+        Some(Long("help") | Short('h')) => {
+            print!("{HELP}");
+            Ok(())
+        }
+        Some(other) => Err(other.unexpected().into()),
+        None => bail!("a command is missing: generate or bench; --help says more"),
+    }
+}
+
+struct GenerateArguments {
+    model: PathBuf,
+    prompt: String,
+    max_tokens: usize,
+    threads: usize,
+    kernels: Option<String>,
+    ids: bool,
+}
+
+impl GenerateArguments {
+    fn parse(mut arguments: lexopt::Parser) -> Result<Self> {
+        let (mut model, mut prompt, mut kernels) = (None, None, None);
+        let (mut max_tokens, mut threads, mut ids) = (128, Options::default().threads, false);
+        while let Some(argument) = arguments.next()? {
+            match argument {
+                Long("prompt") => prompt = Some(arguments.value()?.string()?),
+                Long("max-tokens") | Short('n') => max_tokens = arguments.value()?.parse()?,
+                Long("threads") | Short('t') => threads = arguments.value()?.parse()?,
+                Long("kernels") => kernels = Some(arguments.value()?.string()?),
+                Long("ids") => ids = true,
+                Value(path) if model.is_none() => model = Some(PathBuf::from(path)),
+                other => return Err(other.unexpected().into()),
+            }
+        }
+        let model = model.context("MODEL is missing")?;
+        let prompt = prompt.context("--prompt is missing")?;
+        Ok(Self { model, prompt, max_tokens, threads, kernels, ids })
+    }
+}
+
+/// Greedy continuation of a prompt.
+fn generate(arguments: GenerateArguments) -> Result<()> {
+    let model = ModelFile::open(&arguments.model)?;
+    let file = model.parse()?;
+    let refused = |error| model.refused(error);
+    let mut index = vec![0; Tokenizer::index_words(&file).map_err(refused)?];
+    let tokenizer = Tokenizer::new(&file, &mut index).map_err(refused)?;
+    let prompt = encode(&tokenizer, &arguments.prompt).map_err(refused)?;
+    let settings = Settings {
+        context: prompt.len() + arguments.max_tokens,
+        batch: prompt.len().clamp(1, 512),
+        threads: arguments.threads,
+        kernels: arguments.kernels,
+    };
+    let mut engine = Engine::new(&model, settings)?;
+    let mut session = engine.session(&model)?;
+    session.feed(&prompt).map_err(refused)?;
+
+    let mut printer = Printer::new(&file, !arguments.ids);
+    let mut ids = Vec::new();
+    while ids.len() < arguments.max_tokens {
+        let token = argmax(session.logits());
+        if tokenizer.is_end_of_generation(token) {
+            break;
+        }
+        ids.push(token);
+        printer.print(&tokenizer, token).map_err(refused)?;
+        if ids.len() < arguments.max_tokens {
+            session.feed(&[token]).map_err(refused)?;
+        }
+    }
+    if arguments.ids {
+        println!("{}", serde_json::to_string(&ids)?);
+    } else {
+        printer.finish().map_err(refused)?;
+    }
+    Ok(())
+}
+
+fn encode(tokenizer: &Tokenizer<'_>, text: &str) -> edge_runtime::Result<Vec<u32>> {
+    let mut scratch = vec![0; Tokenizer::scratch_words(text.len())];
+    let mut ids = vec![0; text.len() + 1];
+    let options = Encode { add_bos: true, parse_special: false };
+    let count = tokenizer.encode(text.as_bytes(), options, &mut scratch, &mut ids)?;
+    ids.truncate(count);
+    Ok(ids)
+}
+
+/// Prints text as it comes, whole characters at a time.
+struct Printer {
+    stream: Utf8Stream,
+    piece: Vec<u8>,
+    text: Vec<u8>,
+    on: bool,
+}
+
+impl Printer {
+    fn new(file: &Gguf<'_>, on: bool) -> Self {
+        let tokens = file.get("tokenizer.ggml.tokens").and_then(|value| value.as_array()?.strings());
+        let longest = tokens.into_iter().flatten().map(<[u8]>::len).max().unwrap_or(0);
+        let (piece, text) = (vec![0; longest], vec![0; Utf8Stream::most(longest)]);
+        Self { stream: Utf8Stream::new(), piece, text, on }
+    }
+
+    fn print(&mut self, tokenizer: &Tokenizer<'_>, token: u32) -> edge_runtime::Result<()> {
+        if !self.on {
+            return Ok(());
+        }
+        let length = tokenizer.piece(token, &mut self.piece)?;
+        let length = self.stream.push(&self.piece[..length], &mut self.text)?;
+        self.show(length);
+        Ok(())
+    }
+
+    /// Ends the text, with a mark if it stops within a character, and the line.
+    fn finish(&mut self) -> edge_runtime::Result<()> {
+        let length = self.stream.finish(&mut self.text)?;
+        self.show(length);
+        println!();
+        Ok(())
+    }
+
+    fn show(&self, length: usize) {
+        let mut out = std::io::stdout().lock();
+        // A reader that went away is no reason to fail.
+        let _ = out.write_all(&self.text[..length]).and_then(|()| out.flush());
+    }
+}
+
+struct BenchArguments {
+    model: PathBuf,
+    options: Options,
+    json: bool,
+}
+
+impl BenchArguments {
+    fn parse(mut arguments: lexopt::Parser) -> Result<Self> {
+        let (mut model, mut options, mut json) = (None, Options::default(), false);
+        while let Some(argument) = arguments.next()? {
+            match argument {
+                Short('p') => options.n_prompt = arguments.value()?.parse()?,
+                Short('n') => options.n_gen = arguments.value()?.parse()?,
+                Short('b') => options.n_batch = arguments.value()?.parse()?,
+                Short('r') => options.repetitions = arguments.value()?.parse()?,
+                Long("threads") | Short('t') => options.threads = arguments.value()?.parse()?,
+                Long("kernels") => options.kernels = Some(arguments.value()?.string()?),
+                Short('o') => {
+                    json = arguments.value()?.parse_with(|format| match format {
+                        "json" => Ok(true),
+                        "md" => Ok(false),
+                        _ => Err("expected json or md"),
+                    })?;
+                }
+                Value(path) if model.is_none() => model = Some(PathBuf::from(path)),
+                other => return Err(other.unexpected().into()),
+            }
+        }
+        if options.repetitions == 0 {
+            bail!("-r 0: at least one run is needed");
+        }
+        Ok(Self { model: model.context("MODEL is missing")?, options, json })
+    }
+}
+
+fn bench(arguments: BenchArguments) -> Result<()> {
+    let model = ModelFile::open(&arguments.model)?;
+    let tests = bench::run(&model, &arguments.options)?;
+    if arguments.json {
+        println!("{}", serde_json::to_string_pretty(&tests)?);
+    } else {
+        print_table(&tests);
+    }
+    Ok(())
+}
+
+fn print_table(tests: &[Test]) {
+    println!("| model | kernels | threads | test | tok/s | p50 ms | p95 ms | p99 ms | arena MiB |");
+    println!("|---|---|---:|---|---:|---:|---:|---:|---:|");
+    for test in tests {
+        let name =
+            if test.n_prompt > 0 { format!("pp{}", test.n_prompt) } else { format!("tg{}", test.n_gen) };
+        let times = test.ttft.or(test.inter_token).unwrap_or_default();
+        let ms = |ns: u64| ns as f64 / 1e6;
+        println!(
+            "| {} | {} | {} | {name} | {:.2} ± {:.2} | {:.2} | {:.2} | {:.2} | {:.1} |",
+            test.model_type,
+            test.kernels,
+            test.n_threads,
+            test.avg_ts,
+            test.stddev_ts,
+            ms(times.p50_ns),
+            ms(times.p95_ns),
+            ms(times.p99_ns),
+            test.arena_bytes as f64 / f64::from(1 << 20),
+        );
+    }
+}

@@ -1,0 +1,189 @@
+/* edge.h - C interface of libedge, the runtime for small language models.
+ *
+ * The library never allocates, opens a file, starts a thread or probes the CPU. The caller brings
+ *   - the bytes of a model file (GGUF), best mapped read-only;
+ *   - one block of memory, the arena, whose size edge_plan tells beforehand;
+ *   - threads, if it wants more than its own (edge_workers);
+ *   - what its CPU can do beyond the baseline (edge_limits.cpu_features).
+ *
+ * Use:
+ *   edge_limits limits = {0};
+ *   limits.context = 1024;
+ *   edge_plan_info plan;
+ *   edge_error error;
+ *   if (edge_plan(model, model_size, &limits, &plan, &error) != 0) { puts(error.message); ... }
+ *   void *arena = malloc(plan.arena_bytes);
+ *   edge_session *session;
+ *   if (edge_open(model, model_size, &limits, NULL, arena, plan.arena_bytes, &session, &error) != 0) ...
+ *   edge_generate(session, "Once upon a time", 16, 0, 64, print, NULL);
+ *   free(arena);
+ *
+ * Errors: a function that can fail returns a negative number, EDGE_E_... with a minus sign; the
+ * message with the place, what was found and what was expected is in the edge_error or, for a
+ * session, in edge_last_error. A null pointer, a misaligned pointer, a buffer that is too small and a
+ * damaged model file are refused, never followed.
+ *
+ * Threads: different sessions are independent. One session is used by one thread at a time.
+ */
+#ifndef EDGE_H
+#define EDGE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Grows whenever a struct or the meaning of a function changes. Compare with edge_abi_version(). */
+#define EDGE_ABI_VERSION 1u
+
+/* Error numbers; functions return them negated. */
+enum {
+  EDGE_E_TRUNCATED = 1,            /* the file ends before what it announces */
+  EDGE_E_BAD_MAGIC = 2,            /* not a GGUF file */
+  EDGE_E_UNSUPPORTED_VERSION = 3,  /* a version of the format that is not read */
+  EDGE_E_BAD_LENGTH = 4,           /* a count beyond what the file can hold */
+  EDGE_E_BAD_VALUE_TYPE = 5,       /* a metadata value of an unknown type */
+  EDGE_E_BAD_TEXT = 6,             /* text that is not UTF-8 */
+  EDGE_E_BAD_SHAPE = 7,            /* a tensor with an impossible shape */
+  EDGE_E_UNSUPPORTED_TYPE = 8,     /* a tensor type without a kernel */
+  EDGE_E_TENSOR_OUT_OF_BOUNDS = 9, /* a tensor outside the file */
+  EDGE_E_BAD_ALIGNMENT = 10,       /* a misaligned offset or pointer */
+  EDGE_E_MISSING_KEY = 11,         /* a metadata key is absent */
+  EDGE_E_WRONG_KEY_TYPE = 12,      /* a metadata key has the wrong type */
+  EDGE_E_OUT_OF_RANGE = 13,        /* a number outside its range */
+  EDGE_E_MISSING_TENSOR = 14,      /* a tensor is absent */
+  EDGE_E_WRONG_SHAPE = 15,         /* a tensor has another shape than the model says */
+  EDGE_E_UNKNOWN_FAMILY = 16,      /* a model family that is not implemented */
+  EDGE_E_UNSUPPORTED = 17,         /* a feature that is not implemented */
+  EDGE_E_ARENA_TOO_SMALL = 18,     /* the arena is smaller than the plan */
+  EDGE_E_CONTEXT_FULL = 19,        /* the context window is full */
+  EDGE_E_BAD_TOKEN = 20,           /* a token beyond the vocabulary */
+  EDGE_E_BUFFER_TOO_SMALL = 21,    /* the caller's buffer is too small */
+  EDGE_E_BAD_ARGUMENT = 22,        /* an argument that makes no sense, such as a null pointer */
+  EDGE_E_BAD_VOCABULARY = 23       /* the vocabulary contradicts itself */
+};
+
+/* A loaded model with its KV cache. It lives in the arena and ends when the caller reuses that. */
+typedef struct edge_session edge_session;
+
+/* Why a function failed that has no session yet. */
+typedef struct edge_error {
+  int32_t code;      /* what the function returned */
+  char message[252]; /* text that ends with 0, cut if it is longer */
+} edge_error;
+
+/* Bits of edge_limits.cpu_features. A set bit promises that this CPU, and the operating system on it,
+ * have the feature. Bits that the library has no kernel for are ignored. */
+#define EDGE_CPU_AVX2 (UINT64_C(1) << 0) /* x86-64 */
+
+/* What a session may use. All zero is a good beginning. */
+typedef struct edge_limits {
+  uint32_t context;      /* most tokens in the KV cache; 0: as many as the model was trained for */
+  uint32_t batch;        /* prompt tokens that are computed together; 0: 32 */
+  uint32_t workers;      /* threads, the calling one included; 0: 1 */
+  uint32_t text_bytes;   /* longest text to be tokenized at once; 0: 4 for each token of context */
+  uint64_t cpu_features; /* EDGE_CPU_ bits; 0: what every CPU of this architecture has */
+} edge_limits;
+
+/* What a session will need. */
+typedef struct edge_plan_info {
+  uint64_t arena_bytes;   /* size of the arena, which may start anywhere */
+  uint64_t kv_bytes;      /* the part of it that is the KV cache */
+  uint32_t context;       /* most tokens in the KV cache */
+  uint32_t vocabulary;    /* number of tokens, and of logits */
+  uint32_t text_bytes;    /* longest text to be tokenized at once */
+  uint32_t has_tokenizer; /* 1, or 0 for a file without a vocabulary: then token numbers only */
+} edge_plan_info;
+
+/* Threads of the caller. `run` calls job(job_context, 0), ... job(job_context, count - 1), each exactly
+ * once, possibly at the same time on different threads, and returns when all have returned. One of
+ * the calls may be on the calling thread. */
+typedef struct edge_workers {
+  uint32_t count; /* threads, the calling one included if it takes part; equals edge_limits.workers */
+  void *context;  /* handed to run; may be used from any thread that calls edge_ functions */
+  void (*run)(void *context, void (*job)(void *job_context, uint32_t index), void *job_context);
+} edge_workers;
+
+/* How edge_next chooses. All zero is greedy. */
+typedef struct edge_sampling {
+  float temperature;      /* 0: always the most likely token */
+  uint32_t top_k;         /* only the k most likely tokens; 0: all */
+  float top_p;            /* only the most likely tokens that together reach p; 0 or 1: all */
+  float min_p;            /* only tokens at least p times as likely as the most likely one; 0: all */
+  float repeat_penalty;   /* makes recent tokens less likely; 0 or 1: not */
+  uint32_t repeat_window; /* how many recent tokens that looks at */
+  uint64_t seed;          /* the same seed gives the same tokens */
+} edge_sampling;
+
+/* Flags of edge_tokenize and edge_generate. */
+#define EDGE_SPECIAL 1u /* the text may name control tokens such as <|im_end|>: for templates only */
+#define EDGE_NO_BOS 2u  /* without the token that begins a text, even if the model asks for it */
+
+/* Takes text as it is generated: whole UTF-8 characters, not terminated. Returns 0 to go on. It must
+ * not use the session. */
+typedef int32_t (*edge_on_text)(void *context, const char *text, size_t length);
+
+/* EDGE_ABI_VERSION of the library. */
+uint32_t edge_abi_version(void);
+
+/* A short English text for an error number, negated or not. Never null. */
+const char *edge_error_text(int32_t code);
+
+/* Checks a model and says what a session on it needs. `error` may be null. */
+int32_t edge_plan(const void *model, size_t model_size, const edge_limits *limits,
+                  edge_plan_info *plan, edge_error *error);
+
+/* Begins a session in `arena`. The model's bytes, the arena, and `workers` with what it points to stay
+ * in place and unchanged as long as the session is used; there is nothing to close. `workers` may be
+ * null for the calling thread alone. `error` may be null. */
+int32_t edge_open(const void *model, size_t model_size, const edge_limits *limits,
+                  const edge_workers *workers, void *arena, size_t arena_size,
+                  edge_session **session, edge_error *error);
+
+/* Writes the last error of a session into `buffer`, ended with 0 and cut if need be. Returns its whole
+ * length without the 0; 0 if nothing has failed yet. */
+int32_t edge_last_error(const edge_session *session, char *buffer, size_t capacity);
+
+/* Turns text, any bytes, into tokens and returns how many. There are at most `length` + 1. */
+int32_t edge_tokenize(edge_session *session, const char *text, size_t length, uint32_t flags,
+                      uint32_t *tokens, size_t capacity);
+
+/* Writes the bytes of a token, not terminated, and returns how many. They may begin or end within a
+ * UTF-8 character. Control tokens have none. */
+int32_t edge_piece(edge_session *session, uint32_t token, char *buffer, size_t capacity);
+
+/* 1 if the token ends a text or a turn, otherwise 0. */
+int32_t edge_is_end(edge_session *session, uint32_t token);
+
+/* Appends tokens to the context and computes the logits after the last one. Returns 0. */
+int32_t edge_feed(edge_session *session, const uint32_t *tokens, size_t count);
+
+/* The logits after the last token that was fed: `count` floats that stay until the next edge_feed,
+ * edge_truncate or edge_generate. Null, with count 0, before any. `count` may be null. */
+const float *edge_logits(edge_session *session, size_t *count);
+
+/* Number of tokens in the context. */
+int32_t edge_position(edge_session *session);
+
+/* Drops all tokens from position `count` on, and the logits if there were any such. Returns 0. */
+int32_t edge_truncate(edge_session *session, size_t count);
+
+/* Sets how edge_next chooses, from a fresh seed. Null is greedy, as in the beginning. Returns 0. */
+int32_t edge_set_sampling(edge_session *session, const edge_sampling *sampling);
+
+/* Chooses a token from the logits and returns it. It is not fed. */
+int32_t edge_next(edge_session *session);
+
+/* Tokenizes and feeds `prompt`, then chooses and feeds tokens until one ends the text (that one is not
+ * fed), `max_tokens` were fed or `on_text` asks to stop. Only a context that is still empty gets the
+ * token that begins a text. `on_text` may be null. Returns how many tokens were generated. */
+int32_t edge_generate(edge_session *session, const char *prompt, size_t length, uint32_t flags,
+                      uint32_t max_tokens, edge_on_text on_text, void *context);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* EDGE_H */

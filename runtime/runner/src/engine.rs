@@ -1,0 +1,148 @@
+//! A mapped file and a session on it, with what they need from an operating system.
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use edge_runtime::format::{DType, Gguf};
+use edge_runtime::kernels::{Features, Kernels};
+use edge_runtime::session::{Limits, Plan, Session};
+use edge_runtime::workers::{Pool, Single, Workers};
+use memmap2::Mmap;
+
+/// Why a model cannot be run.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The file cannot be opened or mapped, or threads cannot be started.
+    #[error("{path}: {reason}", path = .0.display(), reason = .1)]
+    Io(PathBuf, io::Error),
+    /// The runtime refuses the file or what it is asked to do with it.
+    #[error("{path}: {reason}", path = .0.display(), reason = .1)]
+    Refused(PathBuf, Box<edge_runtime::Error>),
+    /// No kernels of that name for this processor.
+    #[error("no kernels `{name}` for this processor; there are: {known}")]
+    NoKernels {
+        /// The name that was asked for.
+        name: String,
+        /// The names that there are.
+        known: String,
+    },
+}
+
+/// A mapped model file.
+#[derive(Debug)]
+pub struct ModelFile {
+    path: PathBuf,
+    bytes: Mmap,
+}
+
+impl ModelFile {
+    /// Maps a file.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn open(path: &Path) -> Result<Self, Error> {
+        let io = |error| Error::Io(path.into(), error);
+        let file = File::open(path).map_err(io)?;
+        // SAFETY: the map is read-only and private to this process. Should another process truncate the
+        // file meanwhile, the system ends this one by a signal; no memory of ours is ever touched.
+        let bytes = unsafe { Mmap::map(&file) }.map_err(io)?;
+        Ok(Self { path: path.into(), bytes })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The checked file.
+    ///
+    /// # Errors
+    /// [`Error::Refused`].
+    pub fn parse(&self) -> Result<Gguf<'_>, Error> {
+        Gguf::parse(&self.bytes).map_err(|error| self.refused(error))
+    }
+
+    /// An error of the runtime about this file.
+    pub fn refused(&self, error: edge_runtime::Error) -> Error {
+        Error::Refused(self.path.clone(), Box::new(error))
+    }
+}
+
+/// What a session may use.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Most tokens in the KV cache.
+    pub context: usize,
+    /// Prompt tokens computed together.
+    pub batch: usize,
+    /// Threads.
+    pub threads: usize,
+    /// Name of the kernels; `None` for the fastest that this CPU can run.
+    pub kernels: Option<String>,
+}
+
+/// Kernels and threads, and the memory for one session.
+pub struct Engine {
+    /// What was asked for.
+    pub settings: Settings,
+    /// What the session needs.
+    pub plan: Plan,
+    /// The kernels in use.
+    pub kernels: &'static Kernels,
+    workers: Box<dyn Workers>,
+    arena: Vec<u8>,
+}
+
+impl Engine {
+    /// Plans a session on `model` and sets aside what it needs.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] for the model, [`Error::NoKernels`], [`Error::Io`] where threads cannot be
+    /// started.
+    pub fn new(model: &ModelFile, settings: Settings) -> Result<Self, Error> {
+        let kernels = match &settings.kernels {
+            None => Kernels::select(Features::detect()),
+            Some(name) => Kernels::by_name(name).ok_or_else(|| {
+                let names: Vec<_> = Kernels::available().map(Kernels::name).collect();
+                Error::NoKernels { name: name.clone(), known: names.join(", ") }
+            })?,
+        };
+        let workers: Box<dyn Workers> = match settings.threads {
+            0 | 1 => Box::new(Single),
+            threads => Box::new(Pool::new(threads).map_err(|error| Error::Io(model.path.clone(), error))?),
+        };
+        let (context, batch) = (settings.context, settings.batch);
+        let limits = Limits { context, batch, logits_rows: 1, workers: workers.count() };
+        let plan = Plan::new(&model.parse()?, limits).map_err(|error| model.refused(error))?;
+        let arena = vec![0; plan.arena_bytes()];
+        Ok(Self { settings, plan, kernels, workers, arena })
+    }
+
+    /// Begins a session.
+    ///
+    /// # Errors
+    /// [`Error::Refused`].
+    pub fn session<'a>(&'a mut self, model: &'a ModelFile) -> Result<Session<'a>, Error> {
+        let file = model.parse()?;
+        Session::new(&file, &self.plan, self.kernels, &*self.workers, &mut self.arena)
+            .map_err(|error| model.refused(error))
+    }
+}
+
+/// What a file holds, for people: `llama 134.5M Q4_1`, its tensors' bytes and its parameters.
+pub(crate) fn describe(file: &Gguf<'_>) -> (String, u64, u64) {
+    let (mut bytes, mut parameters) = (0u64, 0u64);
+    let mut by_type = [0usize; DType::ALL.len()];
+    for tensor in file.tensors() {
+        bytes += tensor.data.len() as u64;
+        parameters += tensor.dims.iter().product::<u64>();
+        if let Some(index) = DType::ALL.iter().position(|dtype| Some(*dtype) == tensor.dtype) {
+            by_type[index] += tensor.data.len();
+        }
+    }
+    let most = (0..by_type.len()).max_by_key(|index| by_type[*index]).unwrap_or(0);
+    let family = file.architecture().unwrap_or("unknown");
+    let millions = parameters as f64 / 1e6;
+    (format!("{family} {millions:.1}M {}", DType::ALL[most].name()), bytes, parameters)
+}

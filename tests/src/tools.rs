@@ -1,0 +1,60 @@
+//! Other programs that tests start.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+/// Whether `name` can be started. If not, says so, so that a skipped check is seen; under CI a missing
+/// tool fails the test.
+pub fn require_tool(name: &str) -> bool {
+    let start = Command::new(name).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
+    if start.is_ok() {
+        return true;
+    }
+    assert!(std::env::var("CI").as_deref() != Ok("true"), "`{name}` is missing, and this is CI");
+    eprintln!("SKIPPED: `{name}` is missing");
+    false
+}
+
+/// The root of the workspace.
+pub fn workspace() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize().expect("the workspace")
+}
+
+/// Cargo's target folder: this test itself is in `<folder>/<profile>/deps/`.
+pub fn target_folder() -> PathBuf {
+    let test = std::env::current_exe().expect("the test's path");
+    test.ancestors().nth(3).expect("target/<profile>/deps/<test>").into()
+}
+
+/// Builds a package for release, for `target` or for the host, as its users are told to, and returns
+/// the folder of what was built.
+pub fn build(package: &str, target: Option<&str>) -> PathBuf {
+    let mut cargo = Command::new(env!("CARGO"));
+    cargo.current_dir(workspace()).args(["build", "--quiet", "--release", "--package", package]);
+    cargo.arg("--target-dir").arg(target_folder());
+    let mut folder = target_folder();
+    if let Some(target) = target {
+        cargo.args(["--target", target]);
+        folder.push(target);
+    }
+    run(&mut cargo);
+    folder.join("release")
+}
+
+/// A command with arguments of any kind.
+pub fn command<const N: usize>(
+    program: impl AsRef<Path>,
+    arguments: [&dyn AsRef<std::ffi::OsStr>; N],
+) -> Command {
+    let mut command = Command::new(program.as_ref());
+    command.args(arguments.iter().map(|argument| argument.as_ref()));
+    command
+}
+
+/// Runs a command that must succeed and returns its standard output.
+pub fn run(command: &mut Command) -> String {
+    let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{command:?}: {}\n{out}{err}", output.status);
+    out.into_owned()
+}
