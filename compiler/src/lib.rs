@@ -6,4 +6,5 @@ pub mod atomic;
 pub mod bundle;
 pub mod export;
 pub mod model;
+pub mod student;
 pub mod train;

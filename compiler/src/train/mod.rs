@@ -1,4 +1,23 @@
-//! Training.
+//! Training: the differentiable graph, the loss and the loop that minimizes it.
+
+pub mod checkpoint;
+mod config;
+mod error;
 pub mod graph;
 pub mod loss;
-mod ops;
+pub mod metrics;
+pub(crate) mod ops;
+pub mod optimizer;
+pub mod pretrain;
+pub mod random;
+pub mod schedule;
+pub mod trainer;
+pub mod windows;
+
+#[cfg(test)]
+pub(crate) mod fixture;
+#[cfg(test)]
+mod tests;
+
+pub use config::{RunFolder, TrainConfig};
+pub use error::TrainError;

@@ -1,0 +1,174 @@
+//! What a training run is asked to do and where it keeps its state.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::checkpoint::Recipe;
+use super::error::TrainError;
+use super::loss::Objective;
+use super::optimizer::AdamWConfig;
+use super::schedule::Schedule;
+
+/// What a run is asked to do. Everything here is part of the recipe that a checkpoint remembers.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TrainConfig {
+    /// Tokens to train on, in all; rounded up to whole steps.
+    pub tokens: u64,
+    /// Windows in one forward pass.
+    pub batch: usize,
+    /// Tokens of a window.
+    pub length: usize,
+    /// Forward passes whose gradients one optimizer step sums.
+    pub accumulate: usize,
+    /// Peak learning rate.
+    pub lr: f64,
+    /// Share of the steps over which the learning rate rises.
+    pub warmup: f64,
+    /// Learning rate at the end, as a share of `lr`.
+    pub min_lr: f64,
+    /// Decoupled weight decay of matrices.
+    pub weight_decay: f64,
+    /// Weight decay acts on the embedding table too.
+    pub decay_embeddings: bool,
+    /// Decay rates of AdamW's moments.
+    pub betas: (f64, f64),
+    /// AdamW's epsilon.
+    pub eps: f64,
+    /// Largest norm of the gradient; longer ones are scaled down to it.
+    pub clip: f64,
+    /// Seed of the data order.
+    pub seed: u64,
+    /// What is minimised.
+    pub objective: Objective,
+}
+
+impl Default for TrainConfig {
+    /// Settings with which a half-depth student of a small teacher recovers well in a short run.
+    fn default() -> Self {
+        Self {
+            tokens: 122_880,
+            batch: 2,
+            length: 256,
+            accumulate: 1,
+            lr: 6e-4,
+            warmup: 0.05,
+            min_lr: 0.05,
+            weight_decay: 0.01,
+            decay_embeddings: false,
+            betas: (0.9, 0.95),
+            eps: 1e-8,
+            clip: 1.0,
+            seed: 0,
+            objective: Objective { alpha: 1.0, temperature: 1.0 },
+        }
+    }
+}
+
+impl TrainConfig {
+    /// Tokens of one optimizer step.
+    pub fn tokens_per_step(&self) -> u64 {
+        (self.batch * self.length * self.accumulate) as u64
+    }
+
+    /// Optimizer steps of the run.
+    pub fn steps(&self) -> u64 {
+        self.tokens.div_ceil(self.tokens_per_step().max(1))
+    }
+
+    /// What the optimizer is asked.
+    pub(super) fn optimizer(&self) -> AdamWConfig {
+        AdamWConfig { betas: self.betas, eps: self.eps, weight_decay: self.weight_decay }
+    }
+
+    /// The learning rate over the run.
+    pub(super) fn schedule(&self) -> Schedule {
+        let steps = self.steps() as usize;
+        let warmup = (self.warmup * steps as f64).ceil() as usize;
+        Schedule { peak: self.lr, floor: self.lr * self.min_lr, warmup, steps }
+    }
+
+    /// Refuses settings that make no sense.
+    ///
+    /// # Errors
+    /// [`TrainError::Setting`] names the first one.
+    pub fn validate(&self) -> Result<(), TrainError> {
+        const MOST: usize = 1 << 20;
+        let Objective { alpha, temperature } = self.objective;
+        let unit = |x: f64| (0.0..=1.0).contains(&x);
+        let decay = |x: f64| (0.0..1.0).contains(&x);
+        let checks: [(&'static str, f64, bool, &'static str); 13] = [
+            ("tokens", self.tokens as f64, self.tokens > 0, "at least 1"),
+            ("batch", self.batch as f64, (1..=MOST).contains(&self.batch), "1 to 1048576"),
+            ("length", self.length as f64, (1..=MOST).contains(&self.length), "1 to 1048576"),
+            ("accumulate", self.accumulate as f64, (1..=MOST).contains(&self.accumulate), "1 to 1048576"),
+            ("learning rate", self.lr, self.lr > 0.0 && self.lr.is_finite(), "a positive number"),
+            ("warm-up", self.warmup, unit(self.warmup), "a share from 0 to 1"),
+            ("lowest learning rate", self.min_lr, unit(self.min_lr), "a share from 0 to 1"),
+            ("weight decay", self.weight_decay, unit(self.weight_decay), "0 to 1"),
+            ("beta1", self.betas.0, decay(self.betas.0), "0 to below 1"),
+            ("beta2", self.betas.1, decay(self.betas.1), "0 to below 1"),
+            ("epsilon", self.eps, self.eps > 0.0 && self.eps < 1.0, "a small positive number"),
+            ("clip", self.clip, self.clip > 0.0, "a positive number"),
+            ("alpha", alpha, unit(alpha), "a share from 0 to 1"),
+        ];
+        for (setting, found, good, expected) in checks {
+            if !good {
+                return Err(TrainError::Setting { setting, found: found.to_string(), expected });
+            }
+        }
+        if !(temperature > 0.0 && temperature <= 100.0) {
+            let found = temperature.to_string();
+            return Err(TrainError::Setting {
+                setting: "temperature",
+                found,
+                expected: "above 0, up to 100",
+            });
+        }
+        Ok(())
+    }
+
+    /// The settings by name, as a checkpoint remembers them.
+    pub(super) fn recipe(&self) -> Recipe {
+        let entries: [(&str, String); 16] = [
+            ("tokens", self.tokens.to_string()),
+            ("batch", self.batch.to_string()),
+            ("length", self.length.to_string()),
+            ("accumulate", self.accumulate.to_string()),
+            ("lr", self.lr.to_string()),
+            ("warmup", self.warmup.to_string()),
+            ("min_lr", self.min_lr.to_string()),
+            ("weight_decay", self.weight_decay.to_string()),
+            ("decay_embeddings", self.decay_embeddings.to_string()),
+            ("beta1", self.betas.0.to_string()),
+            ("beta2", self.betas.1.to_string()),
+            ("eps", self.eps.to_string()),
+            ("clip", self.clip.to_string()),
+            ("seed", self.seed.to_string()),
+            ("alpha", self.objective.alpha.to_string()),
+            ("temperature", self.objective.temperature.to_string()),
+        ];
+        entries.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+    }
+}
+
+/// Where a run keeps its state.
+#[derive(Clone, Debug)]
+pub struct RunFolder {
+    /// An existing folder for the checkpoint and the metrics.
+    pub path: PathBuf,
+    /// Go on from the checkpoint in the folder, if there is one.
+    pub resume: bool,
+    /// Steps between checkpoints; with `None` only time counts.
+    pub every_steps: Option<u64>,
+    /// Time between checkpoints.
+    pub every: Duration,
+}
+
+impl RunFolder {
+    /// A run in `path` with a checkpoint every two minutes and one at the end.
+    pub fn new(path: &Path, resume: bool) -> Self {
+        Self { path: path.into(), resume, every_steps: None, every: Duration::from_secs(120) }
+    }
+}

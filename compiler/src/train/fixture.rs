@@ -1,0 +1,50 @@
+//! Tiny models for tests.
+
+use edge_models::{Activation, DecoderSpec, Rope, RopeScaling, family_by_gguf_name};
+
+use super::pretrain::initialize;
+use crate::model::Model;
+
+/// A random Llama of about 20,000 parameters whose layers all matter.
+pub(crate) fn tiny(layers: usize, seed: u64) -> Model {
+    let spec = DecoderSpec {
+        family: family_by_gguf_name("llama").unwrap(),
+        layers,
+        hidden: 16,
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 4,
+        ffn: 24,
+        vocab: 61,
+        context: 64,
+        norm_eps: 1e-5,
+        rope: Rope { theta: 10_000.0, scaling: RopeScaling::None },
+        qkv_bias: false,
+        attn_out_bias: false,
+        activation: Activation::Silu,
+        tied_embeddings: true,
+    };
+    let mut weights = initialize(&spec, seed).unwrap();
+    // Fresh weights are so small that every output is nearly uniform; ten times larger ones say something.
+    let larger: Vec<_> = weights
+        .iter()
+        .filter(|(role, ..)| !role.is_vector())
+        .map(|(role, layer, tensor)| (role, layer, (tensor * 10.0).unwrap()))
+        .collect();
+    for (role, layer, tensor) in larger {
+        weights.insert(role, layer, tensor);
+    }
+    Model { spec, weights, vocabulary: None, name: "tiny".into() }
+}
+
+/// Tokens with structure to be learned: a walk over the vocabulary with seeded jumps.
+pub(crate) fn text(tokens: usize) -> Vec<u32> {
+    let mut random = super::random::SplitMix64::new(11, 0);
+    let mut token = 0u32;
+    (0..tokens)
+        .map(|_| {
+            token = if random.below(5) == 0 { random.below(61) as u32 } else { (token * 7 + 3) % 61 };
+            token
+        })
+        .collect()
+}

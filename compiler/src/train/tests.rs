@@ -1,0 +1,231 @@
+//! The training loop as a whole, on tiny models.
+
+use std::ops::ControlFlow;
+use std::path::Path;
+
+use super::checkpoint;
+use super::config::{RunFolder, TrainConfig};
+use super::error::TrainError;
+use super::fixture::{text, tiny};
+use super::loss::Objective;
+use super::trainer::{Progress, StepReport, Text, distill, train};
+use crate::model::Model;
+use crate::student;
+
+/// Collects the reports and calls `each` after every step.
+struct Watch<'a> {
+    losses: Vec<f64>,
+    notes: Vec<String>,
+    each: &'a mut dyn FnMut(u64) -> ControlFlow<()>,
+}
+
+impl Progress for Watch<'_> {
+    fn step(&mut self, report: &StepReport) -> ControlFlow<()> {
+        self.losses.push(report.row.loss);
+        (self.each)(report.row.step)
+    }
+
+    fn note(&mut self, message: &str) {
+        self.notes.push(message.into());
+    }
+}
+
+fn config(steps: u64) -> TrainConfig {
+    TrainConfig {
+        tokens: steps * 2 * 2 * 8,
+        batch: 2,
+        length: 8,
+        accumulate: 2,
+        lr: 1e-2,
+        weight_decay: 0.1,
+        objective: Objective { alpha: 0.9, temperature: 1.5 },
+        ..TrainConfig::default()
+    }
+}
+
+type Outcome = Result<(Model, Vec<f64>, Vec<String>), TrainError>;
+
+fn run(
+    config: &TrainConfig,
+    folder: &Path,
+    resume: bool,
+    each: &mut dyn FnMut(u64) -> ControlFlow<()>,
+) -> Outcome {
+    run_saving(4, config, folder, resume, each)
+}
+
+fn run_saving(
+    every: u64,
+    config: &TrainConfig,
+    folder: &Path,
+    resume: bool,
+    each: &mut dyn FnMut(u64) -> ControlFlow<()>,
+) -> Outcome {
+    let teacher = tiny(4, 1);
+    let student = student::cut(&teacher, &[0, 3]).unwrap();
+    let ids = text(700);
+    let scored: Vec<bool> = (0..ids.len()).map(|i| i % 7 != 0).collect();
+    let mut watch = Watch { losses: vec![], notes: vec![], each };
+    let folder = RunFolder { every_steps: Some(every), ..RunFolder::new(folder, resume) };
+    let text = Text { ids: &ids, scored: &scored };
+    let before = super::trainer::fingerprint(&teacher).unwrap();
+    let model = distill(&teacher, student, text, config, &folder, &mut watch)?;
+    assert_eq!(before, super::trainer::fingerprint(&teacher).unwrap(), "the teacher must not change");
+    Ok((model, watch.losses, watch.notes))
+}
+
+fn bits(model: &Model) -> Vec<u32> {
+    let flat = |tensor: &candle_core::Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    model.weights.iter().flat_map(|(_, _, tensor)| flat(tensor)).map(f32::to_bits).collect()
+}
+
+fn steps_in(folder: &Path) -> Vec<u64> {
+    let rows = std::fs::read_to_string(folder.join("metrics.jsonl")).unwrap();
+    let step = |row: &str| serde_json::from_str::<serde_json::Value>(row).unwrap()["step"].as_u64().unwrap();
+    rows.lines().map(step).collect()
+}
+
+#[test]
+fn distillation_brings_the_student_nearer() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, losses, _) =
+        run(&config(300), folder.path(), false, &mut |_| ControlFlow::Continue(())).unwrap();
+    let mean = |part: &[f64]| part.iter().sum::<f64>() / part.len() as f64;
+    let (first, last) = (mean(&losses[..10]), mean(&losses[290..]));
+    assert!(last < 0.7 * first, "{first} {last}");
+    assert!(model.weights.iter().all(|(_, _, tensor)| !tensor.is_variable()));
+    assert_eq!(steps_in(folder.path()), (1..=300).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_resumed_run_ends_bit_identical() {
+    let straight = tempfile::tempdir().unwrap();
+    let killed = tempfile::tempdir().unwrap();
+    let config = config(12);
+    // What a process killed after step 6 leaves: the checkpoint of step 4 and rows up to step 6.
+    let mut leave = |step| {
+        if step == 6 {
+            for name in [checkpoint::FILE, "metrics.jsonl", "metrics.csv"] {
+                std::fs::copy(straight.path().join(name), killed.path().join(name)).unwrap();
+            }
+        }
+        ControlFlow::Continue(())
+    };
+    let (expected, ..) = run(&config, straight.path(), false, &mut leave).unwrap();
+    assert_eq!(checkpoint::peek(killed.path()).unwrap().unwrap().step, 4);
+    let (resumed, losses, notes) =
+        run(&config, killed.path(), true, &mut |_| ControlFlow::Continue(())).unwrap();
+    assert_eq!(losses.len(), 8, "{notes:?}");
+    assert!(bits(&expected) == bits(&resumed));
+    assert_eq!(steps_in(killed.path()), (1..=12).collect::<Vec<_>>());
+
+    // Stopped by its caller, and resumed once more after its end.
+    let stopped = tempfile::tempdir().unwrap();
+    let mut stop = |step| if step == 6 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
+    let outcome = run(&config, stopped.path(), false, &mut stop);
+    assert!(matches!(outcome, Err(TrainError::Stopped { step: 6 })));
+    for steps in [6, 0] {
+        let (resumed, losses, _) =
+            run(&config, stopped.path(), true, &mut |_| ControlFlow::Continue(())).unwrap();
+        assert_eq!(losses.len(), steps);
+        assert!(bits(&expected) == bits(&resumed));
+    }
+}
+
+#[test]
+fn another_recipe_is_refused_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut go_on = |_| ControlFlow::Continue(());
+    let first = config(4);
+    run(&first, folder.path(), false, &mut go_on).unwrap();
+    let other = TrainConfig { lr: 2e-2, seed: 9, ..first };
+    let error = run(&other, folder.path(), true, &mut go_on).unwrap_err().to_string();
+    assert!(error.contains("lr was 0.01, now 0.02") && error.contains("seed was 0, now 9"), "{error}");
+    assert!(!error.contains("teacher") && !error.contains("beta"), "{error}");
+
+    let ids = text(701);
+    let scored = vec![true; ids.len()];
+    let mut watch = Watch { losses: vec![], notes: vec![], each: &mut go_on };
+    let text = Text { ids: &ids, scored: &scored };
+    let folder = RunFolder::new(folder.path(), true);
+    let error = distill(&tiny(4, 2), tiny(2, 3), text, &first, &folder, &mut watch).unwrap_err().to_string();
+    for name in ["teacher was", "student was", "text was"] {
+        assert!(error.contains(name), "{error}");
+    }
+}
+
+#[test]
+fn a_diverging_run_stops_and_keeps_its_checkpoint() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = TrainConfig { lr: 1e38, warmup: 0.0, weight_decay: 0.0, ..config(12) };
+    let error = run_saving(1, &config, folder.path(), false, &mut |_| ControlFlow::Continue(())).unwrap_err();
+    let TrainError::Diverged { step, checkpoint, .. } = error else { panic!("{error}") };
+    assert!(step > 1 && checkpoint == step - 1, "{error}");
+    assert_eq!(checkpoint::peek(folder.path()).unwrap().unwrap().step, checkpoint);
+    assert_eq!(steps_in(folder.path()).len() as u64, step - 1);
+}
+
+#[test]
+fn accumulation_equals_a_larger_batch() {
+    let parts = |accumulate, batch| {
+        let folder = tempfile::tempdir().unwrap();
+        let config = TrainConfig { accumulate, batch, ..config(5) };
+        let (model, losses, _) =
+            run(&config, folder.path(), false, &mut |_| ControlFlow::Continue(())).unwrap();
+        (bits(&model), losses)
+    };
+    let (split, split_losses) = parts(4, 1);
+    let (whole, whole_losses) = parts(1, 4);
+    for (a, b) in split_losses.iter().zip(&whole_losses) {
+        assert!((a - b).abs() < 1e-4, "{a} {b}");
+    }
+    for (a, b) in split.into_iter().zip(whole) {
+        let (a, b) = (f32::from_bits(a), f32::from_bits(b));
+        assert!((a - b).abs() < 2e-3, "{a} {b}");
+    }
+}
+
+#[test]
+fn a_language_model_learns_from_text_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let ids = text(3000);
+    let scored = vec![true; ids.len()];
+    let mut go_on = |_| ControlFlow::Continue(());
+    let mut watch = Watch { losses: vec![], notes: vec![], each: &mut go_on };
+    let mut model = tiny(2, 5);
+    model.weights = super::pretrain::initialize(&model.spec, 5).unwrap();
+    let config =
+        TrainConfig { tokens: 150 * 8 * 16, batch: 8, length: 16, lr: 1e-2, ..TrainConfig::default() };
+    let text = Text { ids: &ids, scored: &scored };
+    train(None, model, text, &config, &RunFolder::new(folder.path(), false), &mut watch).unwrap();
+    let (first, last) = (watch.losses[0], watch.losses[149]);
+    // Fresh weights know nothing; the walk's entropy is about 1.3 nats.
+    assert!((first - 61f64.ln()).abs() < 0.05, "{first}");
+    assert!(last < 2.2, "{last}");
+}
+
+#[test]
+fn bad_input_is_refused_before_anything_is_written() {
+    let mut go_on = |_| ControlFlow::Continue(());
+    let mut watch = Watch { losses: vec![], notes: vec![], each: &mut go_on };
+    let folder = tempfile::tempdir().unwrap();
+    let run_folder = RunFolder::new(folder.path(), false);
+    let good = TrainConfig { length: 8, ..TrainConfig::default() };
+    let mut fails = |ids: &[u32], config: TrainConfig, expected: &str| {
+        let scored = vec![true; ids.len()];
+        let text = Text { ids, scored: &scored };
+        let error = train(None, tiny(1, 1), text, &config, &run_folder, &mut watch).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    };
+    let ids = text(40);
+    fails(&ids[..8], good, "8 tokens");
+    fails(&[&ids[..], &[61][..]].concat(), good, "token 61 at position 40");
+    fails(&ids, TrainConfig { batch: 0, ..good }, "batch is 0");
+    fails(&ids, TrainConfig { lr: f64::NAN, ..good }, "learning rate is NaN");
+    fails(&ids, TrainConfig { clip: -1.0, ..good }, "clip is -1");
+    let objective = Objective { alpha: 1.5, temperature: 1.0 };
+    fails(&ids, TrainConfig { objective, ..good }, "alpha is 1.5");
+    let objective = Objective { alpha: 1.0, temperature: 0.0 };
+    fails(&ids, TrainConfig { objective, ..good }, "temperature is 0");
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+}

@@ -1,0 +1,381 @@
+//! The training loop: from a teacher, or from text alone, to a trained model.
+//!
+//! One loop serves distillation (a teacher's distribution is the target) and plain language modelling
+//! (the text is). It measures nothing on held-out text, reads no model file and prints nothing: what
+//! happens is told to a [`Progress`] and written as metrics and checkpoints into the run's folder.
+
+use std::ops::ControlFlow;
+use std::time::{Duration, Instant};
+
+use candle_core::Var;
+use edge_models::{NameBuf, Role};
+use sha2::{Digest, Sha256};
+
+use super::checkpoint::{self, Header, Recipe};
+use super::config::{RunFolder, TrainConfig};
+use super::error::TrainError;
+use super::graph::Decoder;
+use super::loss::{self, LossParts};
+use super::metrics::{Metrics, Row};
+use super::ops::with_values;
+use super::optimizer::{AdamW, Gradients, Parameter};
+use super::schedule::Schedule;
+use super::windows::Windows;
+use crate::model::{Model, Weights};
+
+/// What a finished step looks like.
+#[derive(Clone, Copy, Debug)]
+pub struct StepReport {
+    /// Numbers of the step.
+    pub row: Row,
+    /// Steps of the whole run.
+    pub steps: u64,
+    /// Tokens per second, smoothed over recent steps.
+    pub tokens_per_second: f64,
+    /// Time left at that rate.
+    pub remaining: Duration,
+}
+
+/// Who is told how the run goes.
+pub trait Progress {
+    /// A step is done. [`ControlFlow::Break`] writes a checkpoint and ends the run.
+    fn step(&mut self, report: &StepReport) -> ControlFlow<()>;
+    /// Something that the user should know.
+    fn note(&mut self, message: &str);
+}
+
+/// Trains `student` to say what `teacher` says on the tokens `ids`.
+///
+/// `scored[i]` says whether token `i` may be a target. Loss: [`Objective`] with
+/// `alpha * T^2 * KL(teacher || student) + (1 - alpha) * cross-entropy`.
+///
+/// # Errors
+/// See [`TrainError`]; whatever happens, an earlier checkpoint stays until a later one is on the disk.
+pub fn distill(
+    teacher: &Model,
+    student: Model,
+    text: Text<'_>,
+    config: &TrainConfig,
+    folder: &RunFolder,
+    progress: &mut dyn Progress,
+) -> Result<Model, TrainError> {
+    crate::student::check(teacher, &student)?;
+    train(Some(teacher), student, text, config, folder, progress)
+}
+
+/// Tokens to train on.
+#[derive(Clone, Copy, Debug)]
+pub struct Text<'a> {
+    /// The tokens.
+    pub ids: &'a [u32],
+    /// Which of them may be targets.
+    pub scored: &'a [bool],
+}
+
+/// [`distill`] with a teacher, plain language modelling (cross-entropy alone) without one.
+///
+/// # Errors
+/// As [`distill`].
+pub fn train(
+    teacher: Option<&Model>,
+    student: Model,
+    text: Text<'_>,
+    config: &TrainConfig,
+    folder: &RunFolder,
+    progress: &mut dyn Progress,
+) -> Result<Model, TrainError> {
+    config.validate()?;
+    let mut run = Trainer::new(teacher, student, text, config, folder, progress)?;
+    run.run(progress)?;
+    Ok(run.finish())
+}
+
+/// A run under way.
+struct Trainer<'a> {
+    teacher: Option<Decoder>,
+    student: Decoder,
+    /// The student without its weights; those are the optimizer's variables.
+    model: Model,
+    optimizer: AdamW,
+    windows: Windows<'a>,
+    schedule: Schedule,
+    config: &'a TrainConfig,
+    folder: &'a RunFolder,
+    recipe: Recipe,
+    metrics: Metrics,
+    /// Step and time of the last checkpoint.
+    saved: (u64, Instant),
+    seconds: f64,
+    rate: Option<f64>,
+}
+
+impl<'a> Trainer<'a> {
+    /// A run at its beginning, or at its checkpoint.
+    fn new(
+        teacher: Option<&Model>,
+        student: Model,
+        text: Text<'a>,
+        config: &'a TrainConfig,
+        folder: &'a RunFolder,
+        progress: &mut dyn Progress,
+    ) -> Result<Self, TrainError> {
+        let mut windows = windows(text, student.spec.vocab, config)?;
+        let mut recipe = config.recipe();
+        recipe.insert("teacher".into(), teacher.map_or(Ok("none".into()), fingerprint)?);
+        recipe.insert("student".into(), fingerprint(&student)?);
+        recipe.insert("text".into(), text_fingerprint(text));
+
+        let teacher = teacher.map(|teacher| Decoder::new(&teacher.spec, &teacher.weights)).transpose()?;
+        let (model, parameters) = into_parameters(student, config.decay_embeddings)?;
+        let decoder = Decoder::new(&model.spec, &model.weights)?;
+        let mut optimizer = AdamW::new(parameters, config.optimizer());
+
+        let mut step = 0;
+        if !folder.resume {
+            checkpoint::discard(&folder.path)?;
+        } else if let Some(header) = checkpoint::load(&folder.path, &recipe, &mut optimizer)? {
+            step = header.step;
+            windows.seek(header.position);
+            note_resume(&header, config.steps(), progress);
+        } else {
+            let path = folder.path.display();
+            progress.note(&format!("no checkpoint in {path}, starting from the beginning"));
+        }
+        let (metrics, seconds) = Metrics::open(&folder.path, step)
+            .map_err(|source| TrainError::Metrics { folder: folder.path.clone(), source })?;
+        Ok(Self {
+            teacher,
+            student: decoder,
+            model,
+            optimizer,
+            windows,
+            schedule: config.schedule(),
+            config,
+            folder,
+            recipe,
+            metrics,
+            saved: (step, Instant::now()),
+            seconds,
+            rate: None,
+        })
+    }
+
+    fn run(&mut self, progress: &mut dyn Progress) -> Result<(), TrainError> {
+        let steps = self.config.steps();
+        while self.optimizer.steps() < steps {
+            let report = self.step()?;
+            let step = report.row.step;
+            let stop = progress.step(&report).is_break();
+            let due = self.folder.every_steps.is_some_and(|every| step >= self.saved.0 + every)
+                || self.saved.1.elapsed() >= self.folder.every;
+            if stop || due || step == steps {
+                self.save()?;
+            }
+            if stop && step < steps {
+                return Err(TrainError::Stopped { step });
+            }
+        }
+        Ok(())
+    }
+
+    /// One optimizer step over `accumulate` batches.
+    fn step(&mut self) -> Result<StepReport, TrainError> {
+        let started = Instant::now();
+        let batches: Vec<_> =
+            (0..self.config.accumulate).map(|_| self.windows.batch(self.config.batch)).collect();
+        let scored: usize = batches.iter().map(|batch| batch.scored).sum();
+        let mut gradients = Gradients::new(self.optimizer.parameters().len());
+        let mut total = LossParts { loss: 0.0, kl: 0.0, cross_entropy: 0.0, tokens: 0 };
+        for batch in &batches {
+            // Every scored token of the step weighs the same, however they fell into batches.
+            let share = batch.scored as f64 / scored as f64;
+            let (loss, parts) = self.forward(&batch.inputs, &batch.targets, share)?;
+            gradients.add(self.optimizer.parameters(), &mut loss.backward()?)?;
+            total.loss += parts.loss * share;
+            total.kl += parts.kl * share;
+            total.cross_entropy += parts.cross_entropy * share;
+            total.tokens += parts.tokens;
+        }
+        let lr = self.schedule.at(self.optimizer.steps() as usize);
+        let grad_norm = gradients.norm()?;
+        self.check(&total, grad_norm)?;
+        self.optimizer.step(&gradients, lr, (self.config.clip / grad_norm).min(1.0))?;
+        let report = self.report(&total, lr, grad_norm, started.elapsed());
+        self.metrics
+            .append(&report.row)
+            .map_err(|source| TrainError::Metrics { folder: self.folder.path.clone(), source })?;
+        Ok(report)
+    }
+
+    /// The loss of one batch, multiplied by `share`, with its graph.
+    fn forward(
+        &self,
+        inputs: &[u32],
+        targets: &[u32],
+        share: f64,
+    ) -> Result<(candle_core::Tensor, LossParts), TrainError> {
+        let (batch, length) = (self.config.batch, self.config.length);
+        let teacher = match &self.teacher {
+            Some(teacher) => Some((teacher.hidden(inputs, batch, length)?, teacher.head())),
+            None => None,
+        };
+        let hidden = self.student.hidden(inputs, batch, length)?;
+        let teacher = teacher.as_ref().map(|(hidden, head)| (hidden, *head));
+        Ok(loss::loss(&hidden, self.student.head(), teacher, targets, &self.config.objective, share)?)
+    }
+
+    /// Stops a run whose numbers have left the range that training comes back from.
+    ///
+    /// A model that knows nothing has a cross-entropy of `ln(vocab)`; ten times that is far beyond
+    /// what any start with sane weights shows.
+    fn check(&self, parts: &LossParts, grad_norm: f64) -> Result<(), TrainError> {
+        let limit = 10.0
+            * (self.model.spec.vocab as f64).ln().max(1.0)
+            * self.config.objective.temperature.powi(2).max(1.0);
+        let (what, value) = if parts.loss.is_nan() || parts.loss > limit {
+            ("the loss", parts.loss)
+        } else if !grad_norm.is_finite() {
+            ("the norm of the gradient", grad_norm)
+        } else {
+            return Ok(());
+        };
+        Err(TrainError::Diverged { step: self.optimizer.steps() + 1, what, value, checkpoint: self.saved.0 })
+    }
+
+    fn report(&mut self, parts: &LossParts, lr: f64, grad_norm: f64, elapsed: Duration) -> StepReport {
+        let (step, steps) = (self.optimizer.steps(), self.config.steps());
+        let per_step = self.config.tokens_per_step();
+        self.seconds += elapsed.as_secs_f64();
+        let tok_s = per_step as f64 / elapsed.as_secs_f64().max(1e-9);
+        let rate = self.rate.map_or(tok_s, |rate| rate + 0.1 * (tok_s - rate));
+        self.rate = Some(rate);
+        StepReport {
+            row: Row {
+                step,
+                tokens: step * per_step,
+                loss: parts.loss,
+                kl: parts.kl,
+                ce: parts.cross_entropy,
+                lr,
+                grad_norm,
+                tok_s,
+                seconds: self.seconds,
+            },
+            steps,
+            tokens_per_second: rate,
+            remaining: Duration::from_secs_f64(((steps - step) * per_step) as f64 / rate),
+        }
+    }
+
+    fn save(&mut self) -> Result<(), TrainError> {
+        let step = self.optimizer.steps();
+        let header = Header::new(step, self.windows.position(), self.recipe.clone());
+        checkpoint::save(&self.folder.path, &header, &self.optimizer)?;
+        self.saved = (step, Instant::now());
+        Ok(())
+    }
+
+    /// The trained model, its weights plain tensors again.
+    fn finish(self) -> Model {
+        let Self { mut model, .. } = self;
+        let trained: Vec<_> =
+            model.weights.iter().map(|(role, layer, tensor)| (role, layer, tensor.detach())).collect();
+        for (role, layer, tensor) in trained {
+            model.weights.insert(role, layer, tensor);
+        }
+        model
+    }
+}
+
+/// The windows of `text`, every token of which must be below `vocab`.
+fn windows<'a>(text: Text<'a>, vocab: usize, config: &TrainConfig) -> Result<Windows<'a>, TrainError> {
+    if let Some(position) = text.ids.iter().position(|&token| token as usize >= vocab) {
+        return Err(TrainError::Token { token: text.ids[position], position, vocab });
+    }
+    Windows::new(text.ids, text.scored, config.length, config.seed).ok_or_else(|| TrainError::TooLittleText {
+        found: text.ids.len(),
+        scored: text.scored.iter().filter(|&&scored| scored).count(),
+        length: config.length,
+    })
+}
+
+fn note_resume(header: &Header, steps: u64, progress: &mut dyn Progress) {
+    progress.note(&format!("resumed after step {} of {steps}", header.step));
+    let threads = rayon::current_num_threads();
+    if header.threads != threads {
+        progress.note(&format!(
+            "the checkpoint was made with {} threads, this run has {threads}: the result may differ in rounding",
+            header.threads
+        ));
+    }
+}
+
+/// Makes every weight a variable of its own, named as in a Hugging Face checkpoint.
+///
+/// The returned model holds the same variables. Divisors of the rotary frequencies are constants of the
+/// architecture and stay as they are.
+pub(super) fn into_parameters(
+    mut model: Model,
+    decay_embeddings: bool,
+) -> Result<(Model, Vec<Parameter>), TrainError> {
+    let mut weights = Weights::default();
+    let mut parameters = Vec::new();
+    for (role, layer, tensor) in model.weights.iter() {
+        if role == Role::RopeFreqs {
+            weights.insert(role, layer, tensor.clone());
+            continue;
+        }
+        let name = match model.spec.family.tensor(role) {
+            Some(row) => NameBuf::new(row.hf, layer).as_str().to_owned(),
+            None => format!("{role:?}.{layer}"),
+        };
+        // `detach` first: of a variable, `from_tensor` would give the variable itself and training
+        // would then change the caller's model.
+        let var = Var::from_tensor(&tensor.detach())?;
+        weights.insert(role, layer, var.as_tensor().clone());
+        let decay = !role.is_vector() && (role != Role::TokenEmbedding || decay_embeddings);
+        parameters.push(Parameter { name, var, decay });
+    }
+    model.weights = weights;
+    Ok((model, parameters))
+}
+
+/// SHA-256 of a model's specification and weights, hexadecimal.
+///
+/// # Errors
+/// A weight that is not contiguous f32 on the CPU.
+pub fn fingerprint(model: &Model) -> Result<String, TrainError> {
+    let mut hash = Sha256::new();
+    hash.update(format!("{:?}", model.spec));
+    for (role, layer, tensor) in model.weights.iter() {
+        hash.update(format!("{role:?} {layer} {:?}", tensor.dims()));
+        with_values(&tensor.contiguous()?, |values| {
+            hash_words(&mut hash, values.iter().map(|x| x.to_bits()));
+            Ok(())
+        })?;
+    }
+    Ok(hex(hash))
+}
+
+fn text_fingerprint(text: Text<'_>) -> String {
+    let mut hash = Sha256::new();
+    hash_words(&mut hash, text.ids.iter().copied());
+    hash_words(&mut hash, text.scored.iter().map(|&scored| u32::from(scored)));
+    hex(hash)
+}
+
+fn hash_words(hash: &mut Sha256, words: impl Iterator<Item = u32>) {
+    let mut bytes = Vec::with_capacity(1 << 16);
+    for word in words {
+        bytes.extend_from_slice(&word.to_le_bytes());
+        if bytes.len() == 1 << 16 {
+            hash.update(&bytes);
+            bytes.clear();
+        }
+    }
+    hash.update(&bytes);
+}
+
+fn hex(hash: Sha256) -> String {
+    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+}
