@@ -6,5 +6,6 @@ pub mod atomic;
 pub mod bundle;
 pub mod export;
 pub mod model;
+pub mod quantize;
 pub mod student;
 pub mod train;

@@ -1,4 +1,14 @@
-//! Writes GGUF files (version 3, little-endian) that llama.cpp and candle load.
+//! Writes GGUF files that llama.cpp and candle load.
+//!
+//! [`GgufWriter`] knows the container and nothing of models; [`export`] and [`export_to_vec`] know what a
+//! decoder model looks like inside. Only plain GGUF comes from here: private layouts go into packs.
+
+mod model;
+mod writer;
+
+pub use crate::quantize::Mix;
+pub use model::{ExportError, Summary, export, export_to_vec};
+pub use writer::{GgufWriteError, GgufWriter, Producer};
 
 /// A metadata value to be written.
 #[derive(Clone, Debug, PartialEq)]
@@ -21,4 +31,10 @@ pub enum MetaValue {
     U32s(Vec<u32>),
     F32s(Vec<f32>),
     Bools(Vec<bool>),
+}
+
+impl From<&str> for MetaValue {
+    fn from(text: &str) -> Self {
+        Self::String(text.as_bytes().to_vec())
+    }
 }

@@ -88,8 +88,7 @@ impl Decoder {
         let q = self.project(&normed, layer, Role::AttnQ, Some(Role::AttnQBias))?;
         let k = self.project(&normed, layer, Role::AttnK, Some(Role::AttnKBias))?;
         let v = self.project(&normed, layer, Role::AttnV, Some(Role::AttnVBias))?;
-        let shape =
-            Heads { heads: spec.heads, kv_heads: spec.kv_heads, head_dim: spec.head_dim, length };
+        let shape = Heads { heads: spec.heads, kv_heads: spec.kv_heads, head_dim: spec.head_dim, length };
         let mixed = attention(&rope(&q, &table)?, &rope(&k, &table)?, &v, shape)?;
         let x = (x + self.project(&mixed, layer, Role::AttnOut, Some(Role::AttnOutBias))?)?;
 
@@ -203,10 +202,8 @@ mod tests {
                 let [rows, cols] = row.role.shape(spec);
                 let shape = if row.role.is_vector() { vec![cols] } else { vec![rows, cols] };
                 let offset = if row.gguf.contains("norm") { 1.0 } else { 0.0 };
-                let values: Vec<f32> = noise(variables.len() as u64 + 7, rows * cols)
-                    .iter()
-                    .map(|x| x * 0.4 + offset)
-                    .collect();
+                let values: Vec<f32> =
+                    noise(variables.len() as u64 + 7, rows * cols).iter().map(|x| x * 0.4 + offset).collect();
                 let tensor = Tensor::from_vec(values, shape, &Device::Cpu).unwrap();
                 variables.push((row.role, layer, Var::from_tensor(&tensor).unwrap()));
             }
@@ -264,8 +261,7 @@ mod tests {
                 let numeric = (8.0 * (at(step) - at(-step)) - (at(2.0 * step) - at(-2.0 * step)))
                     / (12.0 * f64::from(step));
                 var.set(&before).unwrap();
-                let exact: f64 =
-                    grad.iter().zip(&along).map(|(g, d)| f64::from(*g) * f64::from(*d)).sum();
+                let exact: f64 = grad.iter().zip(&along).map(|(g, d)| f64::from(*g) * f64::from(*d)).sum();
                 let size = grad.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
                 assert!(size > 0.0, "{family}: {role:?} of layer {layer} has a zero gradient");
                 assert!(

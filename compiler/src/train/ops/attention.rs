@@ -53,7 +53,13 @@ impl<'a> Group<'a> {
     }
 
     /// Rows `rows` of a head inside a `[batch * length, heads * head_dim]` matrix.
-    fn view(&self, values: &'a [f32], heads: usize, head: usize, rows: core::ops::Range<usize>) -> Matrix<'a> {
+    fn view(
+        &self,
+        values: &'a [f32],
+        heads: usize,
+        head: usize,
+        rows: core::ops::Range<usize>,
+    ) -> Matrix<'a> {
         let Heads { head_dim, length, .. } = self.shape;
         let stride = heads * head_dim;
         let start = (self.sequence * length + rows.start) * stride + head * head_dim;
@@ -190,8 +196,13 @@ impl CustomOp3 for Attention {
             || rows_cols(k_layout, "attention")? != kv
             || rows_cols(v_layout, "attention")? != kv
         {
-            bail!("attention: q {:?}, k {:?}, v {:?} do not fit {:?}",
-                q_layout.shape(), k_layout.shape(), v_layout.shape(), self.shape);
+            bail!(
+                "attention: q {:?}, k {:?}, v {:?} do not fit {:?}",
+                q_layout.shape(),
+                k_layout.shape(),
+                v_layout.shape(),
+                self.shape
+            );
         }
         let q = values(q, q_layout, "attention")?;
         let (k, v) = (values(k, k_layout, "attention")?, values(v, v_layout, "attention")?);

@@ -113,8 +113,7 @@ pub(crate) mod check {
                 let numeric = (8.0 * (shifted(step) - shifted(-step))
                     - (shifted(2.0 * step) - shifted(-2.0 * step)))
                     / (12.0 * step);
-                let exact: f64 =
-                    grad.iter().zip(&along).map(|(&g, &d)| f64::from(g) * f64::from(d)).sum();
+                let exact: f64 = grad.iter().zip(&along).map(|(&g, &d)| f64::from(g) * f64::from(d)).sum();
                 let size: f64 = grad.iter().map(|&g| f64::from(g) * f64::from(g)).sum::<f64>().sqrt();
                 assert!(size > 0.0, "input {index} has a zero gradient");
                 assert!(

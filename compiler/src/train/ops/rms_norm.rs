@@ -83,7 +83,8 @@ impl RmsNorm {
             .zip(grad.par_chunks(ROWS * width))
             .map(|((dx, x), grad)| {
                 let mut dweight = vec![0.0; width];
-                let rows = dx.chunks_exact_mut(width).zip(x.chunks_exact(width)).zip(grad.chunks_exact(width));
+                let rows =
+                    dx.chunks_exact_mut(width).zip(x.chunks_exact(width)).zip(grad.chunks_exact(width));
                 for ((dx, x), grad) in rows {
                     let inverse = self.inverse(x);
                     let dot: f32 = grad.iter().zip(weight).zip(x).map(|((g, w), x)| g * w * x).sum();

@@ -1,0 +1,292 @@
+//! A whole decoder model as a GGUF file: its hyper-parameters, vocabulary and weights.
+//!
+//! Keys and tensor names are those of the GGUF specification and of the family table; the same model and
+//! mix always give the same bytes. Weights are quantized while they are written, a few rows at a time.
+
+use std::io::{self, Write};
+use std::path::Path;
+
+use candle_core::{Storage, Tensor};
+use edge_models::{DecoderSpec, NameBuf, Role, RopeScaling};
+use edge_runtime::format::DType;
+use rayon::prelude::*;
+
+use super::{GgufWriteError, GgufWriter, MetaValue};
+use crate::model::{Model, Vocabulary};
+use crate::quantize::{Mix, QuantizeError, quantize_rows};
+
+/// Version of the quantized block formats, as `general.quantization_version`.
+const QUANTIZATION_VERSION: u32 = 2;
+/// Values that are quantized between two writes.
+const CHUNK: usize = 1 << 20;
+/// `tokenizer.ggml.token_type` of a token that only fills up the embedding table.
+const UNUSED_TOKEN: i32 = 5;
+
+/// Why a model could not be written as GGUF.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum ExportError {
+    #[error(transparent)]
+    Write(#[from] GgufWriteError),
+    #[error("tensor `{name}` is missing")]
+    MissingTensor { name: String },
+    #[error("tensor `{name}` is there although {reason}")]
+    UnexpectedTensor { name: String, reason: &'static str },
+    #[error("tensor `{name}` has shape {found:?}, expected {expected:?}")]
+    Shape { name: String, found: Vec<usize>, expected: Vec<usize> },
+    #[error("tensor `{name}`: {source}")]
+    Quantize { name: String, source: QuantizeError },
+    #[error("tensor `{name}`: {source}")]
+    Tensor { name: String, source: candle_core::Error },
+    #[error("key `{key}` has {found} entries, expected {expected}")]
+    Vocabulary { key: &'static str, found: usize, expected: usize },
+}
+
+/// What a written file holds.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Summary {
+    /// Size of the file in bytes.
+    pub bytes: u64,
+    /// Number of weights, a tied table counted once.
+    pub weights: u64,
+    /// Bits of tensor data for each weight.
+    pub bits_per_weight: f64,
+}
+
+/// Writes `model` to `path`, whole or not at all.
+///
+/// # Errors
+/// A tensor that is missing, misshapen, or holds a value that its type cannot; the file system's refusal.
+pub fn export(model: &Model, mix: Mix, path: &Path) -> Result<Summary, ExportError> {
+    let (file, weights) = assemble(model, mix)?;
+    let data_bits = 8.0 * file.data_bytes() as f64;
+    let bytes = file.write_atomic(path).map_err(cause)?;
+    Ok(Summary { bytes, weights, bits_per_weight: data_bits / weights as f64 })
+}
+
+/// The bytes that [`export`] would write.
+///
+/// # Errors
+/// As [`export`].
+pub fn export_to_vec(model: &Model, mix: Mix) -> Result<Vec<u8>, ExportError> {
+    let (file, _) = assemble(model, mix)?;
+    file.to_vec().map_err(|source| cause(GgufWriteError::Io { path: "memory".into(), source }))
+}
+
+/// The error of a producer comes through `io::Error`; this takes it out again.
+fn cause(error: GgufWriteError) -> ExportError {
+    match error {
+        GgufWriteError::Io { path, source } => match source.downcast::<ExportError>() {
+            Ok(error) => error,
+            Err(source) => GgufWriteError::Io { path, source }.into(),
+        },
+        other => other.into(),
+    }
+}
+
+/// The file, not yet written, and the number of weights in it.
+fn assemble(model: &Model, mix: Mix) -> Result<(GgufWriter<'_>, u64), ExportError> {
+    let spec = &model.spec;
+    let mut file = GgufWriter::new();
+    describe(&mut file, model, mix)?;
+    match &model.vocabulary {
+        Some(vocabulary) => tokenizer(&mut file, vocabulary, spec.vocab)?,
+        // What llama.cpp's converter writes for a model without a vocabulary.
+        None => file.meta("tokenizer.ggml.model", &"none".into())?,
+    }
+    let mut weights = 0;
+    for row in spec.family.tensors.iter().filter(|row| !row.role.per_layer()) {
+        weights += add(&mut file, model, mix, row.role, 0)?;
+    }
+    for layer in 0..spec.layers {
+        for row in spec.family.tensors.iter().filter(|row| row.role.per_layer()) {
+            weights += add(&mut file, model, mix, row.role, layer)?;
+        }
+    }
+    Ok((file, weights))
+}
+
+/// The `general.*` keys and the hyper-parameters.
+fn describe(file: &mut GgufWriter<'_>, model: &Model, mix: Mix) -> Result<(), ExportError> {
+    let spec = &model.spec;
+    let family = spec.family.name;
+    let number = |value: usize| MetaValue::U32(value as u32);
+    file.meta("general.architecture", &family.into())?;
+    file.meta("general.type", &"model".into())?;
+    file.meta("general.name", &model.name.as_str().into())?;
+    file.meta("general.file_type", &MetaValue::U32(mix.file_type()))?;
+    file.meta("general.quantization_version", &MetaValue::U32(QUANTIZATION_VERSION))?;
+    let mut hyper = vec![
+        ("block_count", number(spec.layers)),
+        ("context_length", number(spec.context)),
+        ("embedding_length", number(spec.hidden)),
+        ("feed_forward_length", number(spec.ffn)),
+        ("attention.head_count", number(spec.heads)),
+        ("attention.head_count_kv", number(spec.kv_heads)),
+        ("attention.layer_norm_rms_epsilon", MetaValue::F32(spec.norm_eps)),
+        ("rope.freq_base", MetaValue::F32(spec.rope.theta as f32)),
+        ("rope.dimension_count", number(spec.head_dim)),
+        ("vocab_size", number(spec.vocab)),
+    ];
+    if spec.heads * spec.head_dim != spec.hidden {
+        hyper.push(("attention.key_length", number(spec.head_dim)));
+        hyper.push(("attention.value_length", number(spec.head_dim)));
+    }
+    if let RopeScaling::Linear { factor } = spec.rope.scaling {
+        hyper.push(("rope.scaling.type", "linear".into()));
+        hyper.push(("rope.scaling.factor", MetaValue::F32(factor as f32)));
+    }
+    for (key, value) in hyper {
+        file.meta(&format!("{family}.{key}"), &value)?;
+    }
+    Ok(())
+}
+
+/// The vocabulary as it is, filled up to the rows of the embedding table: llama.cpp takes the number of
+/// tokens for the number of rows, and checkpoints round the rows up.
+fn tokenizer(file: &mut GgufWriter<'_>, vocabulary: &Vocabulary, rows: usize) -> Result<(), ExportError> {
+    for (key, value) in &vocabulary.entries {
+        let filled = match (key.as_str(), value) {
+            ("tokenizer.ggml.tokens", MetaValue::Strings(tokens)) => {
+                let names = (tokens.len()..rows).map(|id| format!("[PAD{id}]").into_bytes());
+                MetaValue::Strings(fill("tokenizer.ggml.tokens", tokens, rows, names)?)
+            }
+            ("tokenizer.ggml.token_type", MetaValue::I32s(kinds)) => {
+                let unused = std::iter::repeat(UNUSED_TOKEN);
+                MetaValue::I32s(fill("tokenizer.ggml.token_type", kinds, rows, unused)?)
+            }
+            ("tokenizer.ggml.scores", MetaValue::F32s(scores)) => {
+                MetaValue::F32s(fill("tokenizer.ggml.scores", scores, rows, std::iter::repeat(0.0))?)
+            }
+            _ => value.clone(),
+        };
+        file.meta(key, &filled)?;
+    }
+    Ok(())
+}
+
+fn fill<T: Clone>(
+    key: &'static str,
+    list: &[T],
+    rows: usize,
+    rest: impl Iterator<Item = T>,
+) -> Result<Vec<T>, ExportError> {
+    if list.len() > rows {
+        return Err(ExportError::Vocabulary { key, found: list.len(), expected: rows });
+    }
+    Ok(list.iter().cloned().chain(rest).take(rows).collect())
+}
+
+/// Adds the tensor of a role, if the model must have it; answers how many weights it has.
+fn add<'m>(
+    file: &mut GgufWriter<'m>,
+    model: &'m Model,
+    mix: Mix,
+    role: Role,
+    layer: usize,
+) -> Result<u64, ExportError> {
+    let spec = &model.spec;
+    // Roles come from the family's own table, so the pattern is there.
+    let pattern = spec.family.tensor(role).map_or("", |row| row.gguf);
+    let name = NameBuf::new(pattern, layer).as_str().to_owned();
+    if let (Role::RopeFreqs, RopeScaling::Llama3 { .. }) = (role, spec.rope.scaling) {
+        let divisors = rope_divisors(spec);
+        let bytes: Vec<u8> = divisors.iter().flat_map(|divisor| divisor.to_le_bytes()).collect();
+        file.tensor(&name, &[divisors.len() as u64], DType::F32, bytes)?;
+        return Ok(0);
+    }
+    let Some(tensor) = model.weights.get(role, layer) else {
+        return if role.required(spec) { Err(ExportError::MissingTensor { name }) } else { Ok(0) };
+    };
+    if !role.required(spec) {
+        let reason = "the model's hyper-parameters leave it out";
+        return Err(ExportError::UnexpectedTensor { name, reason });
+    }
+    let [rows, cols] = role.shape(spec);
+    let expected = if role.is_vector() { vec![cols] } else { vec![rows, cols] };
+    if tensor.dims() != expected {
+        return Err(ExportError::Shape { name, found: tensor.dims().to_vec(), expected });
+    }
+    let dims: Vec<u64> = expected.iter().rev().map(|dim| *dim as u64).collect();
+    let heads = role.permuted_heads(spec);
+    let part = Part {
+        name: name.clone(),
+        tensor,
+        dtype: mix.dtype(role, layer, spec),
+        // A permuted vector moves single elements.
+        cols: if role.is_vector() && heads.is_some() { 1 } else { cols },
+        heads,
+    };
+    file.tensor_from(&name, &dims, part.dtype, move |out| part.write(out))?;
+    Ok((rows * cols) as u64)
+}
+
+/// What readers divide the rotary frequencies by (`rope_freqs.weight`), one for each pair.
+fn rope_divisors(spec: &DecoderSpec) -> Vec<f32> {
+    (0..spec.head_dim / 2)
+        .map(|pair| {
+            let exponent = -2.0 * pair as f64 / spec.head_dim as f64;
+            spec.rope.scaling.divisor(spec.rope.theta.powf(exponent)) as f32
+        })
+        .collect()
+}
+
+/// A tensor on its way into the file.
+struct Part<'m> {
+    name: String,
+    tensor: &'m Tensor,
+    dtype: DType,
+    cols: usize,
+    /// Heads whose rows GGUF stores in another order.
+    heads: Option<usize>,
+}
+
+impl Part<'_> {
+    fn write(&self, out: &mut dyn Write) -> io::Result<()> {
+        let refuse = |source| io::Error::other(ExportError::Tensor { name: self.name.clone(), source });
+        let tensor = self.tensor.contiguous().map_err(refuse)?;
+        let (storage, layout) = tensor.storage_and_layout();
+        let Storage::Cpu(storage) = &*storage else {
+            return Err(refuse(candle_core::Error::msg("weights must be on the CPU")));
+        };
+        let values = storage.as_slice::<f32>().map_err(refuse)?;
+        // A contiguous tensor may still begin inside a larger storage.
+        self.write_values(&values[layout.start_offset()..][..layout.shape().elem_count()], out)
+    }
+
+    fn write_values(&self, values: &[f32], out: &mut dyn Write) -> io::Result<()> {
+        let rows = values.len() / self.cols;
+        let step = (CHUNK / self.cols).max(1);
+        for first in (0..rows).step_by(step) {
+            let range = first..(first + step).min(rows);
+            let bytes = match self.heads {
+                None => self.quantize(&values[range.start * self.cols..range.end * self.cols]),
+                Some(heads) => {
+                    let mut chunk = vec![0.0; range.len() * self.cols];
+                    chunk.par_chunks_mut(self.cols).zip(range).for_each(|(row, at)| {
+                        let from = source_row(at, rows / heads) * self.cols;
+                        row.copy_from_slice(&values[from..from + self.cols]);
+                    });
+                    self.quantize(&chunk)
+                }
+            };
+            let bytes = bytes.map_err(|source| {
+                let source = source.below(first);
+                io::Error::other(ExportError::Quantize { name: self.name.clone(), source })
+            })?;
+            out.write_all(&bytes)?;
+        }
+        Ok(())
+    }
+
+    fn quantize(&self, values: &[f32]) -> Result<Vec<u8>, QuantizeError> {
+        quantize_rows(self.dtype, values, self.cols, None)
+    }
+}
+
+/// Where GGUF's row `row` is in a checkpoint whose heads rotate halves: `2i + s` comes from
+/// `i + s * head_dim / 2` of the same head.
+fn source_row(row: usize, head_dim: usize) -> usize {
+    let (head, within) = (row / head_dim, row % head_dim);
+    head * head_dim + within / 2 + within % 2 * (head_dim / 2)
+}

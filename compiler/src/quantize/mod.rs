@@ -1,0 +1,142 @@
+//! Weights to blocks: from `f32` to every type that GGUF files of this toolchain hold.
+//!
+//! [`quantize_rows`] encodes, [`Mix`] says which tensor becomes which type. Reading blocks is the
+//! runtime's business (`edge_runtime::kernels::dequantize_row`); files are [`crate::export`]'s.
+
+mod blocks;
+mod mix;
+mod search;
+mod super_blocks;
+
+use edge_runtime::format::{DType, f32_to_bf16, f32_to_f16};
+use rayon::prelude::*;
+
+pub use crate::export::gguf::export as quantize_file;
+pub use mix::{Mix, UnknownMix};
+
+/// Why values could not be quantized.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum QuantizeError {
+    /// Not a number, infinite, or beyond what the type's scales reach.
+    #[error("row {row}, column {col} is {found}, expected a magnitude of at most {limit} for {dtype}")]
+    Value { row: usize, col: usize, found: f32, limit: f32, dtype: &'static str },
+    /// The values are not whole rows of whole blocks.
+    #[error("{values} values in rows of {cols}, expected whole rows of whole blocks for {dtype}")]
+    Shape { values: usize, cols: usize, dtype: &'static str },
+    /// Importance must be one finite, non-negative number for each column.
+    #[error("importance has {found} usable entries, expected {expected}")]
+    Importance { found: usize, expected: usize },
+}
+
+impl QuantizeError {
+    /// The same error for values that begin at row `first` of their tensor.
+    pub(crate) fn below(self, first: usize) -> Self {
+        match self {
+            Self::Value { row, col, found, limit, dtype } => {
+                Self::Value { row: row + first, col, found, limit, dtype }
+            }
+            other => other,
+        }
+    }
+}
+
+/// Quantizes rows of `cols` values each, in parallel; the same bytes on every machine.
+///
+/// `importance` weighs the squared error of each column (usually the mean square of the activation that
+/// meets it). Without it the 32-wide types follow ggml's reference formulas bit for bit; Q4_K, Q5_K and
+/// Q6_K always search their scales. F32, F16, BF16 and Q8_0 do not look at it.
+///
+/// # Errors
+/// The first value that the type cannot hold, by row and column; a shape or importance that does not fit.
+pub fn quantize_rows(
+    dtype: DType,
+    values: &[f32],
+    cols: usize,
+    importance: Option<&[f32]>,
+) -> Result<Vec<u8>, QuantizeError> {
+    let shape_error = || QuantizeError::Shape { values: values.len(), cols, dtype: dtype.name() };
+    let row_bytes = dtype.row_bytes(cols).filter(|bytes| *bytes > 0).ok_or_else(shape_error)?;
+    if values.len() % cols != 0 {
+        return Err(shape_error());
+    }
+    if let Some(importance) = importance {
+        let found = importance.iter().filter(|v| v.is_finite() && **v >= 0.0).count();
+        if found != cols || importance.len() != cols {
+            return Err(QuantizeError::Importance { found, expected: cols });
+        }
+    }
+    let mut out = vec![0; values.len() / cols * row_bytes];
+    out.par_chunks_mut(row_bytes)
+        .zip(values.par_chunks(cols))
+        .enumerate()
+        .map(|(row, (out, values))| {
+            quantize_row(dtype, values, importance, out).map_err(|error| error.below(row))
+        })
+        // The first bad row in order, whichever thread finds one first.
+        .collect::<Vec<_>>()
+        .into_iter()
+        .collect::<Result<(), _>>()?;
+    Ok(out)
+}
+
+/// Quantizes one row of whole blocks into exactly its bytes.
+fn quantize_row(
+    dtype: DType,
+    row: &[f32],
+    importance: Option<&[f32]>,
+    out: &mut [u8],
+) -> Result<(), QuantizeError> {
+    let limit = largest_magnitude(dtype);
+    // Written so that NaN is refused too.
+    if let Some(col) = row.iter().position(|v| !(v.abs() <= limit)) {
+        return Err(QuantizeError::Value { row: 0, col, found: row[col], limit, dtype: dtype.name() });
+    }
+    match dtype {
+        DType::F32 => encode(row, None, out, |v: &[f32; 1], _| v[0].to_le_bytes()),
+        DType::F16 => encode(row, None, out, |v: &[f32; 1], _| f32_to_f16(v[0]).to_le_bytes()),
+        DType::BF16 => encode(row, None, out, |v: &[f32; 1], _| f32_to_bf16(v[0]).to_le_bytes()),
+        DType::Q8_0 => encode(row, importance, out, blocks::q8_0),
+        DType::Q4_0 => encode(row, importance, out, blocks::q4_0),
+        DType::Q4_1 => encode(row, importance, out, blocks::q4_1),
+        DType::Q5_0 => encode(row, importance, out, blocks::q5_0),
+        DType::Q5_1 => encode(row, importance, out, blocks::q5_1),
+        DType::Q4K => encode(row, importance, out, super_blocks::q4_k),
+        DType::Q5K => encode(row, importance, out, super_blocks::q5_k),
+        DType::Q6K => encode(row, importance, out, super_blocks::q6_k),
+    }
+    Ok(())
+}
+
+/// The largest magnitude for which no half-precision number of a block can overflow, a least-squares
+/// scale being up to twice the plain one.
+fn largest_magnitude(dtype: DType) -> f32 {
+    const HALF: f32 = 65_504.0;
+    match dtype {
+        DType::F32 => f32::MAX,
+        // The largest finite bfloat16.
+        DType::BF16 => f32::from_bits(0x7f7f_0000),
+        DType::F16 | DType::Q4_1 | DType::Q5_1 => HALF,
+        DType::Q8_0 => HALF * 127.0,
+        DType::Q4_0 => HALF * 4.0,
+        DType::Q5_0 => HALF * 8.0,
+        DType::Q4K | DType::Q5K => HALF * 31.0,
+        DType::Q6K => HALF * 2048.0,
+    }
+}
+
+/// Calls `block` for every `LEN` values of a row and stores its bytes.
+fn encode<const LEN: usize, const BYTES: usize>(
+    row: &[f32],
+    importance: Option<&[f32]>,
+    out: &mut [u8],
+    block: impl Fn(&[f32; LEN], Option<&[f32; LEN]>) -> [u8; BYTES],
+) {
+    let importance = importance.map(|importance| importance.as_chunks::<LEN>().0);
+    for (i, (x, out)) in row.as_chunks().0.iter().zip(out.as_chunks_mut().0).enumerate() {
+        *out = block(x, importance.map(|importance| &importance[i]));
+    }
+}
+
+#[cfg(test)]
+mod tests;
