@@ -6,15 +6,17 @@
 use super::exp::exp_lanes;
 use super::float::{dot, dot_lanes};
 use super::simd::Simd;
+use crate::format::f16_to_f32;
 
 /// Positions in a block of scores.
 const POSITIONS: usize = 64;
 
-/// The cached rows of one key-value head: row `p` starts at element `p * stride` of both slices.
+/// The cached rows of one key-value head, the bits of half-precision numbers: row `p` starts at element
+/// `p * stride` of both slices.
 #[derive(Clone, Copy)]
 pub(crate) struct Cache<'a> {
-    pub keys: &'a [f32],
-    pub values: &'a [f32],
+    pub keys: &'a [u16],
+    pub values: &'a [u16],
     pub stride: usize,
 }
 
@@ -94,7 +96,7 @@ fn weighted_sum<S: Simd>(s: S, weights: &[f32], cache: Cache, start: usize, keep
         for (i, weight) in weights.iter().enumerate() {
             let value = rows[i * cache.stride + c * 32..][..32].as_chunks::<8>().0;
             for (sum, value) in sums.iter_mut().zip(value) {
-                *sum = s.add(*sum, s.mul(s.splat(*weight), s.load(value)));
+                *sum = s.add(*sum, s.mul(s.splat(*weight), s.f16_bits(*value)));
             }
         }
         for (sum, out) in sums.into_iter().zip(out) {
@@ -104,7 +106,7 @@ fn weighted_sum<S: Simd>(s: S, weights: &[f32], cache: Cache, start: usize, keep
     for (c, out) in rest.iter_mut().enumerate() {
         *out *= keep;
         for (i, weight) in weights.iter().enumerate() {
-            *out += weight * rows[i * cache.stride + rest_at + c];
+            *out += weight * f16_to_f32(rows[i * cache.stride + rest_at + c]);
         }
     }
 }

@@ -177,13 +177,13 @@ impl Kernels {
 
     /// `out = softmax(scale * q K^T) V` of one query head over the first `len` cached positions. Position
     /// `p` of this head's keys starts at `keys[p * stride]`, of its values at `values[p * stride]`; both are
-    /// as wide as `q` and `out`. Positions that do not lie within both slices are not attended to.
+    /// as wide as `q` and `out`, and hold the bits of half-precision numbers. Positions that do not lie within both slices are not attended to.
     #[expect(clippy::too_many_arguments, reason = "one head of a strided cache has this many parts")]
     pub fn attention(
         &self,
         q: &[f32],
-        keys: &[f32],
-        values: &[f32],
+        keys: &[u16],
+        values: &[u16],
         stride: usize,
         len: usize,
         scale: f32,

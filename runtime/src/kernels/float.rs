@@ -8,10 +8,32 @@ use super::exp::exp_lanes;
 use super::simd::Simd;
 use edge_models::RopePairing;
 
+/// An element of a stored row.
+pub(crate) trait Element: Copy + Default {
+    /// 16 elements as two times eight floats.
+    fn load16<S: Simd>(s: S, x: &[Self; 16]) -> [S::F; 2];
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    fn load16<S: Simd>(s: S, x: &[f32; 16]) -> [S::F; 2] {
+        load16(s, x)
+    }
+}
+
+/// The bits of a half-precision number.
+impl Element for u16 {
+    #[inline(always)]
+    fn load16<S: Simd>(s: S, x: &[u16; 16]) -> [S::F; 2] {
+        let ([a, b], _) = x.as_chunks::<8>() else { return [s.splat(0.0); 2] };
+        [s.f16_bits(*a), s.f16_bits(*b)]
+    }
+}
+
 /// The part of a row behind its last 16 elements, padded with zeros.
 #[inline(always)]
-fn padded(rest: &[f32]) -> [f32; 16] {
-    let mut block = [0.0; 16];
+fn padded<T: Element>(rest: &[T]) -> [T; 16] {
+    let mut block = [T::default(); 16];
     for (to, from) in block.iter_mut().zip(rest) {
         *to = *from;
     }
@@ -27,16 +49,16 @@ pub(crate) fn load16<S: Simd>(s: S, x: &[f32; 16]) -> [S::F; 2] {
 
 /// The 16 sums of a dot product, folded to 8.
 #[inline(always)]
-pub(crate) fn dot_lanes<S: Simd>(s: S, x: &[f32], y: &[f32]) -> S::F {
+pub(crate) fn dot_lanes<S: Simd, T: Element>(s: S, x: &[f32], y: &[T]) -> S::F {
     let len = x.len().min(y.len());
     let ((x, x_rest), (y, y_rest)) = (x[..len].as_chunks::<16>(), y[..len].as_chunks::<16>());
     let mut sums = [s.splat(0.0); 2];
     for (x, y) in x.iter().zip(y) {
-        let (x, y) = (load16(s, x), load16(s, y));
+        let (x, y) = (load16(s, x), T::load16(s, y));
         sums = [s.add(sums[0], s.mul(x[0], y[0])), s.add(sums[1], s.mul(x[1], y[1]))];
     }
     if !x_rest.is_empty() {
-        let (x, y) = (load16(s, &padded(x_rest)), load16(s, &padded(y_rest)));
+        let (x, y) = (load16(s, &padded(x_rest)), T::load16(s, &padded(y_rest)));
         sums = [s.add(sums[0], s.mul(x[0], y[0])), s.add(sums[1], s.mul(x[1], y[1]))];
     }
     s.add(sums[0], sums[1])
@@ -44,7 +66,7 @@ pub(crate) fn dot_lanes<S: Simd>(s: S, x: &[f32], y: &[f32]) -> S::F {
 
 /// The dot product of two rows.
 #[inline(always)]
-pub(crate) fn dot<S: Simd>(s: S, x: &[f32], y: &[f32]) -> f32 {
+pub(crate) fn dot<S: Simd, T: Element>(s: S, x: &[f32], y: &[T]) -> f32 {
     s.sum(dot_lanes(s, x, y))
 }
 
@@ -160,6 +182,18 @@ pub(crate) fn quantize<S: Simd>(s: S, acts: &mut ActivationsMut) {
     }
 }
 
+/// `x`, which is finite, to the 11 significant bits of a half-precision number, but without its narrow range.
+///
+/// ggml's blocks of activations keep their scale as such a number. Its rounding moves the logits of small
+/// models enough to change close choices, so a file would not say here what it says there.
+#[inline(always)]
+fn round_to_half_precision(x: f32) -> f32 {
+    const DROPPED: u32 = 23 - 10;
+    let bits = x.to_bits();
+    let to_even = (1 << (DROPPED - 1)) - 1 + (bits >> DROPPED & 1);
+    f32::from_bits((bits + to_even) >> DROPPED << DROPPED)
+}
+
 /// The scale and the two halves of one block.
 #[inline(always)]
 fn quantize_block<S: Simd>(s: S, values: &[f32; BLOCK]) -> (f32, [[i8; 16]; 2]) {
@@ -177,5 +211,5 @@ fn quantize_block<S: Simd>(s: S, values: &[f32; BLOCK]) -> (f32, [[i8; 16]; 2]) 
         s.round_i8([s.mul(a, inverse), s.mul(b, inverse)]),
         s.round_i8([s.mul(c, inverse), s.mul(d, inverse)]),
     ];
-    (peak / 127.0, halves)
+    (round_to_half_precision(peak / 127.0), halves)
 }

@@ -23,6 +23,8 @@ unsafe impl Plain for f32 {}
 // SAFETY: as above.
 unsafe impl Plain for f64 {}
 // SAFETY: as above.
+unsafe impl Plain for u16 {}
+// SAFETY: as above.
 unsafe impl Plain for i8 {}
 
 /// Bytes that `count` elements take with their padding; `None` beyond the address space.

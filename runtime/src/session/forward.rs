@@ -6,12 +6,20 @@
 
 use super::weights::{Layer, Linear};
 use crate::Result;
+use crate::format::{f16_to_f32, f32_to_f16};
 use crate::kernels::{Activations, ActivationsMut, Kernels, Matrix};
 use crate::workers::{Workers, for_each_chunk};
 use edge_models::DecoderSpec;
 
 /// Multiplications below which other threads are not worth waking.
 const WORTH_SHARING: usize = 1 << 15;
+
+/// Keys or values on their way into the cache.
+fn store_halves(values: &[f32], cache: &mut [u16]) {
+    for (value, bits) in values.iter().zip(cache) {
+        *bits = f32_to_f16(*value);
+    }
+}
 
 /// Room for everything between the embedding and the logits of one batch.
 pub(super) struct Buffers<'a> {
@@ -49,8 +57,8 @@ impl Step<'_> {
     pub(super) fn attention(
         &self,
         layer: &Layer,
-        keys: &mut [f32],
-        values: &mut [f32],
+        keys: &mut [u16],
+        values: &mut [u16],
         buffers: &mut Buffers,
     ) -> Result<()> {
         let (spec, n) = (self.spec, self.tokens);
@@ -61,12 +69,17 @@ impl Step<'_> {
         let input = self.quantize(&mut input, &[&layer.q.weight, &layer.k.weight, &layer.v.weight]);
 
         let new = self.position * spec.kv_width()..(self.position + n) * spec.kv_width();
+        let fresh = &mut outputs[..n * spec.kv_width()];
+        self.linear(&layer.k, &input, fresh)?;
+        self.rope(fresh, spec.kv_width(), cos, sin);
+        store_halves(fresh, &mut keys[new.clone()]);
+        self.linear(&layer.v, &input, fresh)?;
+        store_halves(fresh, &mut values[new]);
         let queries = &mut outputs[..n * spec.q_width()];
         self.linear(&layer.q, &input, queries)?;
-        self.linear(&layer.k, &input, &mut keys[new.clone()])?;
-        self.linear(&layer.v, &input, &mut values[new.clone()])?;
         self.rope(queries, spec.q_width(), cos, sin);
-        self.rope(&mut keys[new], spec.kv_width(), cos, sin);
+        // As precise as the keys that they meet, as in ggml: close choices then fall the same way.
+        queries.iter_mut().for_each(|x| *x = f16_to_f32(f32_to_f16(*x)));
 
         let mut attended = ActivationsMut::new(n, spec.q_width(), narrow, narrow_quants)?;
         self.attend(queries, keys, values, attended.values_mut());
@@ -140,7 +153,7 @@ impl Step<'_> {
 
     /// Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245), causal: token `t` of the batch
     /// sees the positions up to its own. Queries and `out` are `[tokens, heads * head_dim]`.
-    fn attend(&self, queries: &[f32], keys: &[f32], values: &[f32], out: &mut [f32]) {
+    fn attend(&self, queries: &[f32], keys: &[u16], values: &[u16], out: &mut [f32]) {
         let spec = self.spec;
         let (head_dim, stride) = (spec.head_dim, spec.kv_width());
         let group = spec.heads / spec.kv_heads;

@@ -38,7 +38,7 @@ pub(super) struct Sizes {
     pub(super) vectors: usize,
     /// Inverse frequencies, `f64`.
     pub(super) frequencies: usize,
-    /// Keys of all layers, and as many values, `f32`.
+    /// Keys of all layers, and as many values, the bits of half-precision numbers.
     pub(super) cache: usize,
     /// The residual stream, `f32`.
     pub(super) residual: usize,
@@ -88,7 +88,10 @@ impl Sizes {
             total = total.checked_add(padded_bytes::<i8>(quants)?)?;
         }
         let floats = [self.vectors, self.residual, self.narrow, self.wide, self.outputs, self.logits];
-        for floats in floats.into_iter().chain([self.cache; 2]).chain([self.angles; 2]) {
+        for halves in [self.cache; 2] {
+            total = total.checked_add(padded_bytes::<u16>(halves)?)?;
+        }
+        for floats in floats.into_iter().chain([self.angles; 2]) {
             total = total.checked_add(padded_bytes::<f32>(floats)?)?;
         }
         // No object can have more than isize::MAX bytes.
@@ -135,7 +138,7 @@ impl Plan {
     /// Bytes of the arena that are KV cache.
     pub fn kv_bytes(&self) -> usize {
         // Cannot overflow: it is part of `arena_bytes`.
-        2 * self.sizes.cache * size_of::<f32>()
+        2 * self.sizes.cache * size_of::<u16>()
     }
 
     /// The model.

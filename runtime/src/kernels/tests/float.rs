@@ -30,25 +30,30 @@ fn exp_is_within_two_ulps() {
     }
 }
 
+/// Bits of the nearest half-precision numbers.
+fn halves(x: &[f32]) -> Vec<u16> {
+    x.iter().map(|x| f32_to_f16(*x)).collect()
+}
+
 /// Attention by its definition, in double precision.
 fn exact_attention(
     q: &[f32],
-    keys: &[f32],
-    values: &[f32],
+    keys: &[u16],
+    values: &[u16],
     stride: usize,
     len: usize,
     scale: f32,
 ) -> Vec<f64> {
+    let wide = |bits: u16| f64::from(f16_to_f32(bits));
     let score = |p: usize| {
         let key = &keys[p * stride..][..q.len()];
-        q.iter().zip(key).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>() * f64::from(scale)
+        q.iter().zip(key).map(|(a, b)| f64::from(*a) * wide(*b)).sum::<f64>() * f64::from(scale)
     };
     let scores: Vec<f64> = (0..len).map(score).collect();
     let peak = scores.iter().fold(f64::MIN, |a, b| a.max(*b));
     let weights: Vec<f64> = scores.iter().map(|s| (s - peak).exp()).collect();
     let total: f64 = weights.iter().sum();
-    let element =
-        |i: usize| (0..len).map(|p| weights[p] * f64::from(values[p * stride + i])).sum::<f64>() / total;
+    let element = |i: usize| (0..len).map(|p| weights[p] * wide(values[p * stride + i])).sum::<f64>() / total;
     (0..q.len()).map(element).collect()
 }
 
@@ -125,7 +130,8 @@ proptest! {
         let mut random = Random(seed);
         let stride = width + gap;
         let cached = (len - 1) * stride + width;
-        let (q, keys, values) = (random.floats(width), random.floats(cached), random.floats(cached));
+        let q = random.floats(width);
+        let (keys, values) = (halves(&random.floats(cached)), halves(&random.floats(cached)));
         let scale = 3.0 / (width as f32).sqrt();
         let exact = exact_attention(&q, &keys, &values, stride, len, scale);
         let mut expected = vec![f32::NAN; width];
@@ -157,11 +163,16 @@ proptest! {
                     let peak = x.iter().fold(0f32, |m, x| m.max(x.abs()));
                     let zero = peak <= 2f32.powi(-100);
                     let (scale, inverse) = if zero { (0.0, 0.0) } else { (peak / 127.0, 127.0 / peak) };
+                    let found = row.scales.as_flattened()[b];
+                    // Within half a unit of the eleventh bit, and in a half-precision number's range that number.
+                    prop_assert!((found - scale).abs() <= scale * 2f32.powi(-11));
+                    if (1e-4..1e4).contains(&scale) {
+                        prop_assert_eq!(found, f16_to_f32(f32_to_f16(scale)));
+                    }
                     let q: Vec<i8> = x.iter().map(|x| (x * inverse).round_ties_even() as i8).collect();
                     let at = b / 2 * 64 + b % 2 * 16;
                     prop_assert_eq!(&quants[at..at + 16], &q[..16]);
                     prop_assert_eq!(&quants[at + 32..at + 48], &q[16..]);
-                    prop_assert_eq!(row.scales.as_flattened()[b], scale);
                     prop_assert_eq!(row.sums.as_flattened()[b], q.iter().map(|q| f32::from(*q)).sum::<f32>());
                 }
                 let padding = row.scales.as_flattened()[blocks..].iter().chain(&row.sums.as_flattened()[blocks..]);
@@ -175,18 +186,19 @@ proptest! {
 fn attention_survives_huge_and_broken_scores() {
     for kernels in Kernels::available() {
         // One position wins by far: its value is the result.
-        let (keys, values) = ([0.0, 1e30, -1e30, 0.0], [1.0, 2.0, 3.0, 4.0]);
+        let keys = halves(&[0.0, 6e4, -6e4, 0.0]);
+        let values = halves(&[1.0, 2.0, 3.0, 4.0]);
         let mut out = [f32::NAN];
-        kernels.attention(&[1e8], &keys, &values, 1, 4, 1.0, &mut out);
+        kernels.attention(&[1e35], &keys, &values, 1, 4, 1.0, &mut out);
         assert!(out[0].is_nan() || out[0] == 2.0);
         kernels.attention(&[1.0], &keys, &values, 1, 4, 1.0, &mut out);
         assert_eq!(out, [2.0]);
         kernels.attention(&[f32::NAN], &keys, &values, 1, 4, 1.0, &mut out);
         assert!(out[0].is_nan());
         // The highest score comes in the last block.
-        let mut keys = std::vec![0.0; 130];
-        keys[129] = 100.0;
-        let values: Vec<f32> = (0..130).map(|i| i as f32).collect();
+        let mut keys = std::vec![0; 130];
+        keys[129] = f32_to_f16(100.0);
+        let values = halves(&(0..130).map(|i| i as f32).collect::<Vec<_>>());
         kernels.attention(&[1.0], &keys, &values, 1, 130, 1.0, &mut out);
         assert_eq!(out, [129.0]);
     }
@@ -201,7 +213,7 @@ fn values_that_are_not_finite_poison_their_block() {
             let mut batch = Batch::new(1, 64, &values);
             let mut rows = batch.rows();
             let row = kernels.quantize(&mut rows).quantized_row(0);
-            assert_eq!(row.scales[0][0], 1.0 / 127.0);
+            assert_eq!(row.scales[0][0], f16_to_f32(f32_to_f16(1.0 / 127.0)));
             assert!(row.scales[0][1].is_nan());
         }
     }

@@ -7,7 +7,7 @@ mod golden;
 mod matmul;
 
 use super::{Activations, ActivationsMut, Kernels, Matrix};
-use crate::format::{DType, f32_to_f16};
+use crate::format::{DType, f16_to_f32, f32_to_f16};
 use proptest::prelude::*;
 use std::vec;
 use std::vec::Vec;
