@@ -4,7 +4,7 @@
 
 use std::path::Path;
 
-use crate::profile::{Error, NativeFile};
+use crate::profile::ModelFile;
 
 /// A small Llama with a vocabulary of its own, trained on [`TEXT`].
 static TEACHER: &[u8] = include_bytes!("../../models/demo/teacher.gguf");
@@ -15,10 +15,7 @@ pub static TEXT: &str = include_str!("../../models/demo/speeches.txt");
 /// The address of 2006, which the teacher has not seen.
 pub static HELD_OUT: &str = include_str!("../../models/demo/held-out.txt");
 
-/// The embedded teacher.
-///
-/// # Errors
-/// None, unless the program itself was damaged.
-pub fn teacher() -> Result<NativeFile, Error> {
-    NativeFile::from_static(TEACHER, Path::new("(embedded teacher)"))
+/// The embedded teacher, as the runtime reads it.
+pub fn teacher() -> ModelFile {
+    ModelFile::from_memory(Path::new("(embedded teacher)"), TEACHER)
 }

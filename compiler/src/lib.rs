@@ -4,8 +4,14 @@
 
 pub mod atomic;
 pub mod bundle;
+pub mod demo;
 pub mod export;
 pub mod model;
+pub mod pipeline;
+pub mod profile;
 pub mod quantize;
+pub mod report;
 pub mod student;
+pub mod teacher;
+pub mod text;
 pub mod train;

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use anyhow::bail;
 use clap::{Args, ValueEnum};
-use edgec::profile::bench::{Config, Row, bench};
-use edgec::profile::NativeFile;
+use edgec::profile;
+use edgec::profile::bench::{self, Options};
 
 use super::{EngineArguments, output};
 
@@ -42,42 +42,21 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     if arguments.repetitions == 0 || (arguments.prompt == 0 && arguments.generate == 0) {
         bail!("nothing to time: give a prompt or tokens to generate, and at least one repetition");
     }
-    let config = Config {
-        prompt: arguments.prompt,
-        generate: arguments.generate,
+    let settings = arguments.engine.settings(0);
+    let options = Options {
+        n_prompt: arguments.prompt,
+        n_gen: arguments.generate,
         repetitions: arguments.repetitions,
+        threads: settings.threads,
+        kernels: settings.kernels,
+        ..Options::default()
     };
-    let mut rows = Vec::new();
+    let mut tests = Vec::new();
     for path in &arguments.models {
-        rows.extend(bench(&NativeFile::open(path)?, config, &arguments.engine.engine())?);
+        tests.extend(bench::run(&profile::open(path)?, &options)?);
     }
     match arguments.output {
-        Format::Json => output::json(&rows),
-        Format::Md => Ok(output::line(markdown(&rows))?),
+        Format::Json => output::json(&tests),
+        Format::Md => Ok(output::line(bench::markdown(&tests))?),
     }
-}
-
-fn markdown(rows: &[Row]) -> String {
-    let mut text = String::from(
-        "| model | size | params | kernels | threads | test | tok/s | p50 ms | p95 ms | arena |\n\
-         |---|---:|---:|---|---:|---:|---:|---:|---:|---:|",
-    );
-    for row in rows {
-        let test =
-            if row.n_prompt > 0 { format!("pp{}", row.n_prompt) } else { format!("tg{}", row.n_gen) };
-        text.push_str(&format!(
-            "\n| {} | {} | {} | {} | {} | {test} | {:.2} ± {:.2} | {:.2} | {:.2} | {} |",
-            row.model_type,
-            output::bytes(row.model_size),
-            output::parameters(row.model_n_params),
-            row.kernels,
-            row.n_threads,
-            row.avg_ts,
-            row.stddev_ts,
-            row.p50_ms,
-            row.p95_ms,
-            output::bytes(row.arena_bytes as u64),
-        ));
-    }
-    text
 }

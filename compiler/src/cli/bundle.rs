@@ -6,8 +6,7 @@ use std::path::PathBuf;
 use anyhow::Context;
 use clap::Args;
 use edge_targets::Target;
-use edgec::profile::NativeFile;
-use edgec::{atomic, bundle};
+use edgec::{atomic, bundle, profile};
 
 use super::output;
 use super::progress::note;
@@ -26,7 +25,7 @@ pub struct Arguments {
 
 pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let target = Target::by_name(&arguments.target)?;
-    let model = NativeFile::open(&arguments.model)?;
+    let model = profile::open(&arguments.model)?;
     fs::create_dir_all(&arguments.out).with_context(|| arguments.out.display().to_string())?;
     let report = bundle::build(&target, &arguments.out)?;
     let copy = arguments.out.join("student.gguf");

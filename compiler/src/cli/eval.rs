@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
+use edgec::profile;
 use edgec::profile::eval::{Config, Score, evaluate};
-use edgec::profile::NativeFile;
 use edgec::text::HostTokenizer;
 
 use super::progress::Progress;
@@ -53,10 +53,10 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     if text.is_empty() {
         bail!("{}: the file is empty", arguments.data.display());
     }
-    let student = NativeFile::open(&arguments.model)?;
-    let teacher = arguments.teacher.as_deref().map(NativeFile::open).transpose()?;
-    let tokenizer = HostTokenizer::from_gguf(&student.gguf()?)
-        .with_context(|| arguments.model.display().to_string())?;
+    let student = profile::open(&arguments.model)?;
+    let teacher = arguments.teacher.as_deref().map(profile::open).transpose()?;
+    let tokenizer =
+        HostTokenizer::from_gguf(&student.parse()?).with_context(|| arguments.model.display().to_string())?;
     let ids = tokenizer.encode(text, true, false)?;
     let config = Config {
         context: arguments.context as usize,
@@ -73,7 +73,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         teacher.as_ref(),
         &ids,
         &config,
-        &arguments.engine.engine(),
+        &arguments.engine.settings(0),
         &mut |done, total, ppl| progress.update(done, total, &format!("ppl {ppl:.4}")),
     )?;
     progress.finish(&format!("{} windows of {} tokens", outcome.windows, config.context));
@@ -81,8 +81,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         return output::json(&outcome);
     }
     output::line(format!("perplexity      {:.4}", outcome.ppl))?;
-    if let (Some(ppl), Some(kl), Some(agreement)) =
-        (outcome.teacher_ppl, outcome.kl, outcome.top1_agreement)
+    if let (Some(ppl), Some(kl), Some(agreement)) = (outcome.teacher_ppl, outcome.kl, outcome.top1_agreement)
     {
         output::line(format!("teacher         {ppl:.4}"))?;
         output::line(format!("KL              {kl:.4} nats per token"))?;

@@ -6,9 +6,9 @@ use std::time::Instant;
 
 use anyhow::{Context, bail};
 use clap::Args;
+use edge_run::Engine;
 use edge_runtime::session::{Limits, Plan, Sampler, SamplerConfig, Session};
-use edge_runtime::workers::Pool;
-use edgec::profile::NativeFile;
+use edgec::profile;
 use edgec::text::{ChatTemplate, HostTokenizer, Message};
 
 use super::{EngineArguments, output};
@@ -159,21 +159,17 @@ fn with_generator<T>(
     model: &std::path::Path,
     sampling: &SamplingArguments,
     engine: &EngineArguments,
-    body: impl FnOnce(&mut Generator<'_>, &NativeFile) -> anyhow::Result<T>,
+    body: impl FnOnce(&mut Generator<'_>) -> anyhow::Result<T>,
 ) -> anyhow::Result<T> {
     const LONGEST_DEFAULT: usize = 4096;
-    let file = NativeFile::open(model)?;
-    let gguf = file.gguf()?;
+    let file = profile::open(model)?;
+    let gguf = file.parse()?;
     let tokenizer = HostTokenizer::from_gguf(&gguf).with_context(|| model.display().to_string())?;
-    let engine = engine.engine();
-    let limits = |context| Limits { context, batch: 64, logits_rows: 1, workers: engine.threads };
-    let refuse = |error| file.error(error);
-    let own = Plan::new(&gguf, limits(1)).map_err(refuse)?.spec().context;
+    let smallest = Limits { context: 1, batch: 1, logits_rows: 1, workers: 1 };
+    let own = Plan::new(&gguf, smallest).map_err(|error| file.refused(error))?.spec().context;
     let context = sampling.context.unwrap_or(own.min(LONGEST_DEFAULT));
-    let plan = Plan::new(&gguf, limits(context)).map_err(refuse)?;
-    let mut arena = vec![0; plan.arena_bytes()];
-    let pool = Pool::new(engine.threads);
-    let session = Session::new(&gguf, &plan, engine.kernels()?, &pool, &mut arena).map_err(refuse)?;
+    let mut engine = Engine::new(&file, engine.settings(context))?;
+    let session = engine.session(&file)?;
     let vocab = session.spec().vocab;
     let mut generator = Generator {
         session,
@@ -183,11 +179,11 @@ fn with_generator<T>(
         scratch: vec![0; vocab],
         logits: vec![0.0; vocab],
     };
-    body(&mut generator, &file)
+    body(&mut generator)
 }
 
 pub fn run(arguments: &RunArguments) -> anyhow::Result<()> {
-    with_generator(&arguments.model, &arguments.sampling, &arguments.engine, |generator, _| {
+    with_generator(&arguments.model, &arguments.sampling, &arguments.engine, |generator| {
         let prompt = generator.tokenizer.encode(&arguments.prompt, true, true)?;
         if prompt.is_empty() {
             bail!("--prompt: the text has no tokens");
@@ -209,10 +205,9 @@ pub fn run(arguments: &RunArguments) -> anyhow::Result<()> {
 }
 
 pub fn chat(arguments: &ChatArguments) -> anyhow::Result<()> {
-    with_generator(&arguments.model, &arguments.sampling, &arguments.engine, |generator, _| {
-        let template = ChatTemplate::of(generator.tokenizer).with_context(|| {
-            format!("{}: no chat template; use `edgec run`", arguments.model.display())
-        })?;
+    with_generator(&arguments.model, &arguments.sampling, &arguments.engine, |generator| {
+        let template = ChatTemplate::of(generator.tokenizer)
+            .with_context(|| format!("{}: no chat template; use `edgec run`", arguments.model.display()))?;
         let mut messages = Vec::new();
         if let Some(system) = &arguments.system {
             messages.push(Message::new("system", system));

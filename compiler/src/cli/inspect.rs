@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::Args;
 use edge_runtime::format::{Gguf, Value};
 use edge_runtime::session::{Limits, Plan};
-use edgec::profile::NativeFile;
+use edgec::profile::{self, ModelFile};
 use edgec::text::HostTokenizer;
 use serde_json::json;
 
@@ -25,8 +25,8 @@ pub struct Arguments {
 }
 
 pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
-    let file = NativeFile::open(&arguments.model)?;
-    let gguf = file.gguf()?;
+    let file = profile::open(&arguments.model)?;
+    let gguf = file.parse()?;
     let obstacles = obstacles(&gguf);
     if arguments.json {
         return output::json(&document(&file, &gguf, &obstacles));
@@ -132,7 +132,7 @@ fn brief(value: &Value<'_>) -> String {
     }
 }
 
-fn document(file: &NativeFile, gguf: &Gguf<'_>, obstacles: &[String]) -> serde_json::Value {
+fn document(file: &ModelFile, gguf: &Gguf<'_>, obstacles: &[String]) -> serde_json::Value {
     let metadata: serde_json::Map<_, _> =
         gguf.metadata().map(|(key, value)| (key.to_owned(), brief(&value).into())).collect();
     let tensors: Vec<_> = gguf

@@ -4,12 +4,9 @@ use std::path::PathBuf;
 
 use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
-use edgec::profile::NativeFile;
-use edgec::teacher;
+use edge_run::Engine;
 use edgec::train::graph::Decoder;
-
-use edge_runtime::session::{Limits, Plan, Session};
-use edge_runtime::workers::Pool;
+use edgec::{profile, teacher};
 
 use super::EngineArguments;
 use super::progress::note;
@@ -49,11 +46,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         Backend::Candle => candle(arguments, &ids)?,
     };
     let bytes: Vec<u8> = logits.iter().flat_map(|logit| logit.to_le_bytes()).collect();
-    let view = safetensors::tensor::TensorView::new(
-        safetensors::Dtype::F32,
-        vec![ids.len(), vocab],
-        &bytes,
-    )?;
+    let view = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, vec![ids.len(), vocab], &bytes)?;
     let file = safetensors::serialize([("logits", view)], None)?;
     edgec::atomic::write(&arguments.out, |out| out.write_all(&file))
         .with_context(|| arguments.out.display().to_string())?;
@@ -62,21 +55,14 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
 }
 
 fn native(arguments: &Arguments, ids: &[u32]) -> anyhow::Result<(Vec<f32>, usize)> {
-    let file = NativeFile::open(&arguments.model)?;
-    let engine = arguments.engine.engine();
-    let gguf = file.gguf()?;
-    let limits =
-        Limits { context: ids.len(), batch: ids.len().min(64), logits_rows: 1, workers: engine.threads };
-    let refuse = |error| file.error(error);
-    let plan = Plan::new(&gguf, limits).map_err(refuse)?;
-    let mut arena = vec![0; plan.arena_bytes()];
-    let pool = Pool::new(engine.threads);
-    let mut session = Session::new(&gguf, &plan, engine.kernels()?, &pool, &mut arena).map_err(refuse)?;
+    let file = profile::open(&arguments.model)?;
+    let mut engine = Engine::new(&file, arguments.engine.settings(ids.len()))?;
+    let mut session = engine.session(&file)?;
     let vocab = session.spec().vocab;
     let mut logits = vec![0.0; ids.len() * vocab];
     session
         .feed_all(ids, &mut |row, values| logits[row * vocab..][..vocab].copy_from_slice(values))
-        .map_err(refuse)?;
+        .map_err(|error| file.refused(error))?;
     Ok((logits, vocab))
 }
 

@@ -18,7 +18,7 @@ mod targets;
 mod tokenize;
 
 use clap::{Args, Parser, Subcommand};
-use edgec::profile::Engine;
+use edgec::profile::Settings;
 
 /// Distills a large language model into a small one, quantizes it, and bundles it for a device.
 #[derive(Parser)]
@@ -70,9 +70,14 @@ struct EngineArguments {
 }
 
 impl EngineArguments {
-    fn engine(&self) -> Engine {
-        let default = Engine::default();
-        Engine { threads: self.threads.map_or(default.threads, usize::from), kernels: self.kernels.clone() }
+    /// Settings with room for `context` tokens.
+    fn settings(&self, context: usize) -> Settings {
+        let default = Settings::new(context);
+        Settings {
+            threads: self.threads.map_or(default.threads, usize::from),
+            kernels: self.kernels.clone(),
+            ..default
+        }
     }
 }
 

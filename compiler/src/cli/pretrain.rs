@@ -9,7 +9,7 @@ use clap::Args;
 use edge_models::{Activation, DecoderSpec, Rope, RopeScaling, family_by_gguf_name};
 use edgec::export::gguf::Mix;
 use edgec::model::Model;
-use edgec::profile::NativeFile;
+use edgec::profile;
 use edgec::text::HostTokenizer;
 use edgec::text::corpus::{self, Corpus};
 use edgec::train::pretrain::{initialize, learn_vocabulary};
@@ -152,8 +152,8 @@ fn spec(arguments: &Arguments) -> anyhow::Result<DecoderSpec> {
 }
 
 fn tokens(model: &Model, documents: &[&str]) -> anyhow::Result<Corpus> {
-    let file = NativeFile::from_model(model, "(new model)".as_ref())?;
-    let tokenizer = HostTokenizer::from_gguf(&file.gguf()?)?;
+    let file = profile::lay_out(model, "(new model)".as_ref())?;
+    let tokenizer = HostTokenizer::from_gguf(&file.parse()?)?;
     let mut corpus = Corpus::default();
     for document in documents {
         let more = corpus::from_text(document, &tokenizer)?;

@@ -67,7 +67,11 @@ impl Progress {
         }
         let left = self.started.elapsed().as_secs_f64() / done as f64 * (total - done) as f64;
         let seconds = left.round() as u64;
-        if seconds < 60 { format!("{seconds} s") } else { format!("{}:{:02} min", seconds / 60, seconds % 60) }
+        if seconds < 60 {
+            format!("{seconds} s")
+        } else {
+            format!("{}:{:02} min", seconds / 60, seconds % 60)
+        }
     }
 }
 

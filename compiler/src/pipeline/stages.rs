@@ -13,7 +13,7 @@ use super::{Data, Error, Observer, Recipe, StudentSource, TeacherSource};
 use crate::export::gguf::Mix;
 use crate::model::Model;
 use crate::profile::eval::{Config, Outcome, Score, evaluate};
-use crate::profile::{Engine, NativeFile, bench};
+use crate::profile::{self, ModelFile, Settings, bench};
 use crate::report::{self, ModelRow, Summary};
 use crate::text::corpus::{self, Corpus};
 use crate::text::{ChatTemplate, HostTokenizer};
@@ -44,7 +44,7 @@ struct Run<'a> {
 /// Everything that the stages after loading need.
 struct Inputs {
     teacher: Model,
-    teacher_file: NativeFile,
+    teacher_file: ModelFile,
     tokenizer: HostTokenizer,
     train: Corpus,
     eval: Vec<u32>,
@@ -104,8 +104,7 @@ impl Run<'_> {
         if in_use {
             return Err(Error::FolderInUse { path: self.folder.into() });
         }
-        fs::create_dir_all(self.folder)
-            .map_err(|source| Error::Io { path: self.folder.into(), source })?;
+        fs::create_dir_all(self.folder).map_err(|source| Error::Io { path: self.folder.into(), source })?;
         self.write_json("recipe.json", self.recipe)
     }
 
@@ -122,18 +121,18 @@ impl Run<'_> {
         let recipe = self.recipe;
         let (teacher, teacher_file, mut hashes) = match &recipe.teacher {
             TeacherSource::Embedded => {
-                let file = demo::teacher()?;
-                let model = teacher::from_gguf(&file.gguf()?, file.path())?;
+                let file = demo::teacher();
+                let model = teacher::from_gguf(&file.parse().map_err(profile::Error::from)?, file.path())?;
                 self.observer.note("teacher", "none given: the small embedded one");
                 (model, file, vec![])
             }
             TeacherSource::Path(path) => {
                 let hashes = hash_model(path)?;
-                (teacher::load(path)?, NativeFile::open(path)?, hashes)
+                (teacher::load(path)?, profile::open(path)?, hashes)
             }
         };
         self.observer.note("teacher", &describe(&teacher));
-        let tokenizer = HostTokenizer::from_gguf(&teacher_file.gguf()?)?;
+        let tokenizer = HostTokenizer::from_gguf(&teacher_file.parse().map_err(profile::Error::from)?)?;
         let template = ChatTemplate::of(&tokenizer);
         let corpus = match &recipe.data {
             Data::Embedded => {
@@ -211,9 +210,10 @@ impl Run<'_> {
         let ids = &inputs.train.ids;
         let calibration = &ids[..wanted.min(ids.len() / length * length)];
         let observer = &mut *self.observer;
-        let choice = student::choose_layers(&inputs.teacher, keep, calibration, length, &mut |done, total, kl| {
-            observer.progress("layers", done, total, &format!("KL {kl:.3}"));
-        })?;
+        let choice =
+            student::choose_layers(&inputs.teacher, keep, calibration, length, &mut |done, total, kl| {
+                observer.progress("layers", done, total, &format!("KL {kl:.3}"));
+            })?;
         Ok(Layers { kept: choice.kept, kl: choice.kl })
     }
 
@@ -231,10 +231,8 @@ impl Run<'_> {
         self.observer.note("export", "student/ (Hugging Face folder)");
         let path = self.path("student.gguf");
         let report = quantize::quantize_file(trained, mix, &path)?;
-        self.observer.note(
-            "export",
-            &format!("student.gguf ({mix}, {:.2} bits per weight)", report.bits_per_weight),
-        );
+        self.observer
+            .note("export", &format!("student.gguf ({mix}, {:.2} bits per weight)", report.bits_per_weight));
         Ok(())
     }
 
@@ -247,9 +245,9 @@ impl Run<'_> {
         library: &bundle::BundleReport,
     ) -> Result<Manifest, Error> {
         let teacher = &inputs.teacher_file;
-        let trained_file = NativeFile::from_model(trained, Path::new("student (f32)"))?;
-        let shipped = NativeFile::open(&self.path("student.gguf"))?;
-        let folder = NativeFile::open(&self.path("student"))?;
+        let trained_file = profile::lay_out(trained, Path::new("student (f32)"))?;
+        let shipped = profile::open(&self.path("student.gguf"))?;
+        let folder = profile::open(&self.path("student"))?;
         let quality = self.evaluate(inputs, "student", &shipped, teacher)?;
         let trained_quality = self.evaluate(inputs, "trained weights", &trained_file, teacher)?;
         let gguf_parity = self.evaluate(inputs, "student.gguf parity", &shipped, &trained_file)?;
@@ -270,16 +268,15 @@ impl Run<'_> {
             trained: self.row("student, f32", trained, &trained_file, trained_quality)?,
             student: self.row(&format!("student, {}", self.recipe.quant), trained, &shipped, quality)?,
             library_bytes: library.shared_bytes,
-            cpu: bench::cpu_name(),
+            cpu: bench::processor(),
         };
         report::write(&self.path("report.html"), self.folder, self.recipe, &kept_layers, &summary)?;
         let artifact = |path: &str, parity| {
             Artifact::new(self.folder, path, parity)
                 .map_err(|source| Error::Io { path: self.folder.join(path), source })
         };
-        let inside = |path: &Path| {
-            path.strip_prefix(self.folder).unwrap_or(path).to_string_lossy().into_owned()
-        };
+        let inside =
+            |path: &Path| path.strip_prefix(self.folder).unwrap_or(path).to_string_lossy().into_owned();
         let artifacts = vec![
             Artifact {
                 path: "student".into(),
@@ -307,8 +304,8 @@ impl Run<'_> {
         &mut self,
         inputs: &Inputs,
         what: &str,
-        student: &NativeFile,
-        teacher: &NativeFile,
+        student: &ModelFile,
+        teacher: &ModelFile,
     ) -> Result<Outcome, Error> {
         let config = Config {
             context: self.recipe.train.length,
@@ -322,7 +319,7 @@ impl Run<'_> {
             Some(teacher),
             &inputs.eval,
             &config,
-            &Engine::default(),
+            &Settings::new(0),
             &mut |done, total, ppl| {
                 observer.progress("evaluate", done, total, &format!("{what}: ppl {ppl:.2}"));
             },
@@ -334,14 +331,15 @@ impl Run<'_> {
         &mut self,
         name: &str,
         model: &Model,
-        file: &NativeFile,
+        file: &ModelFile,
         quality: Outcome,
     ) -> Result<ModelRow, Error> {
         let prompt = 128.min(model.spec.context / 2).max(1);
-        let config = bench::Config { prompt, generate: 32, repetitions: 3 };
+        let options =
+            bench::Options { n_prompt: prompt, n_gen: 32, repetitions: 3, ..bench::Options::default() };
         self.observer.progress("latency", 0, 1, name);
-        let rows = bench::bench(file, config, &Engine::default())?;
-        Ok(ModelRow::new(name, model, file.bytes().len() as u64, quality, &rows))
+        let tests = bench::run(file, &options).map_err(profile::Error::from)?;
+        Ok(ModelRow::new(name, model, file.bytes().len() as u64, quality, &tests))
     }
 }
 

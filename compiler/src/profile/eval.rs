@@ -5,11 +5,10 @@
 //! predictions made from the second half of a window count. The KL divergence is that of the student's
 //! distribution from the teacher's, in nats, averaged over the same positions.
 
-use edge_runtime::session::{Limits, Plan, Session};
-use edge_runtime::workers::Pool;
+use edge_run::{Engine, ModelFile, Settings};
 use rayon::prelude::*;
 
-use super::{Engine, Error, NativeFile};
+use super::Error;
 
 /// Which positions of a window count.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,16 +64,16 @@ struct Sums {
 
 /// Evaluates `student`, beside `teacher` if there is one, on the token stream `ids`.
 ///
-/// `progress` is told after every window how many are done, of how many, and the perplexity so far.
+/// Of `settings` only threads and kernels count. `progress` is told after every window how many are done, of how many, and the perplexity so far.
 ///
 /// # Errors
 /// The text is shorter than one window, the vocabularies differ in size, or the runtime refuses a file.
 pub fn evaluate(
-    student: &NativeFile,
-    teacher: Option<&NativeFile>,
+    student: &ModelFile,
+    teacher: Option<&ModelFile>,
     ids: &[u32],
     config: &Config,
-    engine: &Engine,
+    settings: &Settings,
     progress: &mut dyn FnMut(usize, usize, f64),
 ) -> Result<Outcome, Error> {
     let context = config.context;
@@ -83,9 +82,8 @@ pub fn evaluate(
     if windows == 0 {
         return Err(Error::TextTooShort { found: ids.len(), needed: context });
     }
-    let pool = Pool::new(engine.threads);
-    let mut student = Scorer::new(student, context, engine)?;
-    let mut teacher = teacher.map(|file| Scorer::new(file, context, engine)).transpose()?;
+    let mut student = Scorer::new(student, context, settings)?;
+    let mut teacher = teacher.map(|file| Scorer::new(file, context, settings)).transpose()?;
     if let Some(teacher) = &teacher
         && teacher.vocab() != student.vocab()
     {
@@ -107,9 +105,9 @@ pub fn evaluate(
         if let Some(bos) = config.bos {
             tokens[0] = bos;
         }
-        student.score(&tokens, first, &pool, &mut student_logits)?;
+        student.score(&tokens, first, &mut student_logits)?;
         if let Some(teacher) = &mut teacher {
-            teacher.score(&tokens, first, &pool, &mut teacher_logits)?;
+            teacher.score(&tokens, first, &mut teacher_logits)?;
         }
         sums.add(&student_logits, &teacher_logits, &targets, vocab);
         progress(window + 1, windows, (sums.nll / sums.tokens as f64).exp());
@@ -128,30 +126,25 @@ pub fn evaluate(
 
 /// One model with the memory to run it.
 struct Scorer<'f> {
-    file: &'f NativeFile,
-    plan: Plan,
-    kernels: &'static edge_runtime::kernels::Kernels,
-    arena: Vec<u8>,
+    file: &'f ModelFile,
+    engine: Engine,
 }
 
 impl<'f> Scorer<'f> {
-    fn new(file: &'f NativeFile, context: usize, engine: &Engine) -> Result<Self, Error> {
-        let limits = Limits { context, batch: 64, logits_rows: 32, workers: engine.threads };
-        let plan = Plan::new(&file.gguf()?, limits).map_err(|error| file.error(error))?;
-        let arena = vec![0; plan.arena_bytes()];
-        Ok(Self { file, plan, kernels: engine.kernels()?, arena })
+    fn new(file: &'f ModelFile, context: usize, settings: &Settings) -> Result<Self, Error> {
+        let settings = Settings { context, batch: 128, logits_rows: 32, ..settings.clone() };
+        Ok(Self { file, engine: Engine::new(file, settings)? })
     }
 
     fn vocab(&self) -> usize {
-        self.plan.spec().vocab
+        self.engine.plan.spec().vocab
     }
 
     /// Logits after the tokens `first ..` but for the last, `[tokens.len() - 1 - first, vocab]`.
-    fn score(&mut self, tokens: &[u32], first: usize, pool: &Pool, out: &mut [f32]) -> Result<(), Error> {
+    fn score(&mut self, tokens: &[u32], first: usize, out: &mut [f32]) -> Result<(), Error> {
         let vocab = self.vocab();
-        let gguf = self.file.gguf()?;
+        let mut session = self.engine.session(self.file)?;
         let mut run = || {
-            let mut session = Session::new(&gguf, &self.plan, self.kernels, pool, &mut self.arena)?;
             if first > 0 {
                 session.feed(&tokens[..first])?;
             }
@@ -159,7 +152,7 @@ impl<'f> Scorer<'f> {
                 out[row * vocab..][..vocab].copy_from_slice(logits);
             })
         };
-        run().map_err(|error| self.file.error(error))
+        Ok(run().map_err(|error| self.file.refused(error))?)
     }
 }
 

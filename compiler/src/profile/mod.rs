@@ -1,32 +1,23 @@
 //! Measures models through the runtime that the device runs: quality ([`eval`]) and speed ([`bench`]).
+//!
+//! Opens whatever is a model to this tool as the one file that the runtime reads.
 
-pub mod bench;
 pub mod eval;
-mod native;
 
-pub use native::NativeFile;
+pub use edge_run::{ModelFile, Settings, bench};
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+
+use crate::export::gguf::{Mix, export_to_vec};
+use crate::model::Model;
+use crate::teacher;
 
 /// Why a measurement could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The runtime refused the file or the call.
-    #[error("{}: {source}", path.display())]
-    Runtime {
-        /// The model.
-        path: PathBuf,
-        /// The refusal.
-        source: edge_runtime::Error,
-    },
-    /// A file could not be read.
-    #[error("{}: {source}", path.display())]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// What the system says.
-        source: std::io::Error,
-    },
+    #[error(transparent)]
+    Run(#[from] edge_run::Error),
     /// A model folder could not be loaded.
     #[error(transparent)]
     Load(#[from] crate::teacher::LoadError),
@@ -47,51 +38,41 @@ pub enum Error {
         needed: usize,
     },
     /// Teacher and student count differently.
-    #[error("teacher has {teacher} tokens in its vocabulary, student {student}: their logits cannot be compared")]
+    #[error(
+        "teacher has {teacher} tokens in its vocabulary, student {student}: their logits cannot be compared"
+    )]
     VocabularySize {
         /// Rows of the teacher's head.
         teacher: usize,
         /// Rows of the student's head.
         student: usize,
     },
-    /// A kernel table that this CPU cannot run.
-    #[error("no kernels `{name}` on this machine; there are {available}")]
-    UnknownKernels {
-        /// What was asked for.
-        name: String,
-        /// What can run here.
-        available: String,
-    },
 }
 
-/// How the runtime is to be run on the host.
-#[derive(Clone, Debug)]
-pub struct Engine {
-    /// Threads, at least 1.
-    pub threads: usize,
-    /// Name of a kernel table, or the best that the CPU has.
-    pub kernels: Option<String>,
-}
-
-impl Default for Engine {
-    fn default() -> Self {
-        Self { threads: std::thread::available_parallelism().map_or(1, usize::from), kernels: None }
-    }
-}
-
-impl Engine {
-    /// The kernel table to use.
-    ///
-    /// # Errors
-    /// The name is unknown or the CPU lacks what the table needs.
-    pub fn kernels(&self) -> Result<&'static edge_runtime::kernels::Kernels, Error> {
-        use edge_runtime::kernels::{Features, Kernels};
-        match &self.kernels {
-            None => Ok(Kernels::select(Features::detect())),
-            Some(name) => Kernels::by_name(name).ok_or_else(|| Error::UnknownKernels {
-                name: name.clone(),
-                available: Kernels::available().map(|kernels| kernels.name).collect::<Vec<_>>().join(", "),
-            }),
+/// Opens a GGUF file in place, a run's folder (its `student.gguf`), or a Hugging Face folder, which is
+/// laid out as an f32 GGUF in memory first.
+///
+/// # Errors
+/// The file cannot be read, or it is not a model.
+pub fn open(path: &Path) -> Result<ModelFile, Error> {
+    if path.is_dir() {
+        let exported = path.join("student.gguf");
+        if exported.is_file() {
+            return open(&exported);
         }
+        return lay_out(&teacher::load(path)?, path);
     }
+    let file = ModelFile::open(path)?;
+    file.parse()?;
+    Ok(file)
+}
+
+/// A model in memory as an f32 GGUF in memory; `path` is what errors call it.
+///
+/// # Errors
+/// The model cannot be expressed in GGUF.
+pub fn lay_out(model: &Model, path: &Path) -> Result<ModelFile, Error> {
+    let bytes =
+        export_to_vec(model, Mix::F32).map_err(|source| Error::Export { path: path.to_owned(), source })?;
+    Ok(ModelFile::from_memory(path, bytes))
 }

@@ -3,13 +3,14 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use edge_run::Percentiles;
 use minijinja::{Environment, context};
 use serde::Serialize;
 
 use crate::atomic;
 use crate::model::Model;
 use crate::pipeline::Recipe;
-use crate::profile::bench::Row;
+use crate::profile::bench::Test;
 use crate::profile::eval::Outcome;
 use crate::train::metrics;
 
@@ -54,7 +55,7 @@ pub struct ModelRow {
     /// Bytes of the file that the runtime reads.
     pub file_bytes: u64,
     /// Bytes of the arena in the latency test.
-    pub arena_bytes: usize,
+    pub arena_bytes: u64,
     /// Perplexity, KL and agreement on the text to judge on.
     pub quality: Outcome,
     /// Prompt tokens of the prefill test.
@@ -70,24 +71,26 @@ pub struct ModelRow {
 }
 
 impl ModelRow {
-    /// A row from a model, its quality, and the two rows of a bench.
-    pub fn new(name: &str, model: &Model, file_bytes: u64, quality: Outcome, rows: &[Row]) -> Self {
-        let prefill = rows.iter().find(|row| row.n_prompt > 0);
-        let decode = rows.iter().find(|row| row.n_gen > 0);
-        let speed = |row: Option<&Row>| row.map_or(f64::NAN, |row| row.avg_ts);
-        let latency = |row: Option<&Row>| row.map_or([f64::NAN; 2], |row| [row.p50_ms, row.p95_ms]);
+    /// A row from a model, its quality, and the two tests of a bench.
+    pub fn new(name: &str, model: &Model, file_bytes: u64, quality: Outcome, tests: &[Test]) -> Self {
+        let prefill = tests.iter().find(|test| test.n_prompt > 0);
+        let decode = tests.iter().find(|test| test.n_gen > 0);
+        let speed = |test: Option<&Test>| test.map_or(f64::NAN, |test| test.avg_ts);
+        let latency = |times: Option<Percentiles>| {
+            times.map_or([f64::NAN; 2], |times| [times.p50_ns, times.p95_ns].map(|ns| ns as f64 / 1e6))
+        };
         Self {
             name: name.to_owned(),
             layers: model.spec.layers,
             parameters: model.spec.parameters(),
             file_bytes,
-            arena_bytes: rows.iter().map(|row| row.arena_bytes).max().unwrap_or(0),
+            arena_bytes: tests.iter().map(|test| test.arena_bytes).max().unwrap_or(0),
             quality,
-            prompt: prefill.map_or(0, |row| row.n_prompt),
+            prompt: prefill.map_or(0, |test| test.n_prompt),
             prefill_ts: speed(prefill),
-            first_token_ms: latency(prefill),
+            first_token_ms: latency(prefill.and_then(|test| test.ttft)),
             decode_ts: speed(decode),
-            next_token_ms: latency(decode),
+            next_token_ms: latency(decode.and_then(|test| test.inter_token)),
         }
     }
 }
@@ -121,7 +124,7 @@ impl Summary {
             line("parameters (M)", &|m| format!("{:.2}", m.parameters as f64 / 1e6)),
             line("layers", &|m| m.layers.to_string()),
             line("file (MiB)", &|m| mib(m.file_bytes)),
-            line("arena (MiB)", &|m| mib(m.arena_bytes as u64)),
+            line("arena (MiB)", &|m| mib(m.arena_bytes)),
             line("perplexity", &|m| format!("{:.2}", m.quality.ppl)),
             line("KL from teacher (nats/token)", &|m| optional(m.quality.kl, 1.0, 3)),
             line("agreement with teacher (%)", &|m| optional(m.quality.top1_agreement, 100.0, 1)),

@@ -65,12 +65,12 @@ impl HostTokenizer {
         if path.is_dir() && !path.join("student.gguf").is_file() {
             let vocabulary = hf_vocabulary::read(path).map_err(crate::teacher::LoadError::from)?;
             let header = crate::export::gguf::vocabulary_file(vocabulary.as_ref());
-            let gguf = Gguf::parse(&header)
-                .map_err(|source| crate::profile::Error::Runtime { path: path.into(), source })?;
+            let file = crate::profile::ModelFile::from_memory(path, header);
+            let gguf = file.parse()?;
             return Self::from_gguf(&gguf).map_err(|error| crate::teacher::LoadError::from(error).into());
         }
-        let file = crate::profile::NativeFile::open(path)?;
-        Self::from_gguf(&file.gguf()?).map_err(|error| crate::teacher::LoadError::from(error).into())
+        let file = crate::profile::open(path)?;
+        Self::from_gguf(&file.parse()?).map_err(|error| crate::teacher::LoadError::from(error).into())
     }
 
     /// The tokenizer of a checked GGUF file.

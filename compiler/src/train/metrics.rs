@@ -7,10 +7,10 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Seek, SeekFrom, Write};
 use std::path::Path;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// One optimizer step.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Row {
     /// The step, counted from 1.
     pub step: u64,
@@ -80,6 +80,18 @@ impl Metrics {
     }
 }
 
+/// The rows of the run in `folder`; none if it has not begun.
+///
+/// # Errors
+/// The file cannot be read, or a line of it is no row.
+pub fn read(folder: &Path) -> io::Result<Vec<Row>> {
+    match std::fs::read_to_string(folder.join("metrics.jsonl")) {
+        Ok(text) => text.lines().map(|line| Ok(serde_json::from_str(line)?)).collect(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(error) => Err(error),
+    }
+}
+
 /// Opens a file for appending after its longest run of whole lines that `keep` answers for (given the
 /// line and its number), and gives the last answer.
 fn open_cut<T>(path: &Path, keep: impl Fn(&str, usize) -> Option<T>) -> io::Result<(File, Option<T>)> {
@@ -139,6 +151,7 @@ mod tests {
             .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()["step"].as_u64().unwrap())
             .collect();
         assert_eq!(steps, (1..=10).collect::<Vec<_>>());
+        assert_eq!(read(folder.path()).unwrap()[9], row(10));
         let csv = fs::read_to_string(folder.path().join("metrics.csv")).unwrap();
         assert_eq!(csv.lines().next().unwrap(), CSV_HEADER);
         assert_eq!(csv.lines().nth(10).unwrap(), "10,5120,1.5,1.25,3.5,0.0006,0.75,200.0,25.000");

@@ -30,8 +30,8 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        Self { n_prompt: 512, n_gen: 128, n_batch: 512, threads, repetitions: 5, kernels: None }
+        let Settings { threads, kernels, .. } = Settings::new(0);
+        Self { n_prompt: 512, n_gen: 128, n_batch: 512, threads, repetitions: 5, kernels }
     }
 }
 
@@ -90,10 +90,10 @@ pub struct Test {
 /// Whatever [`Engine`] or the session refuses.
 pub fn run(model: &ModelFile, options: &Options) -> Result<Vec<Test>, Error> {
     let settings = Settings {
-        context: options.n_prompt.max(options.n_gen).max(1),
         batch: options.n_batch.min(options.n_prompt.max(1)).max(1),
         threads: options.threads,
         kernels: options.kernels.clone(),
+        ..Settings::new(options.n_prompt.max(options.n_gen).max(1))
     };
     let mut engine = Engine::new(model, settings)?;
     let blank = blank_test(model, &engine)?;
@@ -121,6 +121,35 @@ pub fn run(model: &ModelFile, options: &Options) -> Result<Vec<Test>, Error> {
         tests.push(Test { n_gen: options.n_gen, inter_token: Some(Percentiles::of(&gaps)), ..test });
     }
     Ok(tests)
+}
+
+/// The tests as a Markdown table.
+pub fn markdown(tests: &[Test]) -> String {
+    let mut table = String::from(
+        "| model | size MiB | kernels | threads | test | tok/s | p50 ms | p95 ms | p99 ms | arena MiB |\n\
+         |---|---:|---|---:|---|---:|---:|---:|---:|---:|",
+    );
+    for test in tests {
+        let name =
+            if test.n_prompt > 0 { format!("pp{}", test.n_prompt) } else { format!("tg{}", test.n_gen) };
+        let times = test.ttft.or(test.inter_token).unwrap_or_default();
+        let ms = |ns: u64| ns as f64 / 1e6;
+        let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+        table.push_str(&format!(
+            "\n| {} | {:.1} | {} | {} | {name} | {:.2} ± {:.2} | {:.2} | {:.2} | {:.2} | {:.1} |",
+            test.model_type,
+            mib(test.model_size),
+            test.kernels,
+            test.n_threads,
+            test.avg_ts,
+            test.stddev_ts,
+            ms(times.p50_ns),
+            ms(times.p95_ns),
+            ms(times.p99_ns),
+            mib(test.arena_bytes),
+        ));
+    }
+    table
 }
 
 struct Bench<'a> {
@@ -207,7 +236,7 @@ fn timed(blank: &Test, tokens: usize, runs: &[u64]) -> Test {
 }
 
 /// What Linux calls the processor; elsewhere, and where it has no name, the architecture.
-fn processor() -> String {
+pub fn processor() -> String {
     let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let named = text.lines().find_map(|line| {
         let (key, value) = line.split_once(':')?;

@@ -1,5 +1,6 @@
-//! A mapped file and a session on it, with what they need from an operating system.
+//! A model file and a session on it, with what they need from an operating system.
 
+use std::borrow::Cow;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -29,11 +30,15 @@ pub enum Error {
     },
 }
 
-/// A mapped model file.
-#[derive(Debug)]
+/// A model file, mapped or laid out in memory.
 pub struct ModelFile {
     path: PathBuf,
-    bytes: Mmap,
+    bytes: Bytes,
+}
+
+enum Bytes {
+    Mapped(Mmap),
+    Memory(Cow<'static, [u8]>),
 }
 
 impl ModelFile {
@@ -47,7 +52,20 @@ impl ModelFile {
         // SAFETY: the map is read-only and private to this process. Should another process truncate the
         // file meanwhile, the system ends this one by a signal; no memory of ours is ever touched.
         let bytes = unsafe { Mmap::map(&file) }.map_err(io)?;
-        Ok(Self { path: path.into(), bytes })
+        Ok(Self { path: path.into(), bytes: Bytes::Mapped(bytes) })
+    }
+
+    /// A file that is already in memory; `path` is what errors call it.
+    pub fn from_memory(path: &Path, bytes: impl Into<Cow<'static, [u8]>>) -> Self {
+        Self { path: path.into(), bytes: Bytes::Memory(bytes.into()) }
+    }
+
+    /// Its bytes.
+    pub fn bytes(&self) -> &[u8] {
+        match &self.bytes {
+            Bytes::Mapped(map) => map,
+            Bytes::Memory(bytes) => bytes,
+        }
     }
 
     /// Where it is.
@@ -60,7 +78,7 @@ impl ModelFile {
     /// # Errors
     /// [`Error::Refused`].
     pub fn parse(&self) -> Result<Gguf<'_>, Error> {
-        Gguf::parse(&self.bytes).map_err(|error| self.refused(error))
+        Gguf::parse(self.bytes()).map_err(|error| self.refused(error))
     }
 
     /// An error of the runtime about this file.
@@ -76,10 +94,20 @@ pub struct Settings {
     pub context: usize,
     /// Prompt tokens computed together.
     pub batch: usize,
+    /// Tokens whose logits exist together, where those of every token are asked for.
+    pub logits_rows: usize,
     /// Threads.
     pub threads: usize,
     /// Name of the kernels; `None` for the fastest that this CPU can run.
     pub kernels: Option<String>,
+}
+
+impl Settings {
+    /// Room for `context` tokens; one thread for each core, the fastest kernels.
+    pub fn new(context: usize) -> Self {
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        Self { context, batch: 64, logits_rows: 1, threads, kernels: None }
+    }
 }
 
 /// Kernels and threads, and the memory for one session.
@@ -112,8 +140,8 @@ impl Engine {
             0 | 1 => Box::new(Single),
             threads => Box::new(Pool::new(threads).map_err(|error| Error::Io(model.path.clone(), error))?),
         };
-        let (context, batch) = (settings.context, settings.batch);
-        let limits = Limits { context, batch, logits_rows: 1, workers: workers.count() };
+        let Settings { context, batch, logits_rows, .. } = settings;
+        let limits = Limits { context, batch, logits_rows, workers: workers.count() };
         let plan = Plan::new(&model.parse()?, limits).map_err(|error| model.refused(error))?;
         let arena = vec![0; plan.arena_bytes()];
         Ok(Self { settings, plan, kernels, workers, arena })

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
-use edge_run::bench::{self, Options, Test};
+use edge_run::bench::{self, Options};
 use edge_run::{Engine, ModelFile, Settings};
 use edge_runtime::format::Gguf;
 use edge_runtime::session::argmax;
@@ -85,10 +85,10 @@ fn generate(arguments: GenerateArguments) -> Result<()> {
     let tokenizer = Tokenizer::new(&file, &mut index).map_err(refused)?;
     let prompt = encode(&tokenizer, &arguments.prompt).map_err(refused)?;
     let settings = Settings {
-        context: prompt.len() + arguments.max_tokens,
         batch: prompt.len().clamp(1, 512),
         threads: arguments.threads,
         kernels: arguments.kernels,
+        ..Settings::new(prompt.len() + arguments.max_tokens)
     };
     let mut engine = Engine::new(&model, settings)?;
     let mut session = engine.session(&model)?;
@@ -206,30 +206,7 @@ fn bench(arguments: BenchArguments) -> Result<()> {
     if arguments.json {
         println!("{}", serde_json::to_string_pretty(&tests)?);
     } else {
-        print_table(&tests);
+        println!("{}", bench::markdown(&tests));
     }
     Ok(())
-}
-
-fn print_table(tests: &[Test]) {
-    println!("| model | kernels | threads | test | tok/s | p50 ms | p95 ms | p99 ms | arena MiB |");
-    println!("|---|---|---:|---|---:|---:|---:|---:|---:|");
-    for test in tests {
-        let name =
-            if test.n_prompt > 0 { format!("pp{}", test.n_prompt) } else { format!("tg{}", test.n_gen) };
-        let times = test.ttft.or(test.inter_token).unwrap_or_default();
-        let ms = |ns: u64| ns as f64 / 1e6;
-        println!(
-            "| {} | {} | {} | {name} | {:.2} ± {:.2} | {:.2} | {:.2} | {:.2} | {:.1} |",
-            test.model_type,
-            test.kernels,
-            test.n_threads,
-            test.avg_ts,
-            test.stddev_ts,
-            ms(times.p50_ns),
-            ms(times.p95_ns),
-            ms(times.p99_ns),
-            test.arena_bytes as f64 / f64::from(1 << 20),
-        );
-    }
 }
