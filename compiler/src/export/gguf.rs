@@ -7,7 +7,7 @@ mod model;
 mod writer;
 
 pub use crate::quantize::Mix;
-pub use model::{ExportError, Summary, export, export_to_vec};
+pub use model::{ExportError, Summary, export, export_to_vec, vocabulary_file};
 pub use writer::{GgufWriteError, GgufWriter, Producer};
 
 /// A metadata value to be written.
@@ -38,3 +38,6 @@ impl From<&str> for MetaValue {
         Self::String(text.as_bytes().to_vec())
     }
 }
+
+#[cfg(test)]
+mod tests;

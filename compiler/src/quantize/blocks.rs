@@ -1,11 +1,12 @@
 //! Blocks of 32 weights with half-precision scales: Q8_0, Q4_0, Q4_1, Q5_0, Q5_1.
 //!
 //! Without importance these are the plain formulas that ggml's reference quantizers define, equal to
-//! theirs bit for bit; with importance the scale is searched.
+//! theirs bit for bit; with importance the scale is searched, and the error that importance weighs is never
+//! larger than theirs.
 
 use edge_runtime::format::{f16_to_f32, f32_to_f16};
 
-use super::search::{affine, extreme, inverse, symmetric, to_grid};
+use super::search::{affine, extreme, inverse, squared_error, symmetric, to_grid};
 
 /// `scale = max |x| / 127`, `q = round(x / scale)`, ties away from zero.
 pub(super) fn q8_0(x: &[f32; 32], _: Option<&[f32; 32]>) -> [u8; 34] {
@@ -22,32 +23,48 @@ pub(super) fn q8_0(x: &[f32; 32], _: Option<&[f32; 32]>) -> [u8; 34] {
 /// Integers `0..2 * levels` and the scale of `x ~ scale * (q - levels)`.
 fn signed(x: &[f32; 32], w: Option<&[f32; 32]>, levels: f32) -> ([u8; 32], u16) {
     let top = 2.0 * levels - 1.0;
+    let plain = extreme(x) / -levels;
     if let Some(w) = w {
-        let half = f32_to_f16(symmetric(x, w, levels));
-        let q = to_grid(x, inverse(f16_to_f32(half)), levels, 0.0, top);
-        return (q.map(|q| q as u8), half);
+        let candidates = [symmetric(x, w, levels), plain].map(|scale| (scale, 0.0));
+        let (q, [half, _]) = best(x, w, candidates, -levels, levels - 1.0);
+        return (q.map(|q| (q + levels) as u8), half);
     }
-    let scale = extreme(x) / -levels;
-    let inverse = inverse(scale);
+    let inverse = inverse(plain);
     let q = x.map(|v| (v * inverse + (levels + 0.5)).trunc().min(top) as u8);
-    (q, f32_to_f16(scale))
+    (q, f32_to_f16(plain))
 }
 
 /// Integers `0..=top`, the scale and the minimum of `x ~ scale * q + minimum`.
 fn unsigned(x: &[f32; 32], w: Option<&[f32; 32]>, top: f32) -> ([u8; 32], [u16; 2]) {
-    if let Some(w) = w {
-        let (scale, offset) = affine(x, w, top, true);
-        let halves = [f32_to_f16(scale), f32_to_f16(offset)];
-        let inverse = inverse(f16_to_f32(halves[0]));
-        let q = to_grid(x, inverse, -f16_to_f32(halves[1]) * inverse, 0.0, top);
-        return (q.map(|q| q as u8), halves);
-    }
     let min = x.iter().copied().fold(f32::MAX, f32::min);
     let max = x.iter().copied().fold(f32::MIN, f32::max);
-    let scale = (max - min) / top;
-    let inverse = inverse(scale);
+    let plain = (max - min) / top;
+    if let Some(w) = w {
+        let (q, halves) = best(x, w, [affine(x, w, top, true), (plain, min)], 0.0, top);
+        return (q.map(|q| q as u8), halves);
+    }
+    let inverse = inverse(plain);
     let q = x.map(|v| ((v - min) * inverse + 0.5).trunc().min(top) as u8);
-    (q, [f32_to_f16(scale), f32_to_f16(min)])
+    (q, [f32_to_f16(plain), f32_to_f16(min)])
+}
+
+/// The integers and half-precision `[scale, offset]` of the better of two candidates, the plain formula's
+/// being the second: rounding to halves may cost more than a search has won.
+fn best(
+    x: &[f32; 32],
+    w: &[f32; 32],
+    candidates: [(f32, f32); 2],
+    low: f32,
+    high: f32,
+) -> ([f32; 32], [u16; 2]) {
+    let [searched, plain] = candidates.map(|(scale, offset)| {
+        let halves = [f32_to_f16(scale), f32_to_f16(offset)];
+        let [scale, offset] = halves.map(f16_to_f32);
+        let q = to_grid(x, inverse(scale), offset, low, high);
+        (squared_error(x, w, &q, scale, offset), q, halves)
+    });
+    let (_, q, halves) = if plain.0 < searched.0 { plain } else { searched };
+    (q, halves)
 }
 
 /// Two integers a byte: element `i` in the low nibble, `i + 16` in the high one; fifth bits are dropped.

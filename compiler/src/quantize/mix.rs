@@ -1,4 +1,4 @@
-//! Mixs: which tensor of a model becomes which type.
+//! Mixes: which tensor of a model becomes which type.
 //!
 //! The mixes are those of llama.cpp's `llama-quantize` (`llama_tensor_get_type` in `src/llama-quant.cpp`),
 //! so a file says what its users expect of its name; the tests compare with lists that the tool wrote.

@@ -44,8 +44,8 @@ impl QuantizeError {
 /// Quantizes rows of `cols` values each, in parallel; the same bytes on every machine.
 ///
 /// `importance` weighs the squared error of each column (usually the mean square of the activation that
-/// meets it). Without it the 32-wide types follow ggml's reference formulas bit for bit; Q4_K, Q5_K and
-/// Q6_K always search their scales. F32, F16, BF16 and Q8_0 do not look at it.
+/// meets it); only ratios within it matter. Without it the 32-wide types follow ggml's reference formulas
+/// bit for bit; Q4_K, Q5_K and Q6_K always search their scales. F32, F16, BF16 and Q8_0 do not look at it.
 ///
 /// # Errors
 /// The first value that the type cannot hold, by row and column; a shape or importance that does not fit.
@@ -66,6 +66,11 @@ pub fn quantize_rows(
             return Err(QuantizeError::Importance { found, expected: cols });
         }
     }
+    // Between 0 and 1, so that no sum over a block overflows or vanishes.
+    let largest = importance.unwrap_or_default().iter().copied().fold(0.0, f32::max);
+    let importance: Option<Vec<f32>> =
+        importance.map(|list| list.iter().map(|v| if *v > 0.0 { v / largest } else { 0.0 }).collect());
+    let importance = importance.as_deref();
     let mut out = vec![0; values.len() / cols * row_bytes];
     out.par_chunks_mut(row_bytes)
         .zip(values.par_chunks(cols))
@@ -109,14 +114,15 @@ fn quantize_row(
 }
 
 /// The largest magnitude for which no half-precision number of a block can overflow, a least-squares
-/// scale being up to twice the plain one.
+/// scale being up to twice the plain one and an offset twice as far from 0 as the values.
 fn largest_magnitude(dtype: DType) -> f32 {
     const HALF: f32 = 65_504.0;
     match dtype {
         DType::F32 => f32::MAX,
         // The largest finite bfloat16.
         DType::BF16 => f32::from_bits(0x7f7f_0000),
-        DType::F16 | DType::Q4_1 | DType::Q5_1 => HALF,
+        DType::F16 => HALF,
+        DType::Q4_1 | DType::Q5_1 => HALF / 2.0,
         DType::Q8_0 => HALF * 127.0,
         DType::Q4_0 => HALF * 4.0,
         DType::Q5_0 => HALF * 8.0,

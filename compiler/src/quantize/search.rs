@@ -8,6 +8,10 @@
 /// even) for magnitudes below 2^22. Unlike `f32::round` this becomes vector code on every target.
 const ROUNDER: f32 = 12_582_912.0;
 
+/// A regression whose determinant is smaller than this part of its terms is mostly their rounding: all
+/// weight on one element, or all elements on one integer.
+const FLAT: f32 = 1e-4;
+
 fn round(value: f32) -> f32 {
     (value + ROUNDER) - ROUNDER
 }
@@ -34,15 +38,15 @@ pub(super) fn extreme(x: &[f32]) -> f32 {
     x.iter().fold(0.0, |extreme: f32, v| if v.abs() > extreme.abs() { *v } else { extreme })
 }
 
-/// Integers `low..=high` nearest to `inverse * x + shift`.
+/// Integers `low..=high` nearest to `inverse * (x - offset)`.
 pub(super) fn to_grid<const N: usize>(
     x: &[f32; N],
     inverse: f32,
-    shift: f32,
+    offset: f32,
     low: f32,
     high: f32,
 ) -> [f32; N] {
-    std::array::from_fn(|i| round((x[i] * inverse + shift).clamp(low, high)))
+    std::array::from_fn(|i| round(((x[i] - offset) * inverse).clamp(low, high)))
 }
 
 /// `sum(w * (x - scale * q - offset)^2)`.
@@ -59,6 +63,11 @@ pub(super) fn squared_error<const N: usize>(
     })
 }
 
+/// `0, -1, 1, -2, 2, ...` up to `last` on both sides.
+fn outwards(last: i32) -> impl Iterator<Item = i32> {
+    (0..=2 * last).map(|i| if i % 2 == 0 { i / 2 } else { -(i + 1) / 2 })
+}
+
 /// The scale of `x ~ scale * q` with integers `-levels <= q < levels`, minimal in the error weighted by
 /// `w`; 0 for a group of zeros.
 ///
@@ -70,7 +79,8 @@ pub(super) fn symmetric<const N: usize>(x: &[f32; N], w: &[f32; N], levels: f32)
         return 0.0;
     }
     let (mut best, mut scale) = (0.0, 1.0 / (unit * levels));
-    for step in -9..=9 {
+    // The plain scale first: where others are as good, its half-precision number is the likelier exact one.
+    for step in outwards(9) {
         let q = to_grid(x, (levels + 0.1 * step as f32) * unit, 0.0, -levels, levels - 1.0);
         let xq = sum::<N>(|i| w[i] * x[i] * q[i]);
         let qq = sum::<N>(|i| w[i] * q[i] * q[i]);
@@ -88,22 +98,26 @@ pub(super) fn symmetric<const N: usize>(x: &[f32; N], w: &[f32; N], levels: f32)
 pub(super) fn affine<const N: usize>(x: &[f32; N], w: &[f32; N], top: f32, may_rise: bool) -> (f32, f32) {
     let high = x.iter().copied().fold(f32::MIN, f32::max);
     let low = x.iter().copied().fold(if may_rise { f32::MAX } else { 0.0 }, f32::min);
-    let unit = 1.0 / (high - low);
-    if high <= low || !(unit * top * 2.0).is_finite() {
+    if high <= low || !(2.0 * top / (high - low)).is_finite() {
         return (0.0, low);
     }
     // Sums over y = x - low, whose magnitude is that of the range: no cancellation for far offsets.
     let y: [f32; N] = std::array::from_fn(|i| x[i] - low);
     let one = sum::<N>(|i| w[i]);
     let y1 = sum::<N>(|i| w[i] * y[i]);
-    let mut best = (f32::INFINITY, 0.0, 0.0);
-    for step in -10..=10 {
-        let q = to_grid(&y, (top + 0.1 * step as f32) * unit, 0.0, 0.0, top);
+    let plain = (high - low) / top;
+    let reach = 2.0 * high.abs().max(low.abs());
+    let mut best = (f32::INFINITY, plain, low);
+    for step in outwards(10) {
+        // From the best offset so far on: a good one may be far from the smallest value.
+        let origin = best.2 - low;
+        let unit = 1.0 / (high - low - origin);
+        let q = to_grid(&y, (top + 0.1 * step as f32) * unit, origin, 0.0, top);
         let q1 = sum::<N>(|i| w[i] * q[i]);
         let qq = sum::<N>(|i| w[i] * q[i] * q[i]);
         let yq = sum::<N>(|i| w[i] * y[i] * q[i]);
         let determinant = one * qq - q1 * q1;
-        if determinant <= 0.0 {
+        if determinant <= FLAT * one * qq {
             continue;
         }
         let mut scale = (one * yq - y1 * q1) / determinant;
@@ -115,10 +129,10 @@ pub(super) fn affine<const N: usize>(x: &[f32; N], w: &[f32; N], top: f32, may_r
         // The error less sum(w y^2), which is the same for every step.
         let error =
             scale * (scale * qq - 2.0 * yq) + rest * (rest * one - 2.0 * y1) + 2.0 * scale * rest * q1;
-        if error < best.0 {
-            best = (error, scale, low + rest);
+        let offset = low + rest;
+        if error < best.0 && (0.0..=2.0 * plain).contains(&scale) && offset.abs() <= reach {
+            best = (error, scale, offset);
         }
     }
-    let (error, scale, offset) = best;
-    if error.is_finite() { (scale, offset) } else { ((high - low) / top, low) }
+    (best.1, best.2)
 }

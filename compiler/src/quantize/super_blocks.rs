@@ -26,18 +26,15 @@ struct Group<'a, const N: usize> {
     w: [f32; N],
 }
 
-/// The sub-blocks of a super-block. Without importance, elements weigh by magnitude: what is large
-/// moves the output more.
+/// The sub-blocks of a super-block. Without importance, elements weigh by magnitude, as in ggml: what is
+/// large moves the output more.
 fn groups<'a, const N: usize>(
     x: &'a [f32; 256],
     importance: Option<&'a [f32; 256]>,
 ) -> impl Iterator<Item = Group<'a, N>> {
-    let variance = x.iter().map(|v| v * v).sum::<f32>() / 256.0;
     x.as_chunks::<N>().0.iter().enumerate().map(move |(j, x)| {
         let w = match importance {
-            Some(importance) => {
-                std::array::from_fn(|i| importance[j * N + i] * (variance + x[i] * x[i]).sqrt())
-            }
+            Some(importance) => std::array::from_fn(|i| importance[j * N + i]),
             None => {
                 let rms = (x.iter().map(|v| v * v).sum::<f32>() / N as f32).sqrt();
                 x.map(|v| rms + v.abs())
@@ -66,8 +63,7 @@ fn quantize_affine(x: &[f32; 256], importance: Option<&[f32; 256]>, top: f32) ->
         for scale in scales {
             for min in mins {
                 let (step, offset) = (d * scale, -dmin * min);
-                let inverse = inverse(step);
-                let q = to_grid(group.x, inverse, -offset * inverse, 0.0, top);
+                let q = to_grid(group.x, inverse(step), offset, 0.0, top);
                 let error = squared_error(group.x, &group.w, &q, step, offset);
                 if error < best {
                     best = error;

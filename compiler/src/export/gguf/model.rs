@@ -21,6 +21,8 @@ const QUANTIZATION_VERSION: u32 = 2;
 const CHUNK: usize = 1 << 20;
 /// `tokenizer.ggml.token_type` of a token that only fills up the embedding table.
 const UNUSED_TOKEN: i32 = 5;
+/// What llama.cpp's converter writes as `tokenizer.ggml.model` for a model without a vocabulary.
+const NO_VOCABULARY: &str = "none";
 
 /// Why a model could not be written as GGUF.
 #[derive(Debug, thiserror::Error)]
@@ -73,6 +75,23 @@ pub fn export_to_vec(model: &Model, mix: Mix) -> Result<Vec<u8>, ExportError> {
     file.to_vec().map_err(|source| cause(GgufWriteError::Io { path: "memory".into(), source }))
 }
 
+/// The bytes of a GGUF file that holds a vocabulary and nothing else.
+pub fn vocabulary_file(vocabulary: Option<&Vocabulary>) -> Vec<u8> {
+    let mut file = GgufWriter::new();
+    match vocabulary {
+        Some(vocabulary) => vocabulary.entries.iter().for_each(|(key, value)| {
+            // Refused are a key's second entry, of which `Gguf::get` takes no notice either, and keys too
+            // long for any reader.
+            let _ = file.meta(key, value);
+        }),
+        None => {
+            let _ = file.meta("tokenizer.ggml.model", &NO_VOCABULARY.into());
+        }
+    }
+    // There is no producer that could fail, and a vector takes everything.
+    file.to_vec().unwrap_or_default()
+}
+
 /// The error of a producer comes through `io::Error`; this takes it out again.
 fn cause(error: GgufWriteError) -> ExportError {
     match error {
@@ -91,8 +110,7 @@ fn assemble(model: &Model, mix: Mix) -> Result<(GgufWriter<'_>, u64), ExportErro
     describe(&mut file, model, mix)?;
     match &model.vocabulary {
         Some(vocabulary) => tokenizer(&mut file, vocabulary, spec.vocab)?,
-        // What llama.cpp's converter writes for a model without a vocabulary.
-        None => file.meta("tokenizer.ggml.model", &"none".into())?,
+        None => file.meta("tokenizer.ggml.model", &NO_VOCABULARY.into())?,
     }
     let mut weights = 0;
     for row in spec.family.tensors.iter().filter(|row| !row.role.per_layer()) {
