@@ -1,3 +1,4 @@
 //! Open formats that other engines read.
 
 pub mod gguf;
+pub mod hf;

@@ -33,8 +33,7 @@ pub fn from_gguf(gguf: &Gguf<'_>, path: &Path) -> Result<Model, LoadError> {
     let family = family_by_gguf_name(architecture)
         .ok_or_else(|| LoadError::UnknownFamily { path: path.into(), found: architecture.into() })?;
     let config = GgufConfig::new(*gguf).map_err(refuse)?;
-    let spec =
-        (family.from_gguf)(&config).map_err(|source| LoadError::Spec { path: path.into(), source })?;
+    let spec = (family.from_gguf)(&config).map_err(|source| LoadError::Spec { path: path.into(), source })?;
     let mut weights = weights(gguf, &spec, path)?;
     let spec = with_named_scaling(spec, &mut weights).map_err(tensor_error(path))?;
     let name = gguf.get("general.name").and_then(|value| value.as_str()).filter(|name| !name.is_empty());
@@ -57,7 +56,9 @@ fn wanted(family: &'static Family, spec: &DecoderSpec) -> Vec<(&'static TensorRo
         .tensors
         .iter()
         .filter(|row| row.role.required(spec))
-        .flat_map(|row| (0..if row.role.per_layer() { spec.layers } else { 1 }).map(move |layer| (row, layer)))
+        .flat_map(|row| {
+            (0..if row.role.per_layer() { spec.layers } else { 1 }).map(move |layer| (row, layer))
+        })
         .collect()
 }
 
@@ -68,10 +69,9 @@ fn weights(gguf: &Gguf<'_>, spec: &DecoderSpec, path: &Path) -> Result<Weights, 
         .into_par_iter()
         .map(|(row, layer)| {
             let name = NameBuf::new(row.gguf, layer);
-            let info = infos.get(name.as_str()).ok_or_else(|| LoadError::MissingTensor {
-                path: path.into(),
-                name: name.as_str().into(),
-            })?;
+            let info = infos
+                .get(name.as_str())
+                .ok_or_else(|| LoadError::MissingTensor { path: path.into(), name: name.as_str().into() })?;
             Ok((row.role, layer, read(info, row.role, spec, path)?))
         })
         .collect::<Result<_, LoadError>>()?;

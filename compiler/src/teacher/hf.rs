@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
@@ -22,12 +23,12 @@ const MAX_JSON: u64 = 1 << 26;
 
 pub(super) fn load(folder: &Path) -> Result<Model, LoadError> {
     let config_path = folder.join("config.json");
-    let config = JsonConfig(json(&config_path)?);
+    let config = JsonConfig(document(&config_path)?);
     let model_type = config.0.get("model_type").and_then(Value::as_str).unwrap_or("(none)");
     let family = family_by_hf_type(model_type)
         .ok_or_else(|| LoadError::UnknownFamily { path: config_path.clone(), found: model_type.into() })?;
-    let spec = (family.from_hf)(&config)
-        .map_err(|source| LoadError::Spec { path: config_path.clone(), source })?;
+    let spec =
+        (family.from_hf)(&config).map_err(|source| LoadError::Spec { path: config_path.clone(), source })?;
     let weights = weights(folder, &spec)?;
     let name = folder
         .canonicalize()
@@ -37,15 +38,21 @@ pub(super) fn load(folder: &Path) -> Result<Model, LoadError> {
     Ok(Model { spec, weights, vocabulary: hf_vocabulary::read(folder)?, name })
 }
 
-fn json(path: &Path) -> Result<Value, LoadError> {
-    let io = |source| LoadError::Io { path: path.into(), source };
-    let bytes = fs::metadata(path).map_err(io)?.len();
+/// The content of a JSON file.
+///
+/// # Errors
+/// The file system's refusal; `InvalidData` for more than 64 MiB or what is not JSON.
+pub(crate) fn json(path: &Path) -> io::Result<Value> {
+    let bytes = fs::metadata(path)?.len();
     if bytes > MAX_JSON {
-        let message = format!("{bytes} bytes, expected at most {MAX_JSON}");
-        return Err(LoadError::Json { path: path.into(), message });
+        let message = format!("{bytes} bytes of JSON, expected at most {MAX_JSON}");
+        return Err(io::Error::new(io::ErrorKind::InvalidData, message));
     }
-    serde_json::from_slice(&fs::read(path).map_err(io)?)
-        .map_err(|error| LoadError::Json { path: path.into(), message: error.to_string() })
+    Ok(serde_json::from_slice(&fs::read(path)?)?)
+}
+
+fn document(path: &Path) -> Result<Value, LoadError> {
+    json(path).map_err(|source| LoadError::Io { path: path.into(), source })
 }
 
 /// The files that hold the weights.
@@ -55,7 +62,7 @@ fn shards(folder: &Path) -> Result<Vec<PathBuf>, LoadError> {
         return Ok(vec![single]);
     }
     let index = folder.join("model.safetensors.index.json");
-    let map = json(&index)?;
+    let map = document(&index)?;
     let malformed = |message: &str| LoadError::Json { path: index.clone(), message: message.into() };
     let map = map.get("weight_map").and_then(Value::as_object).ok_or_else(|| malformed("no `weight_map`"))?;
     let names: BTreeSet<&str> = map.values().filter_map(Value::as_str).collect();

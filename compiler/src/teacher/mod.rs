@@ -9,6 +9,7 @@ mod hf;
 
 pub use config::JsonConfig;
 pub use gguf::from_gguf;
+pub(crate) use hf::json;
 
 use std::path::{Path, PathBuf};
 

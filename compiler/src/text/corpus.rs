@@ -71,9 +71,9 @@ pub fn load(
                     if line.trim().is_empty() {
                         continue;
                     }
-                    let row =
-                        |message| TextError::Row { path: path.clone(), line: index + 1, message };
-                    let parsed: Row = serde_json::from_str(line).map_err(|error| row(explain(line, &error)))?;
+                    let row = |message| TextError::Row { path: path.clone(), line: index + 1, message };
+                    let parsed: Row =
+                        serde_json::from_str(line).map_err(|error| row(explain(line, &error)))?;
                     add_row(&mut corpus, parsed, tokenizer, template, mask).map_err(|error| match error {
                         Refusal::Text(error) => row(error.to_string()),
                         Refusal::NoTemplate => row("`messages`, but the model has no chat template".into()),
