@@ -12,12 +12,12 @@ use super::manifest::{Artifact, Manifest, sha256};
 use super::{Data, Error, Observer, Recipe, StudentSource, TeacherSource};
 use crate::export::gguf::Mix;
 use crate::model::Model;
-use crate::profile::eval::{Config, Outcome, Score, evaluate};
+use crate::profile::eval::{Config, Outcome, Score, evaluate_all};
 use crate::profile::{self, ModelFile, Settings, bench};
 use crate::report::{self, ModelRow, Summary};
 use crate::text::corpus::{self, Corpus};
 use crate::text::{ChatTemplate, HostTokenizer};
-use crate::train::trainer::{Progress, StepReport, Text};
+use crate::train::trainer::{Progress, StepReport, Text, fingerprint};
 use crate::train::{RunFolder, trainer};
 use crate::{atomic, bundle, demo, export, quantize, student, teacher};
 
@@ -247,11 +247,8 @@ impl Run<'_> {
         let teacher = &inputs.teacher_file;
         let trained_file = profile::lay_out(trained, Path::new("student (f32)"))?;
         let shipped = profile::open(&self.path("student.gguf"))?;
-        let folder = profile::open(&self.path("student"))?;
-        let quality = self.evaluate(inputs, "student", &shipped, teacher)?;
-        let trained_quality = self.evaluate(inputs, "trained weights", &trained_file, teacher)?;
-        let gguf_parity = self.evaluate(inputs, "student.gguf parity", &shipped, &trained_file)?;
-        let folder_parity = self.evaluate(inputs, "student/ parity", &folder, &trained_file)?;
+        let [quality, trained_quality, parity] = self.evaluate(inputs, &trained_file, &shipped)?;
+        let folder_parity = self.folder_parity(trained, trained_quality)?;
         let of_teacher = Outcome {
             ppl: quality.teacher_ppl.unwrap_or(f64::NAN),
             kl: Some(0.0),
@@ -283,7 +280,7 @@ impl Run<'_> {
                 bytes: folder_bytes,
                 ..artifact("student/model.safetensors", Some(folder_parity))?
             },
-            artifact("student.gguf", Some(gguf_parity))?,
+            artifact("student.gguf", Some(parity))?,
             artifact(&inside(&library.shared), None)?,
             artifact(&inside(&library.archive), None)?,
             artifact("report.html", None)?,
@@ -300,31 +297,37 @@ impl Run<'_> {
         Ok(manifest)
     }
 
+    /// The shipped student and the trained weights beside the teacher, and the former beside the latter.
     fn evaluate(
         &mut self,
         inputs: &Inputs,
-        what: &str,
-        student: &ModelFile,
-        teacher: &ModelFile,
-    ) -> Result<Outcome, Error> {
+        trained: &ModelFile,
+        shipped: &ModelFile,
+    ) -> Result<[Outcome; 3], Error> {
         let config = Config {
             context: self.recipe.train.length,
             windows: Some(EVAL_WINDOWS),
             score: Score::All,
             bos: inputs.tokenizer.bos_to_add(),
         };
+        let models = [&inputs.teacher_file, trained, shipped];
+        let pairs = [(2, Some(0)), (1, Some(0)), (2, Some(1))];
         let observer = &mut *self.observer;
-        let outcome = evaluate(
-            student,
-            Some(teacher),
-            &inputs.eval,
-            &config,
-            &Settings::new(0),
-            &mut |done, total, ppl| {
-                observer.progress("evaluate", done, total, &format!("{what}: ppl {ppl:.2}"));
-            },
-        )?;
-        Ok(outcome)
+        let mut tell = |done, total, ppl| {
+            observer.progress("evaluate", done, total, &format!("student's perplexity {ppl:.2}"));
+        };
+        Ok(evaluate_all(&models, pairs, &inputs.eval, &config, &Settings::new(0), &mut tell)?)
+    }
+
+    /// The folder must hold the very weights that were trained; then its predictions are theirs.
+    fn folder_parity(&self, trained: &Model, quality: Outcome) -> Result<Outcome, Error> {
+        let path = self.path("student");
+        let (found, expected) = (fingerprint(&teacher::load(&path)?)?, fingerprint(trained)?);
+        if found != expected {
+            let message = format!("weights {found}, expected {expected} (the trained ones)");
+            return Err(Error::Damaged { path, message });
+        }
+        Ok(Outcome { teacher_ppl: Some(quality.ppl), kl: Some(0.0), top1_agreement: Some(1.0), ..quality })
     }
 
     fn row(

@@ -62,12 +62,11 @@ struct Sums {
     tokens: usize,
 }
 
-/// Evaluates `student`, beside `teacher` if there is one, on the token stream `ids`.
-///
-/// Of `settings` only threads and kernels count. `progress` is told after every window how many are done, of how many, and the perplexity so far.
+/// Evaluates `student`, beside `teacher` if there is one, on the token stream `ids`; the rest as for
+/// [`evaluate_all`].
 ///
 /// # Errors
-/// The text is shorter than one window, the vocabularies differ in size, or the runtime refuses a file.
+/// As [`evaluate_all`].
 pub fn evaluate(
     student: &ModelFile,
     teacher: Option<&ModelFile>,
@@ -76,52 +75,66 @@ pub fn evaluate(
     settings: &Settings,
     progress: &mut dyn FnMut(usize, usize, f64),
 ) -> Result<Outcome, Error> {
+    let models: Vec<_> = [Some(student), teacher].into_iter().flatten().collect();
+    let pair = (0, teacher.map(|_| 1));
+    Ok(evaluate_all(&models, [pair], ids, config, settings, progress)?[0])
+}
+
+/// Runs each of `models` once over the token stream `ids` and evaluates `pairs` of a student and perhaps a
+/// teacher, both given by their places in `models`.
+///
+/// Of `settings` only threads and kernels count. `progress` is told after every window how many are done,
+/// of how many, and the perplexity of the first student so far.
+///
+/// # Errors
+/// The text is shorter than one window, the vocabularies differ in size, or the runtime refuses a file.
+pub fn evaluate_all<const N: usize>(
+    models: &[&ModelFile],
+    pairs: [(usize, Option<usize>); N],
+    ids: &[u32],
+    config: &Config,
+    settings: &Settings,
+    progress: &mut dyn FnMut(usize, usize, f64),
+) -> Result<[Outcome; N], Error> {
     let context = config.context;
     let most = ids.len() / context;
     let windows = config.windows.map_or(most, |limit| limit.min(most));
     if windows == 0 {
         return Err(Error::TextTooShort { found: ids.len(), needed: context });
     }
-    let mut student = Scorer::new(student, context, settings)?;
-    let mut teacher = teacher.map(|file| Scorer::new(file, context, settings)).transpose()?;
-    if let Some(teacher) = &teacher
-        && teacher.vocab() != student.vocab()
-    {
-        return Err(Error::VocabularySize { teacher: teacher.vocab(), student: student.vocab() });
+    let mut scorers: Vec<Scorer<'_>> =
+        models.iter().map(|file| Scorer::new(file, context, settings)).collect::<Result<_, _>>()?;
+    for (student, teacher) in pairs {
+        let (student, teacher) = (scorers[student].vocab(), teacher.map(|at| scorers[at].vocab()));
+        if let Some(teacher) = teacher.filter(|teacher| *teacher != student) {
+            return Err(Error::VocabularySize { teacher, student });
+        }
     }
     // llama.cpp scores the predictions of the tokens first + 1 .. context.
     let first = match config.score {
         Score::Half => context / 2,
         Score::All => 0,
     };
-    let vocab = student.vocab();
     let scored = context - 1 - first;
-    let mut student_logits = vec![0.0; scored * vocab];
-    let mut teacher_logits = vec![0.0; if teacher.is_some() { scored * vocab } else { 0 }];
-    let mut sums = Sums::default();
+    let mut logits: Vec<Vec<f32>> =
+        scorers.iter().map(|scorer| vec![0.0; scored * scorer.vocab()]).collect();
+    let mut sums = [Sums::default(); N];
     for window in 0..windows {
         let mut tokens = ids[window * context..][..context].to_vec();
         let targets = tokens[first + 1..].to_vec();
         if let Some(bos) = config.bos {
             tokens[0] = bos;
         }
-        student.score(&tokens, first, &mut student_logits)?;
-        if let Some(teacher) = &mut teacher {
-            teacher.score(&tokens, first, &mut teacher_logits)?;
+        for (scorer, logits) in scorers.iter_mut().zip(&mut logits) {
+            scorer.score(&tokens, first, logits)?;
         }
-        sums.add(&student_logits, &teacher_logits, &targets, vocab);
-        progress(window + 1, windows, (sums.nll / sums.tokens as f64).exp());
+        for (sums, (student, teacher)) in sums.iter_mut().zip(pairs) {
+            let teacher = teacher.map_or(&[][..], |at| &logits[at]);
+            sums.add(&logits[student], teacher, &targets, scorers[student].vocab());
+        }
+        progress(window + 1, windows, (sums[0].nll / sums[0].tokens as f64).exp());
     }
-    let count = sums.tokens as f64;
-    let compared = teacher.is_some();
-    Ok(Outcome {
-        ppl: (sums.nll / count).exp(),
-        teacher_ppl: compared.then(|| (sums.teacher_nll / count).exp()),
-        kl: compared.then(|| sums.kl / count),
-        top1_agreement: compared.then(|| sums.agreed as f64 / count),
-        tokens: sums.tokens,
-        windows,
-    })
+    Ok(std::array::from_fn(|index| sums[index].outcome(pairs[index].1.is_some(), windows)))
 }
 
 /// One model with the memory to run it.
@@ -157,6 +170,18 @@ impl<'f> Scorer<'f> {
 }
 
 impl Sums {
+    fn outcome(&self, compared: bool, windows: usize) -> Outcome {
+        let count = self.tokens as f64;
+        Outcome {
+            ppl: (self.nll / count).exp(),
+            teacher_ppl: compared.then(|| (self.teacher_nll / count).exp()),
+            kl: compared.then(|| self.kl / count),
+            top1_agreement: compared.then(|| self.agreed as f64 / count),
+            tokens: self.tokens,
+            windows,
+        }
+    }
+
     /// Adds the positions of one window; `teacher` is empty where there is none.
     fn add(&mut self, student: &[f32], teacher: &[f32], targets: &[u32], vocab: usize) {
         let rows: Vec<Self> = student
