@@ -8,8 +8,7 @@ fn main() -> ExitCode {
     match cli::run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // One line, whatever the causes are: `{:#}` joins them.
-            eprintln!("edgec: {error:#}");
+            eprintln!("edgec: {}", cli::one_line(&error));
             ExitCode::FAILURE
         }
     }

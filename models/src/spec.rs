@@ -165,13 +165,13 @@ impl DecoderSpec {
                 max: 1e12,
             });
         }
-        if self.heads % self.kv_heads != 0 {
+        if !self.heads.is_multiple_of(self.kv_heads) {
             return Err(SpecError::Unsupported {
                 key: "attention.head_count_kv",
                 expected: "a divisor of the number of query heads",
             });
         }
-        if self.head_dim % 2 != 0 {
+        if !self.head_dim.is_multiple_of(2) {
             return Err(SpecError::Unsupported {
                 key: "attention.key_length",
                 expected: "an even head width",

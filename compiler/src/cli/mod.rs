@@ -17,6 +17,7 @@ mod quantize;
 mod targets;
 mod tokenize;
 
+use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
 use edgec::profile::Settings;
 
@@ -83,7 +84,8 @@ impl EngineArguments {
 
 /// Parses the command line and runs the command.
 pub fn run() -> anyhow::Result<()> {
-    match Cli::parse().command {
+    let cli = Cli::try_parse().unwrap_or_else(|error| refuse(&error));
+    match cli.command {
         Command::Distill(arguments) => distill::run(arguments),
         Command::Quantize(arguments) => quantize::run(&arguments),
         Command::Export(arguments) => export::run(&arguments),
@@ -97,5 +99,49 @@ pub fn run() -> anyhow::Result<()> {
         Command::Inspect(arguments) => inspect::run(&arguments),
         Command::Targets(arguments) => targets::run(&arguments),
         Command::Pretrain(arguments) => pretrain::run(arguments),
+    }
+}
+
+/// An error with its causes as one line. Many messages say their cause themselves; it is not said twice.
+pub fn one_line(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if cause.starts_with(&line) {
+            line = cause;
+        } else if !line.contains(&cause) {
+            line = format!("{line}: {cause}");
+        }
+    }
+    line.replace('\n', " ")
+}
+
+/// Ends the program over arguments that make no sense, in one line as for all errors; help and version are
+/// printed as they are.
+fn refuse(error: &clap::Error) -> ! {
+    if !error.use_stderr() || error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        error.exit();
+    }
+    let text = error.render().to_string();
+    let usage = text.find("\n\nUsage:").or_else(|| text.find("\n\nFor more")).unwrap_or(text.len());
+    let words: Vec<&str> = text[..usage].trim_start_matches("error: ").split_whitespace().collect();
+    eprintln!("edgec: {}; try --help", words.join(" "));
+    std::process::exit(error.exit_code())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn causes_are_said_once_and_in_one_line() {
+        let line = |messages: &[&str]| {
+            let inner = anyhow::anyhow!(messages[0].to_owned());
+            one_line(&messages[1..].iter().fold(inner, |error, outer| error.context((*outer).to_owned())))
+        };
+        assert_eq!(line(&["no such file"]), "no such file");
+        assert_eq!(line(&["no such file", "a.txt"]), "a.txt: no such file");
+        assert_eq!(line(&["no such file", "a.txt: no such file"]), "a.txt: no such file");
+        assert_eq!(line(&["a.txt: no such file", "a.txt"]), "a.txt: no such file");
+        assert_eq!(line(&["one\ntwo"]), "one two");
     }
 }

@@ -128,7 +128,7 @@ fn documents(paths: &[PathBuf]) -> anyhow::Result<Vec<String>> {
 
 fn spec(arguments: &Arguments) -> anyhow::Result<DecoderSpec> {
     let family = family_by_gguf_name("llama").context("the family table has no llama")?;
-    if arguments.heads == 0 || arguments.hidden % arguments.heads != 0 {
+    if arguments.heads == 0 || !arguments.hidden.is_multiple_of(arguments.heads) {
         bail!("--hidden {}: not a multiple of --heads {}", arguments.hidden, arguments.heads);
     }
     Ok(DecoderSpec {

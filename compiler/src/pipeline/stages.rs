@@ -54,7 +54,8 @@ struct Inputs {
 /// Does what `recipe` asks in `folder`, which must be new or empty, or hold a run to `resume`.
 ///
 /// # Errors
-/// Whatever stops a stage. What the stages before it made stays, and `resume` goes on from there.
+/// Whatever stops a stage. What the stages before it made stays, and `resume` goes on from there; inputs
+/// that make no sense leave no trace in a new folder.
 pub fn distill(
     recipe: &Recipe,
     folder: &Path,
@@ -63,10 +64,16 @@ pub fn distill(
 ) -> Result<Manifest, Error> {
     let target = Target::by_name(&recipe.target).map_err(|error| Error::Student(error.to_string()))?;
     let mix: Mix = recipe.quant.parse().map_err(|error| Error::Student(format!("--quant: {error}")))?;
+    recipe.train.validate()?;
     let mut run = Run { recipe, folder, observer };
+    let made = !folder.exists();
     run.open(resume)?;
-    let inputs = run.load()?;
-    let (untrained, kept) = run.student(&inputs)?;
+    let inputs_and_student = run.load().and_then(|inputs| Ok((run.student(&inputs)?, inputs)));
+    let ((untrained, kept), inputs) = inputs_and_student.inspect_err(|_| {
+        if !resume {
+            run.abandon(made);
+        }
+    })?;
     let trained = run.train(&inputs, untrained, resume)?;
     run.export(&trained, mix)?;
     run.observer.note("bundle", &format!("libedge for {} ({})", target.name, target.triple));
@@ -96,7 +103,9 @@ impl Run<'_> {
             let found: Recipe = serde_json::from_slice(&text)
                 .map_err(|error| Error::Damaged { path: path.clone(), message: error.to_string() })?;
             return match found.difference(self.recipe) {
-                None => Ok(()),
+                None => {
+                    atomic::tidy(self.folder).map_err(|source| Error::Io { path: self.folder.into(), source })
+                }
                 Some(difference) => Err(Error::OtherRecipe { path: self.folder.into(), difference }),
             };
         }
@@ -106,6 +115,15 @@ impl Run<'_> {
         }
         fs::create_dir_all(self.folder).map_err(|source| Error::Io { path: self.folder.into(), source })?;
         self.write_json("recipe.json", self.recipe)
+    }
+
+    /// Leaves the folder as it was before [`Run::open`]; `made` says that it was not there.
+    fn abandon(&self, made: bool) {
+        // This follows an error that is reported; whatever is left, the next run names.
+        drop(fs::remove_file(self.path("recipe.json")));
+        if made {
+            drop(fs::remove_dir(self.folder));
+        }
     }
 
     fn write_json(&self, name: &str, value: &impl Serialize) -> Result<(), Error> {
@@ -132,7 +150,7 @@ impl Run<'_> {
             }
         };
         self.observer.note("teacher", &describe(&teacher));
-        let tokenizer = HostTokenizer::from_gguf(&teacher_file.parse().map_err(profile::Error::from)?)?;
+        let tokenizer = HostTokenizer::of(&teacher_file)?;
         let template = ChatTemplate::of(&tokenizer);
         let corpus = match &recipe.data {
             Data::Embedded => {

@@ -166,7 +166,7 @@ fn is_70b(spec: &DecoderSpec) -> bool {
 
 /// `dtype`, or what stands in for it where a row of `cols` is not a whole number of its blocks.
 fn fit(dtype: DType, cols: usize) -> DType {
-    let fits = |dtype: DType| cols % dtype.block_len() == 0;
+    let fits = |dtype: DType| cols.is_multiple_of(dtype.block_len());
     let smaller = match dtype {
         DType::Q4K => DType::Q5_0,
         DType::Q5K => DType::Q5_1,

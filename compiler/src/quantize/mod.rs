@@ -57,7 +57,7 @@ pub fn quantize_rows(
 ) -> Result<Vec<u8>, QuantizeError> {
     let shape_error = || QuantizeError::Shape { values: values.len(), cols, dtype: dtype.name() };
     let row_bytes = dtype.row_bytes(cols).filter(|bytes| *bytes > 0).ok_or_else(shape_error)?;
-    if values.len() % cols != 0 {
+    if !values.len().is_multiple_of(cols) {
         return Err(shape_error());
     }
     if let Some(importance) = importance {
@@ -94,7 +94,7 @@ fn quantize_row(
 ) -> Result<(), QuantizeError> {
     let limit = largest_magnitude(dtype);
     // Written so that NaN is refused too.
-    if let Some(col) = row.iter().position(|v| !(v.abs() <= limit)) {
+    if let Some(col) = row.iter().position(|v| v.is_nan() || v.abs() > limit) {
         return Err(QuantizeError::Value { row: 0, col, found: row[col], limit, dtype: dtype.name() });
     }
     match dtype {

@@ -65,12 +65,21 @@ impl HostTokenizer {
         if path.is_dir() && !path.join("student.gguf").is_file() {
             let vocabulary = hf_vocabulary::read(path).map_err(crate::teacher::LoadError::from)?;
             let header = crate::export::gguf::vocabulary_file(vocabulary.as_ref());
-            let file = crate::profile::ModelFile::from_memory(path, header);
-            let gguf = file.parse()?;
-            return Self::from_gguf(&gguf).map_err(|error| crate::teacher::LoadError::from(error).into());
+            return Self::of(&crate::profile::ModelFile::from_memory(path, header));
         }
-        let file = crate::profile::open(path)?;
-        Self::from_gguf(&file.parse()?).map_err(|error| crate::teacher::LoadError::from(error).into())
+        Self::of(&crate::profile::open(path)?)
+    }
+
+    /// The tokenizer of an open file, by whose name errors call it.
+    ///
+    /// # Errors
+    /// As [`HostTokenizer::from_gguf`].
+    pub fn of(file: &crate::profile::ModelFile) -> Result<Self, crate::profile::Error> {
+        let named = |error: TextError| {
+            let (path, message) = (file.path().to_owned(), error.to_string());
+            crate::teacher::LoadError::from(TextError::Vocabulary { path, message })
+        };
+        Ok(Self::from_gguf(&file.parse()?).map_err(named)?)
     }
 
     /// The tokenizer of a checked GGUF file.

@@ -252,7 +252,7 @@ mod tests {
                 let before = var.as_tensor().copy().unwrap();
                 let values = before.flatten_all().unwrap().to_vec1::<f32>().unwrap();
                 let along = noise(5, values.len());
-                let mut at = |step: f32| {
+                let at = |step: f32| {
                     let moved: Vec<f32> = values.iter().zip(&along).map(|(x, d)| x + step * d).collect();
                     var.set(&Tensor::from_vec(moved, before.shape(), &Device::Cpu).unwrap()).unwrap();
                     evaluate().1.loss

@@ -143,7 +143,7 @@ fn hf_rope_scaling(config: &dyn Config) -> Result<RopeScaling, SpecError> {
     let number = |key: &'static str| config.float(key).ok_or(SpecError::Missing { key });
     let factor_key = key("rope_parameters.factor", "rope_scaling.factor");
     let factor = || match number(factor_key)? {
-        factor if factor >= 1.0 && factor <= 1e6 => Ok(factor),
+        factor if (1.0..=1e6).contains(&factor) => Ok(factor),
         found => Err(SpecError::OutOfRange { key: factor_key, found, min: 1.0, max: 1e6 }),
     };
     match kind {

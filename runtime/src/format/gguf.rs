@@ -439,14 +439,14 @@ impl<'a> Gguf<'a> {
                 _ => return Err(error(Code::BadShape).found(dim, 1 << 48).hint("elements")),
             };
         }
-        if header.offset % self.alignment as u64 != 0 {
+        if !header.offset.is_multiple_of(self.alignment as u64) {
             return Err(error(Code::BadAlignment).found(header.offset, self.alignment as u64));
         }
         let size = match dtype {
             None => 0,
             Some(dtype) => {
                 let block = dtype.block_len() as u64;
-                if header.dims[0] % block != 0 {
+                if !header.dims[0].is_multiple_of(block) {
                     return Err(error(Code::BadShape)
                         .found(header.dims[0], block)
                         .hint("a row is a whole number of blocks"));

@@ -290,7 +290,7 @@ fn tensor_bytes(name: &str, dims: &[u64], dtype: DType) -> Result<u64, GgufWrite
         return Err(refuse(format!("1 to {MAX_DIMS} axes, none of them empty")));
     }
     let block = dtype.block_len() as u64;
-    if dims[0] % block != 0 {
+    if !dims[0].is_multiple_of(block) {
         return Err(refuse(format!("rows of a multiple of {block} elements for {}", dtype.name())));
     }
     dims[1..]
