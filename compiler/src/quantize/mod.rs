@@ -93,7 +93,6 @@ fn quantize_row(
     out: &mut [u8],
 ) -> Result<(), QuantizeError> {
     let limit = largest_magnitude(dtype);
-    // Written so that NaN is refused too.
     if let Some(col) = row.iter().position(|v| v.is_nan() || v.abs() > limit) {
         return Err(QuantizeError::Value { row: 0, col, found: row[col], limit, dtype: dtype.name() });
     }
