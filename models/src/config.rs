@@ -6,8 +6,10 @@ use core::fmt;
 ///
 /// Keys of a Hugging Face configuration are given as dotted paths (`rope_parameters.rope_theta`).
 /// Keys of a GGUF file are given without the architecture prefix (`block_count` is looked up as
-/// `llama.block_count`).
+/// `llama.block_count`). An element of a list is addressed by its number (`layer_types.0`).
 pub trait Config {
+    /// The key is there, whatever its value.
+    fn has(&self, key: &str) -> bool;
     /// The key as a non-negative integer; `None` if it is absent, null or of another kind.
     fn uint(&self, key: &str) -> Option<u64>;
     /// The key as a number; integers are converted.

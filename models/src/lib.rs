@@ -8,10 +8,15 @@
 
 mod config;
 pub mod families;
+mod layers;
+mod math;
+mod rope;
 mod spec;
 mod tensor;
 
 pub use config::{Config, SpecError};
 pub use families::{FAMILIES, Family, family_by_gguf_name, family_by_hf_type};
-pub use spec::{Activation, DecoderSpec, Rope, RopePairing, RopeScaling};
+pub use layers::LayerSet;
+pub use rope::{Rope, RopePairing, RopeScaling};
+pub use spec::{Activation, DecoderSpec};
 pub use tensor::{NameBuf, Role, TensorRow};

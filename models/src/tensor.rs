@@ -1,7 +1,8 @@
 //! Names of weight tensors: what a tensor is for ([`Role`]) and what each file format calls it.
 
-use crate::{DecoderSpec, RopePairing};
+use crate::{DecoderSpec, RopePairing, RopeScaling};
 use core::fmt::Write;
+use core::ops::Range;
 
 /// What a weight tensor is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -13,7 +14,7 @@ pub enum Role {
     OutputNorm,
     /// `[vocab, hidden]`; absent when the embeddings are tied.
     Output,
-    /// `[head_dim / 2]` divisors of the rotary frequencies (GGUF only).
+    /// `[rope_dims / 2]` divisors of the rotary frequencies (GGUF only).
     RopeFreqs,
     /// `[hidden]`.
     AttnNorm,
@@ -41,6 +42,18 @@ pub enum Role {
     FfnUp,
     /// `[hidden, ffn]`.
     FfnDown,
+    /// `[head_dim]`, the same for every query head.
+    AttnQNorm,
+    /// `[head_dim]`, the same for every key head.
+    AttnKNorm,
+    /// `[hidden]`; normalizes what attention adds to the residual stream.
+    AttnPostNorm,
+    /// `[hidden]`; the same after the feed-forward network.
+    FfnPostNorm,
+    /// `[rope_dims / 2]` divisors of the rotary frequencies for long contexts.
+    RopeLong,
+    /// `[rope_dims / 2]` divisors of the rotary frequencies for short contexts.
+    RopeShort,
 }
 
 /// One tensor of a family: its role and its name in both file formats, `{}` being the layer.
@@ -52,12 +65,70 @@ pub struct TensorRow {
     pub gguf: &'static str,
     /// Name in a Hugging Face checkpoint; empty if the format has none.
     pub hf: &'static str,
+    /// The roles whose rows lie one after another in the tensor of that name, this one among them; empty
+    /// if the tensor is this role's alone. In memory every role has a tensor of its own.
+    pub fused: &'static [Role],
+}
+
+impl TensorRow {
+    /// The rows of this role in the tensor of its name.
+    pub fn span(&self, spec: &DecoderSpec) -> Range<usize> {
+        let before = self.fused.iter().take_while(|role| **role != self.role);
+        let start = before.map(|role| role.shape(spec)[0]).sum();
+        start..start + self.role.shape(spec)[0]
+    }
+
+    /// `[rows, columns]` of the tensor of this name.
+    pub fn file_shape(&self, spec: &DecoderSpec) -> [usize; 2] {
+        let [rows, columns] = self.role.shape(spec);
+        match self.fused {
+            [] => [rows, columns],
+            roles => [roles.iter().map(|role| role.shape(spec)[0]).sum(), columns],
+        }
+    }
+
+    /// This is the first, or the only, role in the tensor of its name.
+    pub fn leads(&self) -> bool {
+        self.fused.first().is_none_or(|first| *first == self.role)
+    }
+
+    /// The roles in the tensor of this name, in order.
+    pub fn members(&self) -> &[Role] {
+        if self.fused.is_empty() { core::slice::from_ref(&self.role) } else { self.fused }
+    }
 }
 
 impl Role {
     /// The tensor exists once per layer.
     pub fn per_layer(self) -> bool {
-        self as u8 >= Self::AttnNorm as u8
+        !matches!(
+            self,
+            Self::TokenEmbedding
+                | Self::OutputNorm
+                | Self::Output
+                | Self::RopeFreqs
+                | Self::RopeLong
+                | Self::RopeShort
+        )
+    }
+
+    /// The weight of a norm.
+    pub fn is_norm(self) -> bool {
+        matches!(
+            self,
+            Self::OutputNorm
+                | Self::AttnNorm
+                | Self::FfnNorm
+                | Self::AttnQNorm
+                | Self::AttnKNorm
+                | Self::AttnPostNorm
+                | Self::FfnPostNorm
+        )
+    }
+
+    /// Divisors of the rotary frequencies.
+    pub fn is_rope_table(self) -> bool {
+        matches!(self, Self::RopeFreqs | Self::RopeLong | Self::RopeShort)
     }
 
     /// `[rows, columns]` under `spec`; a vector has one row.
@@ -65,8 +136,14 @@ impl Role {
         let (hidden, ffn) = (spec.hidden, spec.ffn);
         match self {
             Self::TokenEmbedding | Self::Output => [spec.vocab, hidden],
-            Self::RopeFreqs => [1, spec.head_dim / 2],
-            Self::OutputNorm | Self::AttnNorm | Self::FfnNorm | Self::AttnOutBias => [1, hidden],
+            Self::RopeFreqs | Self::RopeLong | Self::RopeShort => [1, spec.rope_dims / 2],
+            Self::OutputNorm
+            | Self::AttnNorm
+            | Self::FfnNorm
+            | Self::AttnPostNorm
+            | Self::FfnPostNorm
+            | Self::AttnOutBias => [1, hidden],
+            Self::AttnQNorm | Self::AttnKNorm => [1, spec.head_dim],
             Self::AttnQ => [spec.q_width(), hidden],
             Self::AttnK | Self::AttnV => [spec.kv_width(), hidden],
             Self::AttnOut => [hidden, spec.q_width()],
@@ -79,24 +156,22 @@ impl Role {
 
     /// The tensor is a vector (norm weight, bias, divisors) and is never quantized.
     pub fn is_vector(self) -> bool {
-        matches!(
-            self,
-            Self::OutputNorm
-                | Self::RopeFreqs
-                | Self::AttnNorm
-                | Self::FfnNorm
-                | Self::AttnQBias
-                | Self::AttnKBias
-                | Self::AttnVBias
-                | Self::AttnOutBias
-        )
+        self.is_norm() || self.is_rope_table() || self.is_bias()
+    }
+
+    /// Added to the outputs of a matrix.
+    pub fn is_bias(self) -> bool {
+        matches!(self, Self::AttnQBias | Self::AttnKBias | Self::AttnVBias | Self::AttnOutBias)
     }
 
     /// A model with `spec` must have this tensor.
     pub fn required(self, spec: &DecoderSpec) -> bool {
         match self {
             Self::Output => !spec.tied_embeddings,
-            Self::RopeFreqs => spec.rope.scaling == crate::RopeScaling::Table,
+            Self::RopeFreqs => spec.rope.scaling == RopeScaling::Table,
+            Self::RopeLong | Self::RopeShort => matches!(spec.rope.scaling, RopeScaling::Long { .. }),
+            Self::AttnQNorm | Self::AttnKNorm => spec.qk_norm,
+            Self::AttnPostNorm | Self::FfnPostNorm => spec.post_norms,
             Self::AttnQBias | Self::AttnKBias | Self::AttnVBias => spec.qkv_bias,
             Self::AttnOutBias => spec.attn_out_bias,
             _ => true,
@@ -169,6 +244,7 @@ mod tests {
                     assert_eq!(name.as_str().contains("512"), pattern.contains("{}"));
                 }
                 assert_eq!(row.gguf.contains("{}"), row.role.per_layer(), "{}", row.gguf);
+                assert!(row.fused.is_empty() || row.fused.contains(&row.role), "{}", row.gguf);
             }
         }
     }

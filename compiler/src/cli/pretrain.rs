@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, bail};
 use clap::Args;
-use edge_models::{Activation, DecoderSpec, Rope, RopeScaling, family_by_gguf_name};
+use edge_models::{DecoderSpec, family_by_gguf_name};
 use edgec::export::gguf::Mix;
 use edgec::model::Model;
 use edgec::profile;
@@ -132,21 +132,18 @@ fn spec(arguments: &Arguments) -> anyhow::Result<DecoderSpec> {
         bail!("--hidden {}: not a multiple of --heads {}", arguments.hidden, arguments.heads);
     }
     Ok(DecoderSpec {
-        family,
         layers: arguments.layers,
         hidden: arguments.hidden,
         heads: arguments.heads,
         kv_heads: arguments.kv_heads,
         head_dim: arguments.hidden / arguments.heads,
+        rope_dims: arguments.hidden / arguments.heads,
         ffn: arguments.ffn,
         vocab: arguments.vocab,
         context: arguments.length,
         norm_eps: 1e-5,
-        rope: Rope { theta: 10_000.0, scaling: RopeScaling::None },
-        qkv_bias: false,
-        attn_out_bias: false,
-        activation: Activation::Silu,
         tied_embeddings: true,
+        ..DecoderSpec::plain(family)
     }
     .validate()?)
 }

@@ -13,7 +13,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Tensor};
-use edge_models::{DecoderSpec, NameBuf, RopeScaling, SpecError};
+use edge_models::{Activation, DecoderSpec, NameBuf, Role, RopeScaling, SpecError, TensorRow};
 use safetensors::SafeTensorError;
 use serde_json::{Value, json};
 
@@ -69,7 +69,7 @@ pub fn write(model: &Model, folder: &Path) -> Result<(), HfError> {
         documents.push((TOKENIZER_CONFIG, files.config));
         special = files.special;
     }
-    documents.push((CONFIG, config(&model.spec, special, &folder.join(CONFIG))?));
+    documents.push((CONFIG, config(model, special, &folder.join(CONFIG))?));
     documents.push((GENERATION, generation(special)));
     let tensors = tensors(model, &folder.join(WEIGHTS))?;
     replace(folder, |place| {
@@ -151,11 +151,9 @@ fn sync_folder(folder: &Path) -> io::Result<()> {
     if cfg!(unix) { File::open(folder)?.sync_all() } else { Ok(()) }
 }
 
-/// `config.json`, checked to say exactly `spec`.
-fn config(spec: &DecoderSpec, special: Special, path: &Path) -> Result<Value, HfError> {
-    let family = spec.family;
-    let inexpressible = |what| HfError::Inexpressible { path: path.into(), family: family.name, what };
-    let scaling = match spec.rope.scaling {
+/// `rope_scaling`; `None` for what it cannot say.
+fn rope_scaling(model: &Model) -> Option<Value> {
+    Some(match model.spec.rope.scaling {
         RopeScaling::None => Value::Null,
         RopeScaling::Linear { factor } => json!({"rope_type": "linear", "factor": factor}),
         RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => json!({
@@ -165,9 +163,61 @@ fn config(spec: &DecoderSpec, special: Special, path: &Path) -> Result<Value, Hf
             "high_freq_factor": high_freq_factor,
             "original_max_position_embeddings": original_context as u64,
         }),
-        RopeScaling::Table => return Err(inexpressible("a table of rotary divisors".into())),
-    };
-    let document = json!({
+        RopeScaling::Long { original_context, attention_factor } => {
+            let list = |role| -> Option<Vec<f64>> {
+                let divisors = model.weights.get(role, 0)?.to_vec1::<f32>().ok()?;
+                Some(divisors.into_iter().map(shortest).collect())
+            };
+            // transformers 4 refuses any other key beside these three.
+            let mut scaling = json!({
+                "type": "longrope",
+                "long_factor": list(Role::RopeLong)?,
+                "short_factor": list(Role::RopeShort)?,
+            });
+            let stretched = model.spec.context as f64 / original_context as f64;
+            if attention_factor != RopeScaling::long_attention_factor(stretched, original_context) {
+                scaling["attention_factor"] = shortest(attention_factor).into();
+            }
+            scaling
+        }
+        RopeScaling::Table => return None,
+    })
+}
+
+/// The keys that only some models need.
+fn particular(spec: &DecoderSpec, document: &mut Value) {
+    let cap = |cap: f32| if cap > 0.0 { shortest(cap).into() } else { Value::Null };
+    document["sliding_window"] = if spec.window > 0 { spec.window.into() } else { Value::Null };
+    if let Some(rope) = spec.local_rope {
+        document["rope_local_base_freq"] = rope.theta.into();
+    }
+    if let RopeScaling::Long { original_context, .. } = spec.rope.scaling {
+        document["original_max_position_embeddings"] = original_context.into();
+    }
+    if spec.rope_dims != spec.head_dim {
+        document["partial_rotary_factor"] = (spec.rope_dims as f64 / spec.head_dim as f64).into();
+    }
+    // Keys that only Gemma's files have, and for which absence does not mean what it means elsewhere.
+    if spec.post_norms {
+        let kind = |layer| if spec.local.contains(layer) { "sliding_attention" } else { "full_attention" };
+        document["layer_types"] = (0..spec.layers).map(kind).collect();
+        document["hidden_activation"] = document["hidden_act"].clone();
+        document["attn_logit_softcapping"] = cap(spec.attn_soft_cap);
+        document["final_logit_softcapping"] = cap(spec.final_soft_cap);
+        let scalar = spec.query_pre_attn_scalar();
+        document["query_pre_attn_scalar"] =
+            if scalar.fract() == 0.0 { (scalar as u64).into() } else { scalar.into() };
+    }
+}
+
+/// `config.json`, checked to say exactly the model's specification.
+fn config(model: &Model, special: Special, path: &Path) -> Result<Value, HfError> {
+    let spec = &model.spec;
+    let family = spec.family;
+    let inexpressible = |what| HfError::Inexpressible { path: path.into(), family: family.name, what };
+    let scaling =
+        rope_scaling(model).ok_or_else(|| inexpressible("a table of rotary divisors".to_owned()))?;
+    let mut document = json!({
         "architectures": [family.hf_architecture],
         "model_type": family.hf_model_type,
         "torch_dtype": "float32",
@@ -179,7 +229,10 @@ fn config(spec: &DecoderSpec, special: Special, path: &Path) -> Result<Value, Hf
         "num_key_value_heads": spec.kv_heads,
         "head_dim": spec.head_dim,
         "max_position_embeddings": spec.context,
-        "hidden_act": "silu",
+        "hidden_act": match spec.activation {
+            Activation::Silu => "silu",
+            Activation::GeluTanh => "gelu_pytorch_tanh",
+        },
         "rms_norm_eps": shortest(spec.norm_eps),
         "rope_theta": spec.rope.theta,
         "rope_scaling": scaling,
@@ -190,6 +243,7 @@ fn config(spec: &DecoderSpec, special: Special, path: &Path) -> Result<Value, Hf
         "bos_token_id": special.bos,
         "eos_token_id": special.eos,
     });
+    particular(spec, &mut document);
     let read = (family.from_hf)(&JsonConfig(document.clone()))
         .map_err(|source| HfError::Spec { path: path.into(), source })?;
     if read == *spec {
@@ -220,36 +274,55 @@ fn generation(special: Special) -> Value {
 }
 
 /// The tensors by name, checked against the specification.
-fn tensors<'m>(model: &'m Model, path: &Path) -> Result<Vec<(String, &'m Tensor)>, HfError> {
+fn tensors(model: &Model, path: &Path) -> Result<Vec<(String, Tensor)>, HfError> {
     let spec = &model.spec;
     let mut tensors = Vec::new();
-    for row in spec.family.tensors.iter().filter(|row| !row.hf.is_empty()) {
+    for row in spec.family.tensors.iter().filter(|row| !row.hf.is_empty() && row.leads()) {
         for layer in 0..if row.role.per_layer() { spec.layers } else { 1 } {
             let name = NameBuf::new(row.hf, layer).as_str().to_owned();
-            let path = || path.to_path_buf();
-            let Some(tensor) = model.weights.get(row.role, layer) else {
-                if row.role.required(spec) {
-                    return Err(HfError::MissingTensor { path: path(), name });
-                }
-                continue;
-            };
-            let [rows, cols] = row.role.shape(spec);
-            let shape = if row.role.is_vector() { vec![cols] } else { vec![rows, cols] };
-            let refuse = |found: String, expected: String| HfError::Tensor {
-                path: path(),
-                name: name.clone(),
-                found,
-                expected,
-            };
-            if !row.role.required(spec) {
-                return Err(refuse("there".into(), "none by the hyper-parameters".into()));
+            if let Some(tensor) = tensor(model, row, layer, &name, path)? {
+                tensors.push((name, tensor));
             }
-            if tensor.dims() != shape || tensor.dtype() != DType::F32 {
-                let found = format!("{:?} {:?}", tensor.dtype(), tensor.dims());
-                return Err(refuse(found, format!("{:?} {shape:?}", DType::F32)));
-            }
-            tensors.push((name, tensor));
         }
     }
     Ok(tensors)
+}
+
+/// The tensor of a row and of those that are fused with it; `None` if the model has none.
+fn tensor(
+    model: &Model,
+    row: &TensorRow,
+    layer: usize,
+    name: &str,
+    path: &Path,
+) -> Result<Option<Tensor>, HfError> {
+    let (spec, path) = (&model.spec, || path.to_path_buf());
+    let refuse =
+        |found: String, expected: String| HfError::Tensor { path: path(), name: name.into(), found, expected };
+    let failed = |error: candle_core::Error| refuse(error.to_string(), "a tensor on the CPU".into());
+    let mut parts = Vec::new();
+    for &role in row.members() {
+        let Some(tensor) = model.weights.get(role, layer) else {
+            if role.required(spec) {
+                return Err(HfError::MissingTensor { path: path(), name: name.into() });
+            }
+            return Ok(None);
+        };
+        let [rows, cols] = role.shape(spec);
+        let shape = if role.is_vector() { vec![cols] } else { vec![rows, cols] };
+        if !role.required(spec) {
+            return Err(refuse("there".into(), "none by the hyper-parameters".into()));
+        }
+        if tensor.dims() != shape || tensor.dtype() != DType::F32 {
+            let found = format!("{:?} {:?}", tensor.dtype(), tensor.dims());
+            return Err(refuse(found, format!("{:?} {shape:?}", DType::F32)));
+        }
+        parts.push(tensor.clone());
+    }
+    let offset = f64::from(spec.family.hf_norm_offset);
+    Ok(Some(match (&parts[..], row.role.is_norm() && offset != 0.0) {
+        ([norm], true) => (norm - offset).map_err(failed)?,
+        ([alone], false) => alone.clone(),
+        _ => Tensor::cat(&parts, 0).map_err(failed)?,
+    }))
 }

@@ -132,6 +132,11 @@ impl Mix {
             // The matrix that makes the logits: errors in it reach every token.
             Role::Output => logits_type(base),
             Role::TokenEmbedding if spec.tied_embeddings => logits_type(base),
+            Role::AttnQ | Role::AttnK | Role::AttnV if is_fused(role, spec) => match self {
+                Self::Q4_K_M => DType::Q5K,
+                Self::Q5_K_M => DType::Q6K,
+                _ => base,
+            },
             Role::AttnV => match self {
                 _ if medium && more_bits(layer, layers) => DType::Q6K,
                 Self::Q4_K_S if layer < 4 => DType::Q5K,
@@ -159,9 +164,14 @@ fn more_bits(layer: usize, layers: usize) -> bool {
     layer < eighth || layer >= 7 * layers / 8 || (layer - eighth) % 3 == 2
 }
 
+/// The matrix of `role` lies in one tensor with others.
+fn is_fused(role: Role, spec: &DecoderSpec) -> bool {
+    spec.family.tensor(role).is_some_and(|row| !row.fused.is_empty())
+}
+
 /// What llama.cpp takes for a model of 70 billion parameters.
 fn is_70b(spec: &DecoderSpec) -> bool {
-    spec.layers == 80 && (spec.family.name != "llama" || spec.heads != spec.kv_heads)
+    spec.layers == 80 && (spec.family.gguf_architecture != "llama" || spec.heads != spec.kv_heads)
 }
 
 /// `dtype`, or what stands in for it where a row of `cols` is not a whole number of its blocks.

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use edge_models::{Activation, DecoderSpec, Rope, RopeScaling, family_by_gguf_name};
+use edge_models::{DecoderSpec, family_by_gguf_name};
 use edge_runtime::kernels::dequantize_row;
 use proptest::prelude::*;
 use serde::Deserialize;
@@ -189,21 +189,19 @@ impl Listed {
     fn spec(&self) -> DecoderSpec {
         let family = family_by_gguf_name(&self.arch).unwrap();
         DecoderSpec {
-            family,
             layers: self.layers,
             hidden: self.hidden,
             heads: self.heads,
             kv_heads: self.kv_heads,
             head_dim: self.hidden / self.heads,
+            rope_dims: self.hidden / self.heads,
             ffn: self.ffn,
             vocab: 64,
             context: 64,
             norm_eps: 1e-5,
-            rope: Rope { theta: 1e4, scaling: RopeScaling::None },
             qkv_bias: family.name == "qwen2",
-            attn_out_bias: false,
-            activation: Activation::Silu,
             tied_embeddings: self.tied,
+            ..DecoderSpec::plain(family)
         }
     }
 }

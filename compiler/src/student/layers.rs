@@ -8,7 +8,8 @@
 //! under the same head `W`, KL(p || softmax(W h')) = lse(W h') - lse(W h) - (h' - h) . (W^T p), where
 //! `lse` is the log of the sum of exponentials (the Bregman divergence of `lse`; Banerjee et al.,
 //! "Clustering with Bregman divergences", 2005, section 4). `W^T p` has the width of a hidden state, so
-//! the teacher's distribution over the whole vocabulary never has to be kept.
+//! the teacher's distribution over the whole vocabulary never has to be kept. (Where logits have a soft
+//! cap the identity does not hold, and both distributions are computed each time.)
 
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
@@ -17,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use super::StudentError;
 use crate::model::Model;
 use crate::train::graph::Decoder;
+use crate::train::loss::{self, Head};
 use crate::train::ops::{exp, linear, with_values};
 
 /// Rows of the output head's product that are in memory at a time.
@@ -184,6 +186,12 @@ struct Reference {
     rows: Vec<usize>,
     /// `h`, `[rows, hidden]`.
     hidden: Tensor,
+    /// What the identity needs of the teacher, if it holds.
+    sums: Option<Sums>,
+}
+
+/// The teacher's part of the identity.
+struct Sums {
     /// `W^T p`, `[rows, hidden]`.
     expected: Tensor,
     /// `lse(W h)`.
@@ -191,7 +199,11 @@ struct Reference {
 }
 
 impl Reference {
-    fn new(hidden: &Tensor, head: &Tensor, rows: Vec<usize>) -> Result<Self, StudentError> {
+    fn new(hidden: &Tensor, head: &Head, rows: Vec<usize>) -> Result<Self, StudentError> {
+        if head.soft_cap > 0.0 {
+            return Ok(Self { rows, hidden: hidden.clone(), sums: None });
+        }
+        let head = &head.weight;
         let mut log_sums = Vec::new();
         let mut expected = Vec::new();
         for start in (0..rows.len()).step_by(CHUNK) {
@@ -206,32 +218,39 @@ impl Reference {
         if log_sums.iter().any(|sum| !sum.is_finite()) {
             return Err(StudentError::NotFinite);
         }
-        Ok(Self { rows, hidden: hidden.clone(), expected: Tensor::cat(&expected, 0)?, log_sums })
+        let sums = Sums { expected: Tensor::cat(&expected, 0)?, log_sums };
+        Ok(Self { rows, hidden: hidden.clone(), sums: Some(sums) })
     }
 
     /// The same at fewer positions.
     fn subset(&self, rows: Vec<usize>) -> Result<Self, StudentError> {
         let index = row_index(&rows)?;
-        Ok(Self {
-            hidden: self.hidden.index_select(&index, 0)?,
-            expected: self.expected.index_select(&index, 0)?,
-            log_sums: rows.iter().map(|&row| self.log_sums[row]).collect(),
-            rows,
-        })
+        let subset = |sums: &Sums| -> candle_core::Result<Sums> {
+            Ok(Sums {
+                expected: sums.expected.index_select(&index, 0)?,
+                log_sums: rows.iter().map(|&row| sums.log_sums[row]).collect(),
+            })
+        };
+        let sums = self.sums.as_ref().map(subset).transpose()?;
+        Ok(Self { hidden: self.hidden.index_select(&index, 0)?, sums, rows })
     }
 
     /// Mean KL(teacher || student) in nats of a student with the final hidden states `student`
     /// (of which only [`Self::rows`] are looked at) under `head`; NaN if it computes nonsense.
-    fn divergence(&self, student: &Tensor, head: &Tensor) -> Result<f64, StudentError> {
+    fn divergence(&self, student: &Tensor, head: &Head) -> Result<f64, StudentError> {
         let student = student.index_select(&row_index(&self.rows)?, 0)?;
-        let slopes = ((&student - &self.hidden)? * &self.expected)?;
+        let Some(Sums { expected, log_sums }) = &self.sums else {
+            let targets = vec![0; self.rows.len()];
+            return Ok(loss::divergence(&student, head, &self.hidden, head, &targets)?.kl);
+        };
+        let slopes = ((&student - &self.hidden)? * expected)?;
         let slopes = slopes.to_dtype(DType::F64)?.sum(1)?.to_vec1::<f64>()?;
         let mut total = 0.0;
         for start in (0..self.rows.len()).step_by(CHUNK) {
             let chunk = student.narrow(0, start, CHUNK.min(self.rows.len() - start))?;
-            let sums = log_sum_exp(&linear(&chunk, head)?)?;
+            let sums = log_sum_exp(&linear(&chunk, &head.weight)?)?;
             for (offset, sum) in sums.iter().enumerate() {
-                total += sum - self.log_sums[start + offset] - slopes[start + offset];
+                total += sum - log_sums[start + offset] - slopes[start + offset];
             }
         }
         Ok(total / self.rows.len() as f64)
@@ -284,7 +303,7 @@ mod tests {
         let logits = |model: &Model| {
             let decoder = Decoder::new(&model.spec, &model.weights).unwrap();
             let hidden = decoder.hidden(ids, ids.len() / length, length).unwrap();
-            let logits = hidden.matmul(&decoder.head().t().unwrap()).unwrap();
+            let logits = decoder.head().logits(&hidden).unwrap();
             logits.to_dtype(DType::F64).unwrap().to_vec2::<f64>().unwrap()
         };
         let log_softmax = |row: &[f64]| {

@@ -93,7 +93,9 @@ pub fn cut(model: &Model, keep: &[usize]) -> Result<Model, StudentError> {
             put(role, position, tensor);
         }
     }
-    let spec = DecoderSpec { layers: keep.len(), ..model.spec };
+    // A layer keeps its kind of attention.
+    let local = model.spec.local.select(keep);
+    let spec = DecoderSpec { layers: keep.len(), local, ..model.spec };
     Ok(Model { spec, weights, vocabulary: model.vocabulary.clone(), name: model.name.clone() })
 }
 

@@ -72,7 +72,7 @@ fn weights(gguf: &Gguf<'_>, spec: &DecoderSpec, path: &Path) -> Result<Weights, 
             let info = infos
                 .get(name.as_str())
                 .ok_or_else(|| LoadError::MissingTensor { path: path.into(), name: name.as_str().into() })?;
-            Ok((row.role, layer, read(info, row.role, spec, path)?))
+            Ok((row.role, layer, read(info, row, spec, path)?))
         })
         .collect::<Result<_, LoadError>>()?;
     let mut weights = Weights::default();
@@ -82,8 +82,10 @@ fn weights(gguf: &Gguf<'_>, spec: &DecoderSpec, path: &Path) -> Result<Weights, 
     Ok(weights)
 }
 
-fn read(info: &TensorInfo<'_>, role: Role, spec: &DecoderSpec, path: &Path) -> Result<Tensor, LoadError> {
-    let [rows, cols] = role.shape(spec);
+/// The rows of the role of `row` in the tensor `info`.
+fn read(info: &TensorInfo<'_>, row: &TensorRow, spec: &DecoderSpec, path: &Path) -> Result<Tensor, LoadError> {
+    let role = row.role;
+    let [rows, cols] = row.file_shape(spec);
     if (info.rows(), info.cols()) != (rows, cols) {
         return Err(LoadError::Shape {
             path: path.into(),
@@ -98,9 +100,9 @@ fn read(info: &TensorInfo<'_>, role: Role, spec: &DecoderSpec, path: &Path) -> R
         found: format!("#{}", info.type_id),
         expected: "one that this tool reads",
     })?;
-    let mut values = vec![0.0; rows * cols];
-    for (row, out) in values.chunks_exact_mut(cols).enumerate() {
-        let bytes = info.data.len() / rows;
+    let (bytes, span) = (info.data.len() / rows, row.span(spec));
+    let mut values = vec![0.0; span.len() * cols];
+    for (row, out) in span.clone().zip(values.chunks_exact_mut(cols)) {
         dequantize_row(dtype, &info.data[row * bytes..][..bytes], out)
             .map_err(|source| LoadError::Gguf { path: path.into(), source })?;
     }
@@ -110,7 +112,7 @@ fn read(info: &TensorInfo<'_>, role: Role, spec: &DecoderSpec, path: &Path) -> R
         let width = if role.is_vector() { 1 } else { cols };
         values = to_halves(&values, heads, width);
     }
-    let shape = if role.is_vector() { vec![cols] } else { vec![rows, cols] };
+    let shape = if role.is_vector() { vec![cols] } else { vec![span.len(), cols] };
     Tensor::from_vec(values, shape, &Device::Cpu).map_err(tensor_error(path))
 }
 
@@ -146,7 +148,7 @@ fn with_named_scaling(spec: DecoderSpec, weights: &mut Weights) -> candle_core::
             original_context: f64::from(1u32 << exponent),
         };
         let fits = divisors.iter().enumerate().all(|(i, &divisor)| {
-            let frequency = spec.rope.theta.powf(-2.0 * i as f64 / spec.head_dim as f64);
+            let frequency = spec.rope.theta.powf(-2.0 * i as f64 / spec.rope_dims as f64);
             let made = scaling.divisor(frequency);
             (made - f64::from(divisor)).abs() <= 1e-4 * made
         });

@@ -6,7 +6,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
-use edge_models::{DecoderSpec, NameBuf, family_by_hf_type};
+use edge_models::{Config, DecoderSpec, NameBuf, Role, family_by_hf_type};
 use edge_runtime::format::{bf16_to_f32, f16_to_f32};
 use memmap2::Mmap;
 use rayon::prelude::*;
@@ -29,7 +29,12 @@ pub(super) fn load(folder: &Path) -> Result<Model, LoadError> {
         .ok_or_else(|| LoadError::UnknownFamily { path: config_path.clone(), found: model_type.into() })?;
     let spec =
         (family.from_hf)(&config).map_err(|source| LoadError::Spec { path: config_path.clone(), source })?;
-    let weights = weights(folder, &spec)?;
+    let mut weights = weights(folder, &spec)?;
+    for (role, list) in [(Role::RopeLong, "long_factor"), (Role::RopeShort, "short_factor")] {
+        if role.required(&spec) {
+            weights.insert(role, 0, rope_divisors(&config, list, &spec, &config_path)?);
+        }
+    }
     let name = folder
         .canonicalize()
         .ok()
@@ -49,6 +54,27 @@ pub(crate) fn json(path: &Path) -> io::Result<Value> {
         return Err(io::Error::new(io::ErrorKind::InvalidData, message));
     }
     Ok(serde_json::from_slice(&fs::read(path)?)?)
+}
+
+/// The list of rotary divisors called `list`, which is kept in `config.json`.
+fn rope_divisors(
+    config: &JsonConfig,
+    list: &str,
+    spec: &DecoderSpec,
+    path: &Path,
+) -> Result<Tensor, LoadError> {
+    let key = ["rope_parameters", "rope_scaling"].map(|place| format!("{place}.{list}"));
+    let count = spec.rope_dims / 2;
+    let values = |key: &String| -> Option<Vec<f32>> {
+        let number = |i| config.float(&format!("{key}.{i}")).map(|x| x as f32);
+        (0..count).map(number).collect::<Option<Vec<_>>>().filter(|_| number(count).is_none())
+    };
+    let Some(values) = key.iter().find_map(values) else {
+        let message = format!("no `{list}` of {count} numbers under `{}` or `{}`", key[0], key[1]);
+        return Err(LoadError::Json { path: path.into(), message });
+    };
+    Tensor::from_vec(values, count, &Device::Cpu)
+        .map_err(|source| LoadError::Tensor { path: path.into(), source })
 }
 
 fn document(path: &Path) -> Result<Value, LoadError> {
@@ -96,7 +122,7 @@ fn weights(folder: &Path, spec: &DecoderSpec) -> Result<Weights, LoadError> {
     let mut wanted = Vec::new();
     for row in spec.family.tensors.iter().filter(|row| !row.hf.is_empty() && row.role.required(spec)) {
         for layer in 0..if row.role.per_layer() { spec.layers } else { 1 } {
-            wanted.push((row.role, layer, NameBuf::new(row.hf, layer).as_str().to_owned()));
+            wanted.push((row, layer, NameBuf::new(row.hf, layer).as_str().to_owned()));
         }
     }
     let known: BTreeSet<&str> = wanted.iter().map(|(_, _, name)| name.as_str()).collect();
@@ -113,26 +139,33 @@ fn weights(folder: &Path, spec: &DecoderSpec) -> Result<Weights, LoadError> {
     }
     let loaded: Vec<_> = wanted
         .par_iter()
-        .map(|(role, layer, name)| {
+        .map(|(row, layer, name)| {
             let Some((path, view)) = views.get(name.as_str()) else {
                 return Err(LoadError::MissingTensor { path: folder.into(), name: name.clone() });
             };
-            let [rows, cols] = role.shape(spec);
-            let expected = if role.is_vector() { vec![cols] } else { vec![rows, cols] };
+            let [rows, cols] = row.file_shape(spec);
+            let expected = if row.role.is_vector() { vec![cols] } else { vec![rows, cols] };
             if view.shape() != expected {
                 let found = view.shape().to_vec();
                 return Err(LoadError::Shape { path: (*path).into(), name: name.clone(), found, expected });
             }
-            let values = to_f32(view).ok_or_else(|| LoadError::Type {
+            let span = row.span(spec);
+            let bytes = view.data().len() / rows;
+            let data = &view.data()[span.start * bytes..span.end * bytes];
+            let mut values = to_f32(view.dtype(), data).ok_or_else(|| LoadError::Type {
                 path: (*path).into(),
                 name: name.clone(),
                 found: format!("{:?}", view.dtype()),
                 expected: "F32, F16 or BF16",
             })?;
             check_finite(path, name, &values)?;
-            let tensor = Tensor::from_vec(values, expected, &Device::Cpu)
+            if row.role.is_norm() {
+                values.iter_mut().for_each(|weight| *weight += spec.family.hf_norm_offset);
+            }
+            let shape = if row.role.is_vector() { vec![cols] } else { vec![span.len(), cols] };
+            let tensor = Tensor::from_vec(values, shape, &Device::Cpu)
                 .map_err(|source| LoadError::Tensor { path: (*path).into(), source })?;
-            Ok((*role, *layer, tensor))
+            Ok((row.role, *layer, tensor))
         })
         .collect::<Result<_, _>>()?;
     let mut weights = Weights::default();
@@ -142,12 +175,12 @@ fn weights(folder: &Path, spec: &DecoderSpec) -> Result<Weights, LoadError> {
     Ok(weights)
 }
 
-fn to_f32(view: &TensorView<'_>) -> Option<Vec<f32>> {
+fn to_f32(dtype: Dtype, data: &[u8]) -> Option<Vec<f32>> {
     let halves = |convert: fn(u16) -> f32| {
-        view.data().as_chunks::<2>().0.iter().map(|bytes| convert(u16::from_le_bytes(*bytes))).collect()
+        data.as_chunks::<2>().0.iter().map(|bytes| convert(u16::from_le_bytes(*bytes))).collect()
     };
-    match view.dtype() {
-        Dtype::F32 => Some(view.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()),
+    match dtype {
+        Dtype::F32 => Some(data.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()),
         Dtype::F16 => Some(halves(f16_to_f32)),
         Dtype::BF16 => Some(halves(bf16_to_f32)),
         _ => None,

@@ -1,6 +1,6 @@
 //! Tiny models for tests.
 
-use edge_models::{Activation, DecoderSpec, Rope, RopeScaling, family_by_gguf_name};
+use edge_models::{DecoderSpec, family_by_gguf_name};
 
 use super::pretrain::initialize;
 use crate::model::Model;
@@ -8,21 +8,18 @@ use crate::model::Model;
 /// A random Llama of about 20,000 parameters whose layers all matter.
 pub(crate) fn tiny(layers: usize, seed: u64) -> Model {
     let spec = DecoderSpec {
-        family: family_by_gguf_name("llama").unwrap(),
         layers,
         hidden: 16,
         heads: 4,
         kv_heads: 2,
         head_dim: 4,
+        rope_dims: 4,
         ffn: 24,
         vocab: 61,
         context: 64,
         norm_eps: 1e-5,
-        rope: Rope { theta: 10_000.0, scaling: RopeScaling::None },
-        qkv_bias: false,
-        attn_out_bias: false,
-        activation: Activation::Silu,
         tied_embeddings: true,
+        ..DecoderSpec::plain(family_by_gguf_name("llama").unwrap())
     };
     let mut weights = initialize(&spec, seed).unwrap();
     // Fresh weights are so small that every output is nearly uniform; ten times larger ones say something.

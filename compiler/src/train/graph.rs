@@ -4,19 +4,19 @@ use std::collections::BTreeMap;
 use std::sync::Mutex;
 
 use candle_core::{Device, Result, Tensor, bail};
-use edge_models::{DecoderSpec, Role, RopeScaling};
+use edge_models::{DecoderSpec, Role, Rope};
 
-use super::ops::{Heads, RopeTable, attention, linear, rms_norm, rope, swiglu, with_values};
+use super::loss::Head;
+use super::ops::{Heads, RopeTable, attention, glu, linear, rms_norm, rope, with_values};
 use crate::model::Weights;
 
 /// A decoder over tensor handles: those that are variables are trained.
 pub struct Decoder {
     spec: DecoderSpec,
     weights: Weights,
-    head: Tensor,
-    inverse_frequencies: Vec<f64>,
-    /// Angles by length of a sequence.
-    tables: Mutex<BTreeMap<usize, RopeTable>>,
+    head: Head,
+    /// Angles by length of a sequence, and whether they are those of layers with a window.
+    tables: Mutex<BTreeMap<(usize, bool), RopeTable>>,
 }
 
 impl Decoder {
@@ -45,12 +45,10 @@ impl Decoder {
         }
         let head_role = if spec.tied_embeddings { Role::TokenEmbedding } else { Role::Output };
         let Some(head) = weights.get(head_role, 0).cloned() else { bail!("weight {head_role:?} is missing") };
-        let inverse_frequencies = inverse_frequencies(spec, weights)?;
         Ok(Self {
             spec: *spec,
             weights: weights.clone(),
-            head,
-            inverse_frequencies,
+            head: Head { weight: head, soft_cap: spec.final_soft_cap },
             tables: Mutex::new(BTreeMap::new()),
         })
     }
@@ -60,8 +58,8 @@ impl Decoder {
         &self.spec
     }
 
-    /// The output head, `[vocab, hidden]`.
-    pub fn head(&self) -> &Tensor {
+    /// The output head.
+    pub fn head(&self) -> &Head {
         &self.head
     }
 
@@ -71,7 +69,11 @@ impl Decoder {
     /// A token lies outside the vocabulary.
     pub fn embed(&self, tokens: &[u32]) -> Result<Tensor> {
         let ids = Tensor::new(tokens, &Device::Cpu)?;
-        self.weight(Role::TokenEmbedding, 0)?.index_select(&ids, 0)
+        let embedded = self.weight(Role::TokenEmbedding, 0)?.index_select(&ids, 0)?;
+        match self.spec.embedding_scale {
+            1.0 => Ok(embedded),
+            scale => embedded * f64::from(scale),
+        }
     }
 
     /// One transformer block on `x` `[batch * length, hidden]`.
@@ -83,21 +85,32 @@ impl Decoder {
         if x.dims() != [batch * length, spec.hidden] {
             bail!("block: x has shape {:?}, expected [{batch} * {length}, {}]", x.dims(), spec.hidden);
         }
-        let table = self.table(length);
+        let table = self.table(layer, length)?;
         let normed = self.norm(x, Role::AttnNorm, layer)?;
         let q = self.project(&normed, layer, Role::AttnQ, Some(Role::AttnQBias))?;
         let k = self.project(&normed, layer, Role::AttnK, Some(Role::AttnKBias))?;
         let v = self.project(&normed, layer, Role::AttnV, Some(Role::AttnVBias))?;
-        let shape = Heads { heads: spec.heads, kv_heads: spec.kv_heads, head_dim: spec.head_dim, length };
-        let mixed = attention(&rope(&q, &table)?, &rope(&k, &table)?, &v, shape)?;
-        let x = (x + self.project(&mixed, layer, Role::AttnOut, Some(Role::AttnOutBias))?)?;
+        let q = rope(&self.norm_heads(q, Role::AttnQNorm, layer)?, &table)?;
+        let k = rope(&self.norm_heads(k, Role::AttnKNorm, layer)?, &table)?;
+        let shape = Heads {
+            heads: spec.heads,
+            kv_heads: spec.kv_heads,
+            head_dim: spec.head_dim,
+            length,
+            window: spec.window_of(layer),
+            scale: spec.score_scale(),
+            soft_cap: spec.attn_soft_cap,
+        };
+        let mixed = attention(&q, &k, &v, shape)?;
+        let added = self.project(&mixed, layer, Role::AttnOut, Some(Role::AttnOutBias))?;
+        let x = (x + self.post_norm(added, Role::AttnPostNorm, layer)?)?;
 
         let normed = self.norm(&x, Role::FfnNorm, layer)?;
         let gate = self.project(&normed, layer, Role::FfnGate, None)?;
         let up = self.project(&normed, layer, Role::FfnUp, None)?;
-        // The only activation that a specification can name is SiLU; a second one becomes a match here.
-        let gated = swiglu(&gate, &up)?;
-        x + self.project(&gated, layer, Role::FfnDown, None)?
+        let gated = glu(&gate, &up, spec.activation)?;
+        let added = self.project(&gated, layer, Role::FfnDown, None)?;
+        x + self.post_norm(added, Role::FfnPostNorm, layer)?
     }
 
     /// The norm before the head.
@@ -125,7 +138,7 @@ impl Decoder {
     /// # Errors
     /// As [`Decoder::hidden`].
     pub fn logits(&self, tokens: &[u32], batch: usize, length: usize) -> Result<Tensor> {
-        linear(&self.hidden(tokens, batch, length)?, &self.head)
+        self.head.logits(&self.hidden(tokens, batch, length)?)
     }
 
     fn weight(&self, role: Role, layer: usize) -> Result<&Tensor> {
@@ -139,6 +152,22 @@ impl Decoder {
         rms_norm(x, self.weight(role, layer)?, self.spec.norm_eps)
     }
 
+    /// Normalizes what a block adds, where the model does that.
+    fn post_norm(&self, added: Tensor, role: Role, layer: usize) -> Result<Tensor> {
+        if role.required(&self.spec) { self.norm(&added, role, layer) } else { Ok(added) }
+    }
+
+    /// Normalizes every head in the rows of `x`, where the model does that.
+    fn norm_heads(&self, x: Tensor, role: Role, layer: usize) -> Result<Tensor> {
+        if !role.required(&self.spec) {
+            return Ok(x);
+        }
+        let (n, width) = x.dims2()?;
+        let head_dim = self.spec.head_dim;
+        let heads = x.reshape((n * width / head_dim, head_dim))?;
+        self.norm(&heads, role, layer)?.reshape((n, width))
+    }
+
     fn project(&self, x: &Tensor, layer: usize, role: Role, bias: Option<Role>) -> Result<Tensor> {
         let y = linear(x, self.weight(role, layer)?)?;
         match bias.filter(|bias| bias.required(&self.spec)) {
@@ -147,21 +176,32 @@ impl Decoder {
         }
     }
 
-    fn table(&self, length: usize) -> RopeTable {
+    /// The angles of `layer` in sequences of `length`.
+    fn table(&self, layer: usize, length: usize) -> Result<RopeTable> {
+        let spec = &self.spec;
         let mut tables = self.tables.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        tables.entry(length).or_insert_with(|| RopeTable::new(&self.inverse_frequencies, length)).clone()
+        let key = (length, spec.local.contains(layer));
+        if let Some(table) = tables.get(&key) {
+            return Ok(table.clone());
+        }
+        let rope = spec.rope_of(layer);
+        let frequencies = inverse_frequencies(rope, spec.rope_dims, length, &self.weights)?;
+        let table = RopeTable::new(&frequencies, spec.head_dim, length, rope.scaling.magnitude());
+        tables.insert(key, table.clone());
+        Ok(table)
     }
 }
 
-/// `theta^(-2i / head_dim)` in radians per token, stretched as the specification or the file says.
-fn inverse_frequencies(spec: &DecoderSpec, weights: &Weights) -> Result<Vec<f64>> {
-    let divisors = match (spec.rope.scaling, weights.get(Role::RopeFreqs, 0)) {
-        (RopeScaling::Table, Some(table)) => with_values(table, |values| Ok(values.to_vec()))?,
-        _ => vec![1.0; spec.head_dim / 2],
+/// `theta^(-2i / dims)` in radians per token, stretched as the specification or the file says.
+fn inverse_frequencies(rope: &Rope, dims: usize, length: usize, weights: &Weights) -> Result<Vec<f64>> {
+    let divisors = match rope.scaling.divisors(length).map(|role| (role, weights.get(role, 0))) {
+        None => vec![1.0; dims / 2],
+        Some((_, Some(table))) => with_values(table, |values| Ok(values.to_vec()))?,
+        Some((role, None)) => bail!("weight {role:?} is missing"),
     };
     let frequency = |(i, divisor): (usize, f32)| {
-        let plain = spec.rope.theta.powf(-2.0 * i as f64 / spec.head_dim as f64);
-        plain / spec.rope.scaling.divisor(plain) / f64::from(divisor)
+        let plain = rope.theta.powf(-2.0 * i as f64 / dims as f64);
+        plain / rope.scaling.divisor(plain) / f64::from(divisor)
     };
     Ok(divisors.into_iter().enumerate().map(frequency).collect())
 }
@@ -172,26 +212,44 @@ mod tests {
     use crate::train::loss::{Objective, loss};
     use crate::train::ops::check::noise;
     use candle_core::Var;
-    use edge_models::{Activation, Rope, family_by_gguf_name};
+    use edge_models::{Activation, FAMILIES, LayerSet, RopeScaling};
 
+    /// A small model with whatever the family can have.
     fn spec(family: &str) -> DecoderSpec {
-        let qwen = family == "qwen2";
-        DecoderSpec {
-            family: family_by_gguf_name(family).unwrap(),
+        let plain = DecoderSpec {
             layers: 2,
             hidden: 16,
             heads: 4,
             kv_heads: 2,
             head_dim: 6,
+            rope_dims: 6,
             ffn: 20,
             vocab: 23,
             context: 64,
             norm_eps: 1e-5,
-            rope: Rope { theta: 1e4, scaling: RopeScaling::None },
-            qkv_bias: qwen,
-            attn_out_bias: false,
-            activation: Activation::Silu,
-            tied_embeddings: qwen,
+            ..DecoderSpec::plain(FAMILIES.iter().find(|known| known.name == family).unwrap())
+        };
+        let gemma = DecoderSpec {
+            activation: Activation::GeluTanh,
+            tied_embeddings: true,
+            post_norms: true,
+            embedding_scale: 4.0,
+            window: 3,
+            local: LayerSet::periodic(2, 2),
+            attn_scale: Some(0.5),
+            ..plain
+        };
+        match family {
+            "mistral" => DecoderSpec { window: 3, local: LayerSet::periodic(2, 0), ..plain },
+            "qwen2" => DecoderSpec { qkv_bias: true, tied_embeddings: true, ..plain },
+            "qwen3" => DecoderSpec { qk_norm: true, ..plain },
+            "phi3" => {
+                let scaling = RopeScaling::Long { original_context: 4, attention_factor: 1.2 };
+                DecoderSpec { rope_dims: 4, rope: Rope { scaling, ..plain.rope }, ..plain }
+            }
+            "gemma2" => DecoderSpec { attn_soft_cap: 1.5, final_soft_cap: 2.0, ..gemma },
+            "gemma3" => DecoderSpec { qk_norm: true, local_rope: Some(Rope { theta: 50.0, ..plain.rope }), ..gemma },
+            _ => plain,
         }
     }
 
@@ -201,7 +259,7 @@ mod tests {
             for layer in 0..if row.role.per_layer() { spec.layers } else { 1 } {
                 let [rows, cols] = row.role.shape(spec);
                 let shape = if row.role.is_vector() { vec![cols] } else { vec![rows, cols] };
-                let offset = if row.gguf.contains("norm") { 1.0 } else { 0.0 };
+                let offset = if row.role.is_norm() || row.role.is_rope_table() { 1.0 } else { 0.0 };
                 let values: Vec<f32> =
                     noise(variables.len() as u64 + 7, rows * cols).iter().map(|x| x * 0.4 + offset).collect();
                 let tensor = Tensor::from_vec(values, shape, &Device::Cpu).unwrap();
@@ -225,7 +283,7 @@ mod tests {
         let tokens: Vec<u32> = (0..10).map(|i| i * 7 % 23).collect();
         let targets: Vec<u32> = (0..10).map(|i| i * 5 % 23).collect();
         let objective = Objective { alpha: 0.5, temperature: 2.0 };
-        for family in ["llama", "qwen2"] {
+        for family in FAMILIES.iter().map(|family| family.name) {
             let spec = spec(family);
             let variables = variables(&spec);
             let teacher = Decoder::new(&spec, &{
@@ -244,7 +302,7 @@ mod tests {
                 loss(&states, student.head(), teacher, &targets, &objective, 1.0).unwrap()
             };
             let grads = evaluate().0.backward().unwrap();
-            for (role, layer, var) in &variables {
+            for (role, layer, var) in variables.iter().filter(|(role, ..)| !role.is_rope_table()) {
                 let grad = grads
                     .get(var.as_tensor())
                     .unwrap_or_else(|| panic!("{family}: {role:?} of layer {layer} has no gradient"));

@@ -12,13 +12,37 @@ use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::ops::{Matrix, exp, gemm, rows_cols, tensor, values, with_values};
+use super::ops::{Matrix, capped, exp, gemm, linear, rows_cols, slope, tensor, values, with_values};
 
 /// Tokens whose logits exist at one time.
 const CHUNK: usize = 128;
 
 /// A target that is not scored.
 pub const IGNORE: u32 = u32::MAX;
+
+/// What makes logits of final hidden states.
+#[derive(Clone, Debug)]
+pub struct Head {
+    /// `[vocab, hidden]`.
+    pub weight: Tensor,
+    /// Logits `x` become `cap * tanh(x / cap)`; 0 if they stay as they are.
+    pub soft_cap: f32,
+}
+
+impl Head {
+    /// Logits `[n, vocab]` of hidden states `[n, hidden]`, all at once and with a gradient.
+    ///
+    /// # Errors
+    /// The shapes do not fit.
+    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        let logits = linear(hidden, &self.weight)?;
+        if self.soft_cap == 0.0 {
+            return Ok(logits);
+        }
+        let cap = f64::from(self.soft_cap);
+        (logits / cap)?.tanh()? * cap
+    }
+}
 
 /// What is minimized.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -59,15 +83,14 @@ pub struct Divergence {
 
 /// The loss, times `scale`, as a scalar to run backward from, and its parts (without `scale`).
 ///
-/// `student_hidden` is `[n, hidden]`, `student_head` `[vocab, hidden]`, `teacher` the same pair of its
-/// own width, `targets` the `n` next tokens, [`IGNORE`] where nothing is to be learned.
+/// `student_hidden` is `[n, hidden]`, `teacher` the same pair of its own width, `targets` the `n` next tokens, [`IGNORE`] where nothing is to be learned.
 ///
 /// # Errors
 /// The shapes do not fit, or a target lies outside the vocabulary.
 pub fn loss(
     student_hidden: &Tensor,
-    student_head: &Tensor,
-    teacher: Option<(&Tensor, &Tensor)>,
+    student_head: &Head,
+    teacher: Option<(&Tensor, &Head)>,
     targets: &[u32],
     objective: &Objective,
     scale: f64,
@@ -76,12 +99,13 @@ pub fn loss(
     let op = HeadLoss {
         teacher: teacher.map(|(hidden, head)| (hidden.clone(), head.clone())),
         targets: targets.to_vec(),
+        soft_cap: student_head.soft_cap,
         objective: *objective,
         scale,
         parts: shared.clone(),
         gradients: Mutex::new(None),
     };
-    let loss = student_hidden.apply_op2(student_head, op)?;
+    let loss = student_hidden.apply_op2(&student_head.weight, op)?;
     let parts = *shared.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     Ok((loss, parts))
 }
@@ -92,9 +116,9 @@ pub fn loss(
 /// As for [`loss`].
 pub fn divergence(
     student_hidden: &Tensor,
-    student_head: &Tensor,
+    student_head: &Head,
     teacher_hidden: &Tensor,
-    teacher_head: &Tensor,
+    teacher_head: &Head,
     targets: &[u32],
 ) -> Result<Divergence> {
     with_side(student_hidden, student_head, |student| {
@@ -167,15 +191,20 @@ fn argmax(values: &[f32]) -> usize {
 struct Side<'a> {
     hidden: &'a [f32],
     head: &'a [f32],
+    soft_cap: f32,
     rows: usize,
     width: usize,
     vocab: usize,
 }
 
 /// Calls `body` with a pair of tensors as a [`Side`].
-fn with_side<T>(hidden: &Tensor, head: &Tensor, body: impl FnOnce(&Side<'_>) -> Result<T>) -> Result<T> {
-    let (shape, head_shape) = (hidden.dims2()?, head.dims2()?);
-    with_values(hidden, |hidden| with_values(head, |head| body(&Side::new(hidden, shape, head, head_shape)?)))
+fn with_side<T>(hidden: &Tensor, head: &Head, body: impl FnOnce(&Side<'_>) -> Result<T>) -> Result<T> {
+    let (shape, head_shape) = (hidden.dims2()?, head.weight.dims2()?);
+    with_values(hidden, |hidden| {
+        with_values(&head.weight, |weight| {
+            body(&Side { soft_cap: head.soft_cap, ..Side::new(hidden, shape, weight, head_shape)? })
+        })
+    })
 }
 
 impl<'a> Side<'a> {
@@ -188,7 +217,7 @@ impl<'a> Side<'a> {
         if width != head_width {
             bail!("loss: hidden states of {width}, a head of {head_width}");
         }
-        Ok(Self { hidden, head, rows, width, vocab })
+        Ok(Self { hidden, head, soft_cap: 0.0, rows, width, vocab })
     }
 
     fn must_match(&self, teacher: &Side<'_>) -> Result<()> {
@@ -214,6 +243,9 @@ impl<'a> Side<'a> {
         let hidden = self.pick(chunk);
         let hidden = Matrix::new(&hidden, chunk.len(), self.width);
         gemm(out, hidden, Matrix::new(self.head, self.vocab, self.width).t(), 1.0, false, true);
+        if self.soft_cap > 0.0 {
+            out.par_chunks_mut(self.vocab).flatten().for_each(|x| *x = capped(*x, self.soft_cap));
+        }
     }
 }
 
@@ -338,8 +370,10 @@ fn exponentiate_both(s: &mut [f32], s_max: f32, t: &mut [f32], t_max: f32, cool:
 }
 
 struct HeadLoss {
-    teacher: Option<(Tensor, Tensor)>,
+    teacher: Option<(Tensor, Head)>,
     targets: Vec<u32>,
+    /// The student's.
+    soft_cap: f32,
     objective: Objective,
     scale: f64,
     parts: std::sync::Arc<Mutex<LossParts>>,
@@ -379,9 +413,14 @@ impl HeadLoss {
         let size = CHUNK.min(scored.len()) * vocab;
         let mut s_buffer = vec![0.0; size];
         let mut t_buffer = vec![0.0; if teacher.is_some() { size } else { 0 }];
+        let mut before = Vec::new();
         for chunk in scored.chunks(CHUNK) {
             let s = &mut s_buffer[..chunk.len() * vocab];
             student.logits(chunk, s);
+            if student.soft_cap > 0.0 {
+                before.clear();
+                before.extend_from_slice(s);
+            }
             let rows: Vec<Row> = match teacher {
                 Some(teacher) => {
                     let t = &mut t_buffer[..chunk.len() * vocab];
@@ -405,6 +444,12 @@ impl HeadLoss {
             for row in rows {
                 sums.kl += row.kl;
                 sums.cross_entropy += row.cross_entropy;
+            }
+            if student.soft_cap > 0.0 {
+                let rows = s.par_chunks_mut(vocab).zip(before.par_chunks(vocab));
+                rows.for_each(|(grads, logits)| {
+                    grads.iter_mut().zip(logits).for_each(|(g, x)| *g *= slope(*x, student.soft_cap));
+                });
             }
             let grad = Matrix::new(s, chunk.len(), vocab);
             let mut dpicked = vec![0.0; chunk.len() * width];
@@ -472,7 +517,8 @@ impl CustomOp2 for HeadLoss {
         let (shape, head_shape) = (rows_cols(hidden_layout, "loss")?, rows_cols(head_layout, "loss")?);
         let hidden = values(hidden, hidden_layout, "loss")?;
         let head = values(head, head_layout, "loss")?;
-        let (parts, dhidden, dhead) = self.forward(&Side::new(hidden, shape, head, head_shape)?)?;
+        let student = Side { soft_cap: self.soft_cap, ..Side::new(hidden, shape, head, head_shape)? };
+        let (parts, dhidden, dhead) = self.forward(&student)?;
         let gradients = (tensor(dhidden, shape.0, shape.1)?, tensor(dhead, head_shape.0, head_shape.1)?);
         *self.parts.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = parts;
         *self.gradients.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(gradients);
@@ -503,28 +549,35 @@ mod tests {
 
     const TARGETS: [u32; 6] = [3, IGNORE, 0, 16, 5, 16];
 
+    fn head(weight: &Tensor, soft_cap: f32) -> Head {
+        Head { weight: weight.clone(), soft_cap }
+    }
+
     fn objective(alpha: f64, temperature: f64) -> Objective {
         Objective { alpha, temperature }
     }
 
     #[test]
     fn gradients_of_every_mix() {
-        let (hidden, head) = (check::matrix(1, 6, 8), check::matrix(2, 17, 8));
-        let (teacher_hidden, teacher_head) = (check::matrix(3, 6, 5), check::matrix(4, 17, 5));
+        let (hidden, weight) = (check::matrix(1, 6, 8), check::matrix(2, 17, 8));
+        let (teacher_hidden, teacher_weight) = (check::matrix(3, 6, 5), check::matrix(4, 17, 5));
         for (alpha, temperature) in [(1.0, 1.0), (0.7, 1.0), (1.0, 2.0), (0.4, 3.0), (0.0, 1.0)] {
-            check::gradients(&[hidden.clone(), head.clone()], |x| {
-                let teacher = Some((&teacher_hidden, &teacher_head));
-                Ok(loss(&x[0], &x[1], teacher, &TARGETS, &objective(alpha, temperature), 10.0)?.0)
-            });
+            for cap in [0.0, 1.5] {
+                let teacher_head = head(&teacher_weight, 2.0 * cap);
+                check::gradients(&[hidden.clone(), weight.clone()], |x| {
+                    let (student, teacher) = (head(&x[1], cap), Some((&teacher_hidden, &teacher_head)));
+                    Ok(loss(&x[0], &student, teacher, &TARGETS, &objective(alpha, temperature), 10.0)?.0)
+                });
+            }
         }
-        check::gradients(&[hidden, head], |x| {
-            Ok(loss(&x[0], &x[1], None, &TARGETS, &objective(1.0, 1.0), 10.0)?.0)
+        check::gradients(&[hidden, weight], |x| {
+            Ok(loss(&x[0], &head(&x[1], 0.0), None, &TARGETS, &objective(1.0, 1.0), 10.0)?.0)
         });
     }
 
     /// `ln softmax(logits / T)` in f64, from the definition.
-    fn log_softmax(hidden: &Tensor, head: &Tensor, temperature: f64) -> Vec<Vec<f64>> {
-        let logits = hidden.matmul(&head.t().unwrap()).unwrap().to_vec2::<f32>().unwrap();
+    fn log_softmax(hidden: &Tensor, head: &Head, temperature: f64) -> Vec<Vec<f64>> {
+        let logits = head.logits(hidden).unwrap().to_vec2::<f32>().unwrap();
         logits
             .iter()
             .map(|row| {
@@ -538,8 +591,8 @@ mod tests {
     #[test]
     fn parts_agree_with_the_definition_over_many_chunks() {
         let rows = 2 * CHUNK + 3;
-        let (hidden, head) = (check::matrix(1, rows, 8), check::matrix(2, 50, 8));
-        let (teacher_hidden, teacher_head) = (check::matrix(3, rows, 8), check::matrix(4, 50, 8));
+        let (hidden, student_head) = (check::matrix(1, rows, 8), head(&check::matrix(2, 50, 8), 0.9));
+        let (teacher_hidden, teacher_head) = (check::matrix(3, rows, 8), head(&check::matrix(4, 50, 8), 0.0));
         let targets: Vec<u32> =
             (0..rows as u32).map(|i| if i % 7 == 0 { IGNORE } else { i * 13 % 50 }).collect();
         let scored: Vec<usize> = (0..rows).filter(|i| i % 7 != 0).collect();
@@ -547,14 +600,14 @@ mod tests {
         for temperature in [1.0, 2.5] {
             let (p, q) = (
                 log_softmax(&teacher_hidden, &teacher_head, temperature),
-                log_softmax(&hidden, &head, temperature),
+                log_softmax(&hidden, &student_head, temperature),
             );
-            let q_one = log_softmax(&hidden, &head, 1.0);
+            let q_one = log_softmax(&hidden, &student_head, 1.0);
             let kl = mean(&|i| p[i].iter().zip(&q[i]).map(|(p, q)| p.exp() * (p - q)).sum());
             let ce = mean(&|i| -q_one[i][targets[i] as usize]);
             let teacher = Some((&teacher_hidden, &teacher_head));
             let (value, parts) =
-                loss(&hidden, &head, teacher, &targets, &objective(0.3, temperature), 2.0).unwrap();
+                loss(&hidden, &student_head, teacher, &targets, &objective(0.3, temperature), 2.0).unwrap();
             assert!((parts.kl - kl).abs() < 1e-5, "{} {kl}", parts.kl);
             assert!((parts.cross_entropy - ce).abs() < 1e-5, "{} {ce}", parts.cross_entropy);
             let expected = 0.3 * temperature * temperature * kl + 0.7 * ce;
@@ -562,22 +615,23 @@ mod tests {
             assert!((f64::from(value.to_scalar::<f32>().unwrap()) - 2.0 * expected).abs() < 1e-4);
             assert_eq!(parts.tokens, scored.len());
         }
-        let found = divergence(&hidden, &head, &teacher_hidden, &teacher_head, &targets).unwrap();
-        let (p, q) = (log_softmax(&teacher_hidden, &teacher_head, 1.0), log_softmax(&hidden, &head, 1.0));
+        let found = divergence(&hidden, &student_head, &teacher_hidden, &teacher_head, &targets).unwrap();
+        let p = log_softmax(&teacher_hidden, &teacher_head, 1.0);
+        let q = log_softmax(&hidden, &student_head, 1.0);
         let kl = mean(&|i| p[i].iter().zip(&q[i]).map(|(p, q)| p.exp() * (p - q)).sum());
         assert!((found.kl - kl).abs() < 1e-5);
         assert!((found.teacher_cross_entropy - mean(&|i| -p[i][targets[i] as usize])).abs() < 1e-5);
-        let same = divergence(&hidden, &head, &hidden, &head, &targets).unwrap();
+        let same = divergence(&hidden, &student_head, &hidden, &student_head, &targets).unwrap();
         assert!(same.kl.abs() < 1e-6 && same.top1_agreement == 1.0);
     }
 
     #[test]
     fn bad_shapes_and_targets_are_refused() {
-        let (hidden, head) = (check::matrix(1, 2, 8), check::matrix(2, 17, 8));
+        let (hidden, student) = (check::matrix(1, 2, 8), head(&check::matrix(2, 17, 8), 0.0));
         let plain = objective(0.0, 1.0);
-        assert!(loss(&hidden, &head, None, &[1], &plain, 1.0).is_err());
-        assert!(loss(&hidden, &head, None, &[1, 17], &plain, 1.0).is_err());
-        let other = check::matrix(3, 16, 8);
-        assert!(loss(&hidden, &head, Some((&hidden, &other)), &[1, 2], &plain, 1.0).is_err());
+        assert!(loss(&hidden, &student, None, &[1], &plain, 1.0).is_err());
+        assert!(loss(&hidden, &student, None, &[1, 17], &plain, 1.0).is_err());
+        let other = head(&check::matrix(3, 16, 8), 0.0);
+        assert!(loss(&hidden, &student, Some((&hidden, &other)), &[1, 2], &plain, 1.0).is_err());
     }
 }

@@ -53,7 +53,7 @@ pub fn initialize(spec: &DecoderSpec, seed: u64) -> candle_core::Result<Weights>
         if !row.role.required(spec) {
             continue;
         }
-        if row.role == Role::RopeFreqs {
+        if row.role.is_rope_table() {
             candle_core::bail!("a fresh model has no table of rotary divisors; choose another rope scaling");
         }
         for layer in 0..if row.role.per_layer() { spec.layers } else { 1 } {
@@ -68,8 +68,8 @@ pub fn initialize(spec: &DecoderSpec, seed: u64) -> candle_core::Result<Weights>
 fn fresh(role: Role, spec: &DecoderSpec, random: &mut SplitMix64) -> candle_core::Result<Tensor> {
     let [rows, columns] = role.shape(spec);
     let value = match role {
-        Role::OutputNorm | Role::AttnNorm | Role::FfnNorm => 1f32,
-        Role::AttnQBias | Role::AttnKBias | Role::AttnVBias | Role::AttnOutBias => 0f32,
+        _ if role.is_norm() => 1f32,
+        _ if role.is_bias() => 0f32,
         Role::AttnOut | Role::FfnDown => {
             let deviation = DEVIATION / (2.0 * spec.layers as f64).sqrt();
             return normal(rows, columns, deviation, random);

@@ -321,13 +321,14 @@ pub(super) fn into_parameters(
     let mut weights = Weights::default();
     let mut parameters = Vec::new();
     for (role, layer, tensor) in model.weights.iter() {
-        if role == Role::RopeFreqs {
+        if role.is_rope_table() {
             weights.insert(role, layer, tensor.clone());
             continue;
         }
         let name = match model.spec.family.tensor(role) {
-            Some(row) => NameBuf::new(row.hf, layer).as_str().to_owned(),
-            None => format!("{role:?}.{layer}"),
+            Some(row) if row.fused.is_empty() => NameBuf::new(row.hf, layer).as_str().to_owned(),
+            // In a file it has no name of its own.
+            _ => format!("{role:?}.{layer}"),
         };
         // `detach` first: of a variable, `from_tensor` would give the variable itself and training
         // would then change the caller's model.

@@ -1,15 +1,24 @@
 //! The table of families. A family is one file here and one line in [`FAMILIES`].
 
+mod gemma2;
+mod gemma3;
+mod gguf;
+mod hf;
 mod llama;
+mod mistral;
+mod phi3;
 mod qwen2;
+mod qwen3;
 
-use crate::spec::{required, size};
-use crate::{Activation, Config, DecoderSpec, Role, Rope, RopePairing, RopeScaling, SpecError, TensorRow};
+use crate::{Config, DecoderSpec, Role, RopePairing, SpecError, TensorRow};
 
 /// One family of decoder models: how to read its hyper-parameters and what its tensors are called.
 pub struct Family {
-    /// `general.architecture` of its GGUF files; also the name users see.
+    /// The name that users see.
     pub name: &'static str,
+    /// `general.architecture` of its GGUF files. Where two families share one, the first of them in
+    /// [`FAMILIES`] reads such files and says whose they are.
+    pub gguf_architecture: &'static str,
     /// `model_type` in `config.json`.
     pub hf_model_type: &'static str,
     /// `architectures[0]` in `config.json`.
@@ -17,6 +26,14 @@ pub struct Family {
     /// Which elements its GGUF files rotate together. Hugging Face checkpoints of every family here
     /// rotate halves.
     pub gguf_rope: RopePairing,
+    /// What is added to the norm weights of its Hugging Face checkpoints; GGUF and memory hold the sum.
+    pub hf_norm_offset: f32,
+    /// The period of its windows ([`crate::LayerSet::periodic`]), for a file that has a window and no
+    /// pattern; 0 means that windows are in every layer.
+    pub window_period: usize,
+    /// Base of the rotary frequencies in layers with a window, for a file that does not say; `None` means
+    /// the base of the others.
+    pub local_theta: Option<f64>,
     /// Its tensors.
     pub tensors: &'static [TensorRow],
     /// Reads the specification from `config.json`.
@@ -26,11 +43,19 @@ pub struct Family {
 }
 
 /// Every family, in the order in which messages list them.
-pub static FAMILIES: &[&Family] = &[&llama::LLAMA, &qwen2::QWEN2];
+pub static FAMILIES: &[&Family] = &[
+    &llama::LLAMA,
+    &mistral::MISTRAL,
+    &qwen2::QWEN2,
+    &qwen3::QWEN3,
+    &phi3::PHI3,
+    &gemma2::GEMMA2,
+    &gemma3::GEMMA3,
+];
 
-/// The family whose GGUF files say `name`.
+/// The family that reads GGUF files whose architecture is `name`.
 pub fn family_by_gguf_name(name: &str) -> Option<&'static Family> {
-    FAMILIES.iter().copied().find(|family| family.name == name)
+    FAMILIES.iter().copied().find(|family| family.gguf_architecture == name)
 }
 
 /// The family whose `config.json` says `model_type`.
@@ -39,6 +64,21 @@ pub fn family_by_hf_type(model_type: &str) -> Option<&'static Family> {
 }
 
 impl Family {
+    /// Llama, from which the others say what differs.
+    const BASE: Self = Self {
+        name: "llama",
+        gguf_architecture: "llama",
+        hf_model_type: "llama",
+        hf_architecture: "LlamaForCausalLM",
+        gguf_rope: RopePairing::Interleaved,
+        hf_norm_offset: 0.0,
+        window_period: 0,
+        local_theta: None,
+        tensors: LLAMA_TENSORS,
+        from_hf: |config| hf::read(&llama::LLAMA, config)?.validate(),
+        from_gguf: |config| gguf::read(&llama::LLAMA, config)?.validate(),
+    };
+
     /// The row of a role, if the family has it.
     pub fn tensor(&self, role: Role) -> Option<&'static TensorRow> {
         self.tensors.iter().find(|row| row.role == role)
@@ -57,15 +97,22 @@ impl PartialEq for Family {
     }
 }
 
-/// What llama-like families call their tensors.
+/// A row of a table of tensors: role, name in GGUF, name in Hugging Face's checkpoints, and, of a part of a
+/// fused tensor, all roles in it.
 macro_rules! row {
-    ($role:ident, $gguf:literal, $hf:literal) => {
-        TensorRow { role: Role::$role, gguf: $gguf, hf: $hf }
+    ($role:ident, $gguf:literal, $hf:literal $(, [$($part:ident),+])?) => {
+        $crate::TensorRow {
+            role: $crate::Role::$role,
+            gguf: $gguf,
+            hf: $hf,
+            fused: &[$($($crate::Role::$part),+)?],
+        }
     };
 }
+pub(crate) use row;
 
 /// The tensors of Llama and of every family that kept its names.
-pub(crate) const LLAMA_TENSORS: &[TensorRow] = &[
+const LLAMA_TENSORS: &[TensorRow] = &[
     row!(TokenEmbedding, "token_embd.weight", "model.embed_tokens.weight"),
     row!(OutputNorm, "output_norm.weight", "model.norm.weight"),
     row!(Output, "output.weight", "lm_head.weight"),
@@ -79,154 +126,30 @@ pub(crate) const LLAMA_TENSORS: &[TensorRow] = &[
     row!(AttnKBias, "blk.{}.attn_k.bias", "model.layers.{}.self_attn.k_proj.bias"),
     row!(AttnVBias, "blk.{}.attn_v.bias", "model.layers.{}.self_attn.v_proj.bias"),
     row!(AttnOutBias, "blk.{}.attn_output.bias", "model.layers.{}.self_attn.o_proj.bias"),
+    row!(AttnQNorm, "blk.{}.attn_q_norm.weight", "model.layers.{}.self_attn.q_norm.weight"),
+    row!(AttnKNorm, "blk.{}.attn_k_norm.weight", "model.layers.{}.self_attn.k_norm.weight"),
     row!(FfnNorm, "blk.{}.ffn_norm.weight", "model.layers.{}.post_attention_layernorm.weight"),
     row!(FfnGate, "blk.{}.ffn_gate.weight", "model.layers.{}.mlp.gate_proj.weight"),
     row!(FfnUp, "blk.{}.ffn_up.weight", "model.layers.{}.mlp.up_proj.weight"),
     row!(FfnDown, "blk.{}.ffn_down.weight", "model.layers.{}.mlp.down_proj.weight"),
 ];
 
-/// Reads the keys that `config.json` of llama-like families shares.
-///
-/// `rope_parameters` is where transformers 5 keeps rope; older files have `rope_theta` and
-/// `rope_scaling`. Both exist in the wild.
-pub(crate) fn llama_like_from_hf(
-    family: &'static Family,
-    config: &dyn Config,
-) -> Result<DecoderSpec, SpecError> {
-    match config.text("hidden_act") {
-        None | Some("silu") => {}
-        Some(_) => return Err(SpecError::Unsupported { key: "hidden_act", expected: "silu" }),
-    }
-    if config.bool("mlp_bias") == Some(true) {
-        return Err(SpecError::Unsupported { key: "mlp_bias", expected: "false" });
-    }
-    let hidden = required(config, "hidden_size")?;
-    let heads = required(config, "num_attention_heads")?;
-    let optional = |key: &'static str, default: usize| match config.uint(key) {
-        Some(value) => size(value, key),
-        None => Ok(default),
-    };
-    let attention_bias = config.bool("attention_bias").unwrap_or(false);
-    Ok(DecoderSpec {
-        family,
-        layers: required(config, "num_hidden_layers")?,
-        hidden,
-        heads,
-        kv_heads: optional("num_key_value_heads", heads)?,
-        head_dim: optional("head_dim", hidden.checked_div(heads).unwrap_or(0))?,
-        ffn: required(config, "intermediate_size")?,
-        vocab: required(config, "vocab_size")?,
-        context: optional("max_position_embeddings", 2048)?,
-        norm_eps: config.float("rms_norm_eps").unwrap_or(1e-6) as f32,
-        rope: Rope {
-            theta: config
-                .float("rope_parameters.rope_theta")
-                .or_else(|| config.float("rope_theta"))
-                .unwrap_or(10_000.0),
-            scaling: hf_rope_scaling(config)?,
-        },
-        qkv_bias: attention_bias,
-        attn_out_bias: attention_bias,
-        activation: Activation::Silu,
-        tied_embeddings: config.bool("tie_word_embeddings").unwrap_or(false),
-    })
-}
-
-fn hf_rope_scaling(config: &dyn Config) -> Result<RopeScaling, SpecError> {
-    // One of the two tables, never a mix of both.
-    let new = config.text("rope_parameters.rope_type").is_some();
-    let key = |new_key: &'static str, old_key: &'static str| if new { new_key } else { old_key };
-    let kind = match config.text("rope_parameters.rope_type") {
-        Some(kind) => Some(kind),
-        None => config.text("rope_scaling.rope_type").or_else(|| config.text("rope_scaling.type")),
-    };
-    let number = |key: &'static str| config.float(key).ok_or(SpecError::Missing { key });
-    let factor_key = key("rope_parameters.factor", "rope_scaling.factor");
-    let factor = || match number(factor_key)? {
-        factor if (1.0..=1e6).contains(&factor) => Ok(factor),
-        found => Err(SpecError::OutOfRange { key: factor_key, found, min: 1.0, max: 1e6 }),
-    };
-    match kind {
-        None | Some("default") => Ok(RopeScaling::None),
-        Some("linear") => Ok(RopeScaling::Linear { factor: factor()? }),
-        Some("llama3") => {
-            let low = number(key("rope_parameters.low_freq_factor", "rope_scaling.low_freq_factor"))?;
-            let high_key = key("rope_parameters.high_freq_factor", "rope_scaling.high_freq_factor");
-            let high = number(high_key)?;
-            if !(low > 0.0 && high > low) {
-                return Err(SpecError::OutOfRange { key: high_key, found: high, min: low, max: 1e6 });
-            }
-            Ok(RopeScaling::Llama3 {
-                factor: factor()?,
-                low_freq_factor: low,
-                high_freq_factor: high,
-                original_context: number(key(
-                    "rope_parameters.original_max_position_embeddings",
-                    "rope_scaling.original_max_position_embeddings",
-                ))?,
-            })
-        }
-        Some(_) => Err(SpecError::Unsupported {
-            key: key("rope_parameters.rope_type", "rope_scaling.rope_type"),
-            expected: "default, linear or llama3",
-        }),
-    }
-}
-
-/// Reads the keys that GGUF files of llama-like families share.
-pub(crate) fn llama_like_from_gguf(
-    family: &'static Family,
-    config: &dyn Config,
-) -> Result<DecoderSpec, SpecError> {
-    let hidden = required(config, "embedding_length")?;
-    let heads = required(config, "attention.head_count")?;
-    let optional = |key: &'static str, default: usize| match config.uint(key) {
-        Some(value) => size(value, key),
-        None => Ok(default),
-    };
-    let head_dim = optional("attention.key_length", hidden.checked_div(heads).unwrap_or(0))?;
-    if config.uint("rope.dimension_count").is_some_and(|dims| dims != head_dim as u64) {
-        return Err(SpecError::Unsupported {
-            key: "rope.dimension_count",
-            expected: "the head width (partial rotation is not implemented)",
-        });
-    }
-    let scaling = if config.tensor_shape("rope_freqs.weight").is_some() {
-        RopeScaling::Table
-    } else {
-        match config.text("rope.scaling.type") {
-            None | Some("none") => RopeScaling::None,
-            Some("linear") => RopeScaling::Linear {
-                factor: config
-                    .float("rope.scaling.factor")
-                    .ok_or(SpecError::Missing { key: "rope.scaling.factor" })?,
-            },
-            Some(_) => {
-                return Err(SpecError::Unsupported { key: "rope.scaling.type", expected: "none or linear" });
-            }
-        }
-    };
-    let vocab = match config.tensor_shape("token_embd.weight") {
-        Some([rows, _]) => size(rows, "vocab_size")?,
-        None => required(config, "vocab_size")?,
-    };
-    Ok(DecoderSpec {
-        family,
-        layers: required(config, "block_count")?,
-        hidden,
-        heads,
-        kv_heads: optional("attention.head_count_kv", heads)?,
-        head_dim,
-        ffn: required(config, "feed_forward_length")?,
-        vocab,
-        context: required(config, "context_length")?,
-        norm_eps: config
-            .float("attention.layer_norm_rms_epsilon")
-            .ok_or(SpecError::Missing { key: "attention.layer_norm_rms_epsilon" })? as f32,
-        rope: Rope { theta: config.float("rope.freq_base").unwrap_or(10_000.0), scaling },
-        qkv_bias: config.tensor_shape("blk.0.attn_q.bias").is_some(),
-        attn_out_bias: config.tensor_shape("blk.0.attn_output.bias").is_some(),
-        activation: Activation::Silu,
-        tied_embeddings: config.tensor_shape("output.weight").is_none(),
-    })
-}
+/// The tensors of Gemma 2 and 3: norms before and after attention and feed-forward network.
+const GEMMA_TENSORS: &[TensorRow] = &[
+    row!(TokenEmbedding, "token_embd.weight", "model.embed_tokens.weight"),
+    row!(OutputNorm, "output_norm.weight", "model.norm.weight"),
+    row!(Output, "output.weight", "lm_head.weight"),
+    row!(AttnNorm, "blk.{}.attn_norm.weight", "model.layers.{}.input_layernorm.weight"),
+    row!(AttnQ, "blk.{}.attn_q.weight", "model.layers.{}.self_attn.q_proj.weight"),
+    row!(AttnK, "blk.{}.attn_k.weight", "model.layers.{}.self_attn.k_proj.weight"),
+    row!(AttnV, "blk.{}.attn_v.weight", "model.layers.{}.self_attn.v_proj.weight"),
+    row!(AttnOut, "blk.{}.attn_output.weight", "model.layers.{}.self_attn.o_proj.weight"),
+    row!(AttnQNorm, "blk.{}.attn_q_norm.weight", "model.layers.{}.self_attn.q_norm.weight"),
+    row!(AttnKNorm, "blk.{}.attn_k_norm.weight", "model.layers.{}.self_attn.k_norm.weight"),
+    row!(AttnPostNorm, "blk.{}.post_attention_norm.weight", "model.layers.{}.post_attention_layernorm.weight"),
+    row!(FfnNorm, "blk.{}.ffn_norm.weight", "model.layers.{}.pre_feedforward_layernorm.weight"),
+    row!(FfnGate, "blk.{}.ffn_gate.weight", "model.layers.{}.mlp.gate_proj.weight"),
+    row!(FfnUp, "blk.{}.ffn_up.weight", "model.layers.{}.mlp.up_proj.weight"),
+    row!(FfnDown, "blk.{}.ffn_down.weight", "model.layers.{}.mlp.down_proj.weight"),
+    row!(FfnPostNorm, "blk.{}.post_ffw_norm.weight", "model.layers.{}.post_feedforward_layernorm.weight"),
+];

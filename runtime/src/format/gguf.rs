@@ -519,7 +519,16 @@ impl<'a> GgufConfig<'a> {
         Ok(Self { file, architecture: file.architecture()? })
     }
 
+    /// The value of `key`, or the element of the list that `key` names with a number behind a last dot.
     fn value(&self, key: &str) -> Option<Value<'a>> {
+        if let Some(value) = self.entry(key) {
+            return Some(value);
+        }
+        let (list, index) = key.rsplit_once('.')?;
+        self.entry(list)?.as_array()?.iter().nth(index.parse().ok()?)
+    }
+
+    fn entry(&self, key: &str) -> Option<Value<'a>> {
         self.file
             .metadata()
             .find(|(found, _)| {
@@ -530,6 +539,10 @@ impl<'a> GgufConfig<'a> {
 }
 
 impl Config for GgufConfig<'_> {
+    fn has(&self, key: &str) -> bool {
+        self.value(key).is_some()
+    }
+
     fn uint(&self, key: &str) -> Option<u64> {
         self.value(key)?.as_uint()
     }

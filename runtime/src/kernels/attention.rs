@@ -4,7 +4,7 @@
 //! scores live on the stack; when a block brings a new maximum, what was summed before is scaled down.
 
 use super::exp::exp_lanes;
-use super::float::{dot, dot_lanes};
+use super::float::{dot, dot_lanes, soft_cap};
 use super::simd::Simd;
 use crate::format::f16_to_f32;
 
@@ -20,16 +20,35 @@ pub(crate) struct Cache<'a> {
     pub stride: usize,
 }
 
-/// `out = softmax(scale * q K^T) V` over the first `len` rows, all of which must be in the cache.
+/// How the products of a query with keys become scores.
+#[derive(Clone, Copy, Debug)]
+pub struct Scores {
+    /// They are multiplied by this.
+    pub scale: f32,
+    /// Then they become `soft_cap * tanh(x / soft_cap)`, unless it is 0.
+    pub soft_cap: f32,
+}
+
+/// `out = softmax(scores(q K^T)) V` over the first `len` rows, all of which must be in the cache.
 #[inline(always)]
-pub(crate) fn attention<S: Simd>(s: S, q: &[f32], cache: Cache, len: usize, scale: f32, out: &mut [f32]) {
+pub(crate) fn attention<S: Simd>(
+    s: S,
+    q: &[f32],
+    cache: Cache,
+    len: usize,
+    rule: Scores,
+    out: &mut [f32],
+) {
     out.fill(0.0);
     let (mut highest, mut total) = (f32::NEG_INFINITY, 0.0);
     let mut start = 0;
     while start < len {
         let n = (len - start).min(POSITIONS);
         let mut weights = [f32::NEG_INFINITY; POSITIONS];
-        scores(s, q, cache, start, scale, &mut weights[..n]);
+        scores(s, q, cache, start, rule.scale, &mut weights[..n]);
+        if rule.soft_cap > 0.0 {
+            soft_cap(s, &mut weights[..n], rule.soft_cap);
+        }
         let peak = weights.iter().fold(highest, |peak, x| if *x > peak { *x } else { peak });
         let keep = exp1(s, highest - peak);
         total = total * keep + exponentials(s, peak, &mut weights);

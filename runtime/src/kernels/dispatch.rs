@@ -1,7 +1,7 @@
 //! The one dispatch table, and which of the tables a CPU can run.
 
 use super::activations::{Activations, ActivationsMut};
-use super::attention::Cache;
+use super::attention::{Cache, Scores};
 use super::matmul::{self, Matrix, RowsKernel};
 use crate::format::DType;
 use crate::workers::Workers;
@@ -55,9 +55,12 @@ pub struct Kernels {
     pub(super) dot: unsafe fn(&[f32], &[f32]) -> f32,
     pub(super) axpy: unsafe fn(f32, &[f32], &mut [f32]),
     pub(super) rms_norm: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
+    pub(super) rms_norm_in_place: unsafe fn(&mut [f32], &[f32], f32),
     pub(super) swiglu: unsafe fn(&mut [f32], &[f32]),
+    pub(super) geglu: unsafe fn(&mut [f32], &[f32]),
+    pub(super) soft_cap: unsafe fn(&mut [f32], f32),
     pub(super) rope: unsafe fn(&mut [f32], &[f32], &[f32], RopePairing),
-    pub(super) attend: unsafe fn(&[f32], Cache, usize, f32, &mut [f32]),
+    pub(super) attend: unsafe fn(&[f32], Cache, usize, Scores, &mut [f32]),
     pub(super) rows: RowsKernels,
 }
 
@@ -160,11 +163,33 @@ impl Kernels {
         unsafe { (self.rms_norm)(x, weight, eps, out) }
     }
 
+    /// [`Kernels::rms_norm`] of `x` into itself.
+    pub fn rms_norm_in_place(&self, x: &mut [f32], weight: &[f32], eps: f32) {
+        debug_assert_eq!(x.len(), weight.len());
+        // SAFETY: whoever holds this table has a CPU that can run it.
+        unsafe { (self.rms_norm_in_place)(x, weight, eps) }
+    }
+
     /// `gate = gate * sigmoid(gate) * up` (Shazeer 2020, arXiv 2002.05202).
     pub fn swiglu(&self, gate: &mut [f32], up: &[f32]) {
         debug_assert_eq!(gate.len(), up.len());
         // SAFETY: whoever holds this table has a CPU that can run it.
         unsafe { (self.swiglu)(gate, up) }
+    }
+
+    /// `gate = gelu(gate) * up` with `gelu(x) = x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))`
+    /// (Hendrycks and Gimpel 2016, arXiv 1606.08415; Shazeer 2020, arXiv 2002.05202).
+    pub fn geglu(&self, gate: &mut [f32], up: &[f32]) {
+        debug_assert_eq!(gate.len(), up.len());
+        // SAFETY: whoever holds this table has a CPU that can run it.
+        unsafe { (self.geglu)(gate, up) }
+    }
+
+    /// `x = cap * tanh(x / cap)` for a `cap` above 0 (Gemma Team 2024, arXiv 2408.00118, section 2).
+    pub fn soft_cap(&self, x: &mut [f32], cap: f32) {
+        debug_assert!(cap > 0.0);
+        // SAFETY: whoever holds this table has a CPU that can run it.
+        unsafe { (self.soft_cap)(x, cap) }
     }
 
     /// Rotates pair `i` of one head by the angle with cosine `cos[i]` and sine `sin[i]`, each
@@ -175,7 +200,7 @@ impl Kernels {
         unsafe { (self.rope)(head, cos, sin, pairing) }
     }
 
-    /// `out = softmax(scale * q K^T) V` of one query head over the first `len` cached positions. Position
+    /// `out = softmax(scores(q K^T)) V` of one query head over the first `len` cached positions. Position
     /// `p` of this head's keys starts at `keys[p * stride]`, of its values at `values[p * stride]`; both are
     /// as wide as `q` and `out`, and hold the bits of half-precision numbers. Positions that do not lie within both slices are not attended to.
     #[expect(clippy::too_many_arguments, reason = "one head of a strided cache has this many parts")]
@@ -186,7 +211,7 @@ impl Kernels {
         values: &[u16],
         stride: usize,
         len: usize,
-        scale: f32,
+        scores: Scores,
         out: &mut [f32],
     ) {
         let held = keys.len().min(values.len());
@@ -198,6 +223,6 @@ impl Kernels {
         debug_assert!(q.len() == out.len() && len > 0 && len <= rows);
         let cache = Cache { keys, values, stride };
         // SAFETY: whoever holds this table has a CPU that can run it.
-        unsafe { (self.attend)(q, cache, len.min(rows), scale, out) }
+        unsafe { (self.attend)(q, cache, len.min(rows), scores, out) }
     }
 }

@@ -1,4 +1,4 @@
-//! Kernels on `f32` rows: dot, axpy, RMS norm, SwiGLU, rope and the quantization of activations.
+//! Kernels on `f32` rows: dot, axpy, RMS norm, gates, soft cap, rope and the quantization of activations.
 //!
 //! A dot product has 16 running sums (element `i` goes to sum `i % 16`), which are added pairwise at the
 //! end; a row whose length is not a multiple of 16 counts as padded with zeros.
@@ -84,13 +84,18 @@ pub(crate) fn axpy<S: Simd>(s: S, a: f32, x: &[f32], y: &mut [f32]) {
     }
 }
 
+/// `1 / sqrt(mean(x^2) + eps)`.
+#[inline(always)]
+fn inverse_rms<S: Simd>(s: S, x: &[f32], eps: f32) -> f32 {
+    1.0 / libm::sqrtf(dot(s, x, x) / x.len() as f32 + eps)
+}
+
 /// `out = x * weight / sqrt(mean(x^2) + eps)`.
 #[inline(always)]
 pub(crate) fn rms_norm<S: Simd>(s: S, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     let len = x.len().min(weight.len()).min(out.len());
     let x = &x[..len];
-    let mean = dot(s, x, x) / len as f32;
-    let scale = 1.0 / libm::sqrtf(mean + eps);
+    let scale = inverse_rms(s, x, eps);
     let (x, x_rest) = x.as_chunks::<8>();
     let (weight, weight_rest) = weight[..len].as_chunks::<8>();
     let (out, out_rest) = out[..len].as_chunks_mut::<8>();
@@ -102,28 +107,94 @@ pub(crate) fn rms_norm<S: Simd>(s: S, x: &[f32], weight: &[f32], eps: f32, out: 
     }
 }
 
+/// `x = x * weight / sqrt(mean(x^2) + eps)`.
+#[inline(always)]
+pub(crate) fn rms_norm_in_place<S: Simd>(s: S, x: &mut [f32], weight: &[f32], eps: f32) {
+    let len = x.len().min(weight.len());
+    let x = &mut x[..len];
+    let scale = inverse_rms(s, x, eps);
+    let (x, x_rest) = x.as_chunks_mut::<8>();
+    let (weight, weight_rest) = weight[..len].as_chunks::<8>();
+    for (x, w) in x.iter_mut().zip(weight) {
+        s.store(s.mul(s.mul(s.load(x), s.splat(scale)), s.load(w)), x);
+    }
+    for (x, w) in x_rest.iter_mut().zip(weight_rest) {
+        *x = *x * scale * w;
+    }
+}
+
+/// `x / (1 + exp(-y))`, eight lanes.
+#[inline(always)]
+fn times_sigmoid<S: Simd>(s: S, x: S::F, y: S::F) -> S::F {
+    let exp = exp_lanes(s, s.sub(s.splat(0.0), y));
+    s.div(x, s.add(s.splat(1.0), exp))
+}
+
 /// `gate / (1 + exp(-gate)) * up`, eight lanes.
 #[inline(always)]
 fn swiglu_lanes<S: Simd>(s: S, gate: S::F, up: S::F) -> S::F {
-    let exp = exp_lanes(s, s.sub(s.splat(0.0), gate));
-    s.mul(s.div(gate, s.add(s.splat(1.0), exp)), up)
+    s.mul(times_sigmoid(s, gate, gate), up)
+}
+
+/// `gate / (1 + exp(-2u)) * up` with `u = sqrt(2 / pi) * (gate + 0.044715 gate^3)`, eight lanes; that is
+/// `gate / 2 * (1 + tanh(u)) * up`.
+#[inline(always)]
+fn geglu_lanes<S: Simd>(s: S, gate: S::F, up: S::F) -> S::F {
+    /// `2 sqrt(2 / pi)`.
+    const SLOPE: f32 = 1.595_769_1;
+    let square = s.mul(gate, gate);
+    let inner = s.add(s.splat(1.0), s.mul(s.splat(0.044_715), square));
+    let twice = s.mul(s.mul(s.splat(SLOPE), gate), inner);
+    s.mul(times_sigmoid(s, gate, twice), up)
+}
+
+/// `cap * tanh(x / cap)` as `cap - 2 cap / (1 + exp(2 x / cap))`, eight lanes.
+#[inline(always)]
+fn soft_cap_lanes<S: Simd>(s: S, x: S::F, cap: f32) -> S::F {
+    let exp = exp_lanes(s, s.mul(x, s.splat(2.0 / cap)));
+    s.sub(s.splat(cap), s.div(s.splat(2.0 * cap), s.add(s.splat(1.0), exp)))
+}
+
+/// `x = cap * tanh(x / cap)`, within `cap * 2^-22`.
+#[inline(always)]
+pub(crate) fn soft_cap<S: Simd>(s: S, x: &mut [f32], cap: f32) {
+    let (x, rest) = x.as_chunks_mut::<8>();
+    for x in x {
+        s.store(soft_cap_lanes(s, s.load(x), cap), x);
+    }
+    let mut lanes = [0.0; 8];
+    lanes[..rest.len()].copy_from_slice(rest);
+    s.store(soft_cap_lanes(s, s.load(&lanes), cap), &mut lanes);
+    rest.copy_from_slice(&lanes[..rest.len()]);
 }
 
 /// `gate = gate * sigmoid(gate) * up`.
 #[inline(always)]
 pub(crate) fn swiglu<S: Simd>(s: S, gate: &mut [f32], up: &[f32]) {
+    gated(s, gate, up, swiglu_lanes);
+}
+
+/// `gate = gelu(gate) * up` with the approximation by tanh.
+#[inline(always)]
+pub(crate) fn geglu<S: Simd>(s: S, gate: &mut [f32], up: &[f32]) {
+    gated(s, gate, up, geglu_lanes);
+}
+
+/// `gate = lanes(gate, up)`.
+#[inline(always)]
+fn gated<S: Simd>(s: S, gate: &mut [f32], up: &[f32], lanes: impl Fn(S, S::F, S::F) -> S::F) {
     let len = gate.len().min(up.len());
     let (gate, gate_rest) = gate[..len].as_chunks_mut::<8>();
     let (up, up_rest) = up[..len].as_chunks::<8>();
     for (gate, up) in gate.iter_mut().zip(up) {
-        s.store(swiglu_lanes(s, s.load(gate), s.load(up)), gate);
+        s.store(lanes(s, s.load(gate), s.load(up)), gate);
     }
     let (mut gates, mut ups) = ([0.0; 8], [0.0; 8]);
     for (i, (gate, up)) in gate_rest.iter().zip(up_rest).enumerate() {
         (gates[i], ups[i]) = (*gate, *up);
     }
-    let (lanes, ups) = (s.load(&gates), s.load(&ups));
-    s.store(swiglu_lanes(s, lanes, ups), &mut gates);
+    let (last, ups) = (s.load(&gates), s.load(&ups));
+    s.store(lanes(s, last, ups), &mut gates);
     for (gate, result) in gate_rest.iter_mut().zip(gates) {
         *gate = result;
     }

@@ -4,12 +4,13 @@
 //! are computed in the same order whatever the batch and the number of threads, so prefill and decode
 //! agree bit for bit.
 
+use super::rope::Angles;
 use super::weights::{Layer, Linear};
 use crate::Result;
 use crate::format::{f16_to_f32, f32_to_f16};
-use crate::kernels::{Activations, ActivationsMut, Kernels, Matrix};
+use crate::kernels::{Activations, ActivationsMut, Kernels, Matrix, Scores};
 use crate::workers::{Workers, for_each_chunk};
-use edge_models::DecoderSpec;
+use edge_models::{Activation, DecoderSpec};
 
 /// Multiplications below which other threads are not worth waking.
 const WORTH_SHARING: usize = 1 << 15;
@@ -33,10 +34,6 @@ pub(super) struct Buffers<'a> {
     pub(super) wide_quants: &'a mut [i8],
     /// Queries; what a block adds to the residual stream; the up projection.
     pub(super) outputs: &'a mut [f32],
-    /// `[batch, head_dim / 2]`.
-    pub(super) cos: &'a mut [f32],
-    /// `[batch, head_dim / 2]`.
-    pub(super) sin: &'a mut [f32],
 }
 
 /// One batch of tokens on its way through the layers.
@@ -52,17 +49,18 @@ pub(super) struct Step<'s> {
 }
 
 impl Step<'_> {
-    /// `residual += attention(norm(residual))`; the keys and values of the batch are added to the layer's
+    /// `residual += post_norm(attention(norm(residual)))`; the keys and values of the batch are added to the layer's
     /// cache, both `[context, kv_width]`.
     pub(super) fn attention(
         &self,
         layer: &Layer,
+        angles: &Angles,
         keys: &mut [u16],
         values: &mut [u16],
         buffers: &mut Buffers,
     ) -> Result<()> {
         let (spec, n) = (self.spec, self.tokens);
-        let Buffers { residual, narrow, narrow_quants, outputs, cos, sin, .. } = buffers;
+        let Buffers { residual, narrow, narrow_quants, outputs, .. } = buffers;
         let residual = &mut residual[..n * spec.hidden];
         let mut input = ActivationsMut::new(n, spec.hidden, narrow, narrow_quants)?;
         self.norm(residual, layer.attn_norm, input.values_mut());
@@ -71,26 +69,26 @@ impl Step<'_> {
         let new = self.position * spec.kv_width()..(self.position + n) * spec.kv_width();
         let fresh = &mut outputs[..n * spec.kv_width()];
         self.linear(&layer.k, &input, fresh)?;
-        self.rope(fresh, spec.kv_width(), cos, sin);
+        self.place(fresh, spec.kv_width(), layer.k_norm, angles);
         store_halves(fresh, &mut keys[new.clone()]);
         self.linear(&layer.v, &input, fresh)?;
         store_halves(fresh, &mut values[new]);
         let queries = &mut outputs[..n * spec.q_width()];
         self.linear(&layer.q, &input, queries)?;
-        self.rope(queries, spec.q_width(), cos, sin);
+        self.place(queries, spec.q_width(), layer.q_norm, angles);
         // As precise as the keys that they meet, as in ggml: close choices then fall the same way.
         queries.iter_mut().for_each(|x| *x = f16_to_f32(f32_to_f16(*x)));
 
         let mut attended = ActivationsMut::new(n, spec.q_width(), narrow, narrow_quants)?;
-        self.attend(queries, keys, values, attended.values_mut());
+        self.attend(layer.window, queries, keys, values, attended.values_mut());
         let attended = self.quantize(&mut attended, &[&layer.attn_out.weight]);
         let added = &mut outputs[..n * spec.hidden];
         self.linear(&layer.attn_out, &attended, added)?;
-        self.kernels.axpy(1.0, added, residual);
+        self.add(added, layer.attn_post_norm, residual);
         Ok(())
     }
 
-    /// `residual += down(swiglu(gate(x), up(x)))` with `x = norm(residual)`.
+    /// `residual += post_norm(down(activation(gate(x)) * up(x)))` with `x = norm(residual)`.
     pub(super) fn feed_forward(&self, layer: &Layer, buffers: &mut Buffers) -> Result<()> {
         let (spec, n) = (self.spec, self.tokens);
         let Buffers { residual, narrow, narrow_quants, wide, wide_quants, outputs, .. } = buffers;
@@ -105,12 +103,16 @@ impl Step<'_> {
         self.matmul(&layer.up, &input, up)?;
         let up = &*up;
         self.rows(inner.values_mut(), spec.ffn, 16, &|token, gate| {
-            self.kernels.swiglu(gate, &up[token * spec.ffn..][..spec.ffn]);
+            let up = &up[token * spec.ffn..][..spec.ffn];
+            match spec.activation {
+                Activation::Silu => self.kernels.swiglu(gate, up),
+                Activation::GeluTanh => self.kernels.geglu(gate, up),
+            }
         });
         let inner = self.quantize(&mut inner, &[&layer.down]);
         let added = &mut outputs[..n * spec.hidden];
         self.matmul(&layer.down, &inner, added)?;
-        self.kernels.axpy(1.0, added, residual);
+        self.add(added, layer.ffn_post_norm, residual);
         Ok(())
     }
 
@@ -128,7 +130,13 @@ impl Step<'_> {
         let mut input = ActivationsMut::new(count, hidden, narrow, narrow_quants)?;
         self.norm(&residual[first * hidden..][..count * hidden], norm, input.values_mut());
         let input = self.quantize(&mut input, &[head]);
-        self.matmul(head, &input, logits)
+        self.matmul(head, &input, logits)?;
+        if self.spec.final_soft_cap > 0.0 {
+            self.rows(logits, self.spec.vocab, 16, &|_, row| {
+                self.kernels.soft_cap(row, self.spec.final_soft_cap);
+            });
+        }
+        Ok(())
     }
 
     /// Normalizes every row of `x`, `[tokens, hidden]`.
@@ -139,34 +147,47 @@ impl Step<'_> {
         });
     }
 
-    /// Rotates every head of every row of `x`, `[tokens, width]`.
-    fn rope(&self, x: &mut [f32], width: usize, cos: &[f32], sin: &[f32]) {
-        let half = self.spec.head_dim / 2;
+    /// `residual += post_norm(added)`, both `[tokens, hidden]`; without a weight there is no norm.
+    fn add(&self, added: &mut [f32], post_norm: &[f32], residual: &mut [f32]) {
+        if !post_norm.is_empty() {
+            self.rows(added, self.spec.hidden, 4, &|_, row| {
+                self.kernels.rms_norm_in_place(row, post_norm, self.spec.norm_eps);
+            });
+        }
+        self.kernels.axpy(1.0, added, residual);
+    }
+
+    /// Normalizes, where there is a weight, and rotates every head of every row of `x`, `[tokens, width]`.
+    fn place(&self, x: &mut [f32], width: usize, norm: &[f32], angles: &Angles) {
+        let spec = self.spec;
         self.rows(x, width, 2, &|token, row| {
-            let angles = token * half..(token + 1) * half;
-            for head in row.chunks_exact_mut(self.spec.head_dim) {
-                let (cos, sin) = (&cos[angles.clone()], &sin[angles.clone()]);
-                self.kernels.rope(head, cos, sin, self.spec.family.gguf_rope);
+            let (cos, sin) = angles.of(token);
+            for head in row.chunks_exact_mut(spec.head_dim) {
+                if !norm.is_empty() {
+                    self.kernels.rms_norm_in_place(head, norm, spec.norm_eps);
+                }
+                self.kernels.rope(&mut head[..spec.rope_dims], cos, sin, spec.family.gguf_rope);
             }
         });
     }
 
     /// Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245), causal: token `t` of the batch
-    /// sees the positions up to its own. Queries and `out` are `[tokens, heads * head_dim]`.
-    fn attend(&self, queries: &[f32], keys: &[u16], values: &[u16], out: &mut [f32]) {
+    /// sees the positions up to its own, of these the last `window` if that is not 0. Queries and `out` are `[tokens, heads * head_dim]`.
+    fn attend(&self, window: usize, queries: &[f32], keys: &[u16], values: &[u16], out: &mut [f32]) {
         let spec = self.spec;
         let (head_dim, stride) = (spec.head_dim, spec.kv_width());
         let group = spec.heads / spec.kv_heads;
-        let scale = 1.0 / libm::sqrtf(head_dim as f32);
+        let scores = Scores { scale: spec.score_scale(), soft_cap: spec.attn_soft_cap };
+        let first = |end: usize| if window == 0 { 0 } else { end.saturating_sub(window) };
         // Two multiplications for each element of each cached row.
         let cost = 2 * out.len().saturating_mul(self.position + self.tokens);
         for_each_chunk(self.workers, cost >= WORTH_SHARING, out, head_dim, &|index, out| {
             let (token, head) = (index / spec.heads, index % spec.heads);
             let query = &queries[index * head_dim..][..head_dim];
-            let start = head / group * head_dim;
+            let end = self.position + token + 1;
+            let start = first(end) * stride + head / group * head_dim;
             let (keys, values) = (&keys[start..], &values[start..]);
-            let seen = self.position + token + 1;
-            self.kernels.attention(query, keys, values, stride, seen, scale, out);
+            self.kernels.attention(query, keys, values, stride, end - first(end), scores, out);
         });
     }
 

@@ -24,6 +24,7 @@ use arena::Arena;
 use cache::Cache;
 use edge_models::DecoderSpec;
 use forward::{Buffers, Step};
+use rope::Angles;
 use weights::{Model, Weights, read_spec};
 
 /// One sequence of tokens on one model.
@@ -33,7 +34,8 @@ pub struct Session<'a> {
     kernels: &'static Kernels,
     workers: &'a dyn Workers,
     model: Model<'a>,
-    frequencies: &'a [f64],
+    /// Those of layers that see all, and those of layers with a window, if they are others.
+    angles: [Option<Angles<'a>>; 2],
     cache: Cache<'a>,
     buffers: Buffers<'a>,
     /// `[logits_rows, vocab]`.
@@ -84,10 +86,15 @@ impl<'a> Session<'a> {
         let weights = Weights { file, spec: &spec };
         let vectors = arena.take(sizes.vectors)?;
         let model = weights.load(&mut arena, vectors)?;
-        let frequencies: &mut [f64] = arena.take(sizes.frequencies)?;
-        let source = weights.frequencies()?;
-        for (index, frequency) in frequencies.iter_mut().enumerate() {
-            *frequency = source.get(index)?;
+        let mut angles = [None, None];
+        for (kind, angles) in angles.iter_mut().enumerate().take(sizes.ropes) {
+            let source = weights.frequencies(kind, limits.context)?;
+            *angles = Some(Angles {
+                frequencies: arena.build(sizes.frequencies, |index| source.get(index))?,
+                magnitude: source.magnitude(),
+                cos: arena.take(sizes.angles)?,
+                sin: arena.take(sizes.angles)?,
+            });
         }
         let layer = spec.kv_width() * limits.context;
         let cache = Cache { keys: arena.take(sizes.cache)?, values: arena.take(sizes.cache)?, layer };
@@ -98,8 +105,6 @@ impl<'a> Session<'a> {
             wide: arena.take(sizes.wide)?,
             wide_quants: arena.take(sizes.wide_quants)?,
             outputs: arena.take(sizes.outputs)?,
-            cos: arena.take(sizes.angles)?,
-            sin: arena.take(sizes.angles)?,
         };
         let logits = arena.take(sizes.logits)?;
         let (last_row, position) = (None, 0);
@@ -109,7 +114,7 @@ impl<'a> Session<'a> {
             kernels,
             workers,
             model,
-            frequencies,
+            angles,
             cache,
             buffers,
             logits,
@@ -202,13 +207,16 @@ impl<'a> Session<'a> {
     /// Takes one batch through all layers; its residual stream stays in the buffers.
     fn step(&mut self, tokens: &[u32]) -> Result<()> {
         self.last_row = None;
-        let Self { spec, model, cache, buffers, .. } = self;
-        let half = self.frequencies.len();
-        let angles = ..tokens.len() * half;
-        rope::angles(self.frequencies, self.position, &mut buffers.cos[angles], &mut buffers.sin[angles]);
+        let Self { spec, model, angles, cache, buffers, .. } = self;
+        for angles in angles.iter_mut().flatten() {
+            angles.fill(self.position, tokens.len());
+        }
         for (token, row) in tokens.iter().zip(buffers.residual.chunks_exact_mut(spec.hidden)) {
             let bytes = model.embedding.row(*token as usize).unwrap_or(&[]);
             dequantize_row(model.embedding.dtype(), bytes, row)?;
+            if spec.embedding_scale != 1.0 {
+                row.iter_mut().for_each(|x| *x *= spec.embedding_scale);
+            }
         }
         let step = Step {
             spec,
@@ -219,7 +227,8 @@ impl<'a> Session<'a> {
         };
         for (index, layer) in model.layers.iter().enumerate() {
             let (keys, values) = cache.layer(index);
-            step.attention(layer, keys, values, buffers)?;
+            let Some(angles) = &angles[layer.angles] else { continue };
+            step.attention(layer, angles, keys, values, buffers)?;
             step.feed_forward(layer, buffers)?;
         }
         self.position += tokens.len();

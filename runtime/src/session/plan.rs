@@ -1,7 +1,7 @@
 //! What a session will need, known before any memory is touched.
 
 use super::arena::{SLACK, padded_bytes};
-use super::weights::{Layer, Weights, read_spec};
+use super::weights::{Layer, Weights, kinds_of_rope, read_spec};
 use crate::format::Gguf;
 use crate::kernels::ActivationsMut;
 use crate::{Code, Error, Result};
@@ -36,7 +36,9 @@ pub struct Plan {
 pub(super) struct Sizes {
     /// Norms and biases of all layers, `f32`.
     pub(super) vectors: usize,
-    /// Inverse frequencies, `f64`.
+    /// Kinds of rotary angles.
+    pub(super) ropes: usize,
+    /// Inverse frequencies of one kind, `f64`.
     pub(super) frequencies: usize,
     /// Keys of all layers, and as many values, the bits of half-precision numbers.
     pub(super) cache: usize,
@@ -52,7 +54,7 @@ pub(super) struct Sizes {
     pub(super) wide_quants: usize,
     /// Outputs of matrices that no other buffer takes, `f32`.
     pub(super) outputs: usize,
-    /// Cosines, and as many sines, `f32`.
+    /// Cosines of one kind, and as many sines, `f32`.
     pub(super) angles: usize,
     /// Logits, `f32`.
     pub(super) logits: usize,
@@ -67,7 +69,8 @@ impl Sizes {
         let quants = ActivationsMut::quants_per_token;
         Some(Self {
             vectors: Weights::layer_vectors(spec).checked_mul(spec.layers)?.checked_add(hidden)?,
-            frequencies: spec.head_dim / 2,
+            ropes: kinds_of_rope(spec),
+            frequencies: spec.rope_dims / 2,
             cache: spec.kv_width().checked_mul(limits.context)?.checked_mul(spec.layers)?,
             residual: batch(hidden)?,
             narrow: batch(floats(hidden).max(floats(q_width)))?,
@@ -75,7 +78,7 @@ impl Sizes {
             wide: batch(floats(ffn))?,
             wide_quants: batch(quants(ffn))?,
             outputs: batch(q_width.max(hidden).max(ffn))?,
-            angles: batch(spec.head_dim / 2)?,
+            angles: batch(spec.rope_dims / 2)?,
             logits: spec.vocab.checked_mul(limits.logits_rows)?,
         })
     }
@@ -83,7 +86,12 @@ impl Sizes {
     /// Bytes of an arena at any address.
     fn arena_bytes(&self, spec: &DecoderSpec) -> Option<usize> {
         let mut total = padded_bytes::<Layer>(spec.layers)?;
-        total = total.checked_add(padded_bytes::<f64>(self.frequencies)?)?;
+        for _ in 0..self.ropes {
+            total = total.checked_add(padded_bytes::<f64>(self.frequencies)?)?;
+            for angles in [self.angles; 2] {
+                total = total.checked_add(padded_bytes::<f32>(angles)?)?;
+            }
+        }
         for quants in [self.narrow_quants, self.wide_quants] {
             total = total.checked_add(padded_bytes::<i8>(quants)?)?;
         }
@@ -91,7 +99,7 @@ impl Sizes {
         for halves in [self.cache; 2] {
             total = total.checked_add(padded_bytes::<u16>(halves)?)?;
         }
-        for floats in floats.into_iter().chain([self.angles; 2]) {
+        for floats in floats {
             total = total.checked_add(padded_bytes::<f32>(floats)?)?;
         }
         // No object can have more than isize::MAX bytes.

@@ -5,29 +5,31 @@
 use crate::format::TensorInfo;
 use crate::kernels::dequantize_row;
 use crate::{Code, Error, Result};
-use edge_models::DecoderSpec;
+use edge_models::Rope;
 
-/// Where the inverse frequencies of a model come from.
+/// Where the inverse frequencies of a kind of layers come from.
 pub(super) struct Frequencies<'a> {
-    spec: &'a DecoderSpec,
+    rope: &'a Rope,
+    /// Elements of a head that are rotated.
+    dims: usize,
     /// One divisor for each frequency, if the file has them.
     table: Option<TensorInfo<'a>>,
 }
 
 impl<'a> Frequencies<'a> {
-    /// The frequencies of `spec` with the file's divisors, `head_dim / 2` of them, if there are any.
-    pub(super) fn new(spec: &'a DecoderSpec, table: Option<TensorInfo<'a>>) -> Self {
-        Self { spec, table }
+    /// The frequencies of `rope` with the file's divisors, `dims / 2` of them, if there are any.
+    pub(super) fn new(rope: &'a Rope, dims: usize, table: Option<TensorInfo<'a>>) -> Self {
+        Self { rope, dims, table }
     }
 
-    /// Radians per token of pair `index`: `theta^(-2 index / head_dim)`, divided as the scaling asks.
+    /// Radians per token of pair `index`: `theta^(-2 index / dims)`, divided as the scaling asks.
     ///
     /// # Errors
     /// [`Code::OutOfRange`] if it is not a positive number: then the file's scaling is nonsense;
     /// [`Code::UnsupportedType`] if the table is quantized.
     pub(super) fn get(&self, index: usize) -> Result<f64> {
-        let rope = &self.spec.rope;
-        let exact = libm::pow(rope.theta, -((2 * index) as f64) / self.spec.head_dim as f64);
+        let rope = self.rope;
+        let exact = libm::pow(rope.theta, -((2 * index) as f64) / self.dims as f64);
         let frequency = exact / rope.scaling.divisor(exact) / f64::from(self.divisor(index)?);
         if frequency > 0.0 && frequency.is_finite() {
             Ok(frequency)
@@ -36,6 +38,11 @@ impl<'a> Frequencies<'a> {
                 .found(index as u64, 0)
                 .hint("the frequency of this pair of elements is not a positive number"))
         }
+    }
+
+    /// What cosines and sines are multiplied by.
+    pub(super) fn magnitude(&self) -> f32 {
+        self.rope.scaling.magnitude()
     }
 
     fn divisor(&self, index: usize) -> Result<f32> {
@@ -53,14 +60,35 @@ impl<'a> Frequencies<'a> {
     }
 }
 
-/// Fills the cosines and sines of the tokens from `position` on, `[tokens, head_dim / 2]`.
-pub(super) fn angles(frequencies: &[f64], position: usize, cos: &mut [f32], sin: &mut [f32]) {
-    let half = frequencies.len();
-    for (token, (cos, sin)) in cos.chunks_exact_mut(half).zip(sin.chunks_exact_mut(half)).enumerate() {
-        let position = (position + token) as f64;
-        for ((cos, sin), frequency) in cos.iter_mut().zip(sin).zip(frequencies) {
-            let (s, c) = libm::sincos(position * frequency);
-            (*cos, *sin) = (c as f32, s as f32);
+/// The angles of one batch for one kind of layers.
+pub(super) struct Angles<'a> {
+    /// Radians per token of each pair.
+    pub(super) frequencies: &'a [f64],
+    /// What cosines and sines are multiplied by.
+    pub(super) magnitude: f32,
+    /// `[batch, frequencies.len()]`.
+    pub(super) cos: &'a mut [f32],
+    /// `[batch, frequencies.len()]`.
+    pub(super) sin: &'a mut [f32],
+}
+
+impl Angles<'_> {
+    /// Computes them for `tokens` tokens from `position` on.
+    pub(super) fn fill(&mut self, position: usize, tokens: usize) {
+        let half = self.frequencies.len();
+        let rows = self.cos.chunks_exact_mut(half).zip(self.sin.chunks_exact_mut(half));
+        for (token, (cos, sin)) in rows.take(tokens).enumerate() {
+            let position = (position + token) as f64;
+            for ((cos, sin), frequency) in cos.iter_mut().zip(sin).zip(self.frequencies) {
+                let (s, c) = libm::sincos(position * frequency);
+                (*cos, *sin) = (c as f32 * self.magnitude, s as f32 * self.magnitude);
+            }
         }
+    }
+
+    /// Cosines and sines of one token of the batch.
+    pub(super) fn of(&self, token: usize) -> (&[f32], &[f32]) {
+        let half = self.frequencies.len();
+        (&self.cos[token * half..][..half], &self.sin[token * half..][..half])
     }
 }

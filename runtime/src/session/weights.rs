@@ -5,7 +5,7 @@ use super::rope::Frequencies;
 use crate::format::{DType, Gguf, GgufConfig, TensorInfo};
 use crate::kernels::{Matrix, dequantize_row};
 use crate::{Code, Error, Name, Result};
-use edge_models::{DecoderSpec, NameBuf, Role, SpecError, family_by_gguf_name};
+use edge_models::{DecoderSpec, NameBuf, Role, SpecError, TensorRow, family_by_gguf_name};
 
 /// Reads the specification of `file` from its metadata.
 pub(super) fn read_spec(file: &Gguf) -> Result<DecoderSpec> {
@@ -24,6 +24,12 @@ pub(super) fn read_spec(file: &Gguf) -> Result<DecoderSpec> {
     })
 }
 
+/// Kinds of layers that rotate by different angles: 1, or 2 where those with a window have a rotary
+/// embedding of their own.
+pub(super) fn kinds_of_rope(spec: &DecoderSpec) -> usize {
+    if spec.local_rope.is_some() { 2 } else { 1 }
+}
+
 /// The tensors of a file under its specification.
 #[derive(Clone, Copy)]
 pub(super) struct Weights<'f, 'a> {
@@ -38,18 +44,26 @@ pub(super) struct Linear<'a> {
     pub(super) bias: &'a [f32],
 }
 
-/// The weights of one block.
+/// One block: its weights, and what tells it from the others. Norms that the model has not are empty.
 #[derive(Clone, Copy)]
 pub(super) struct Layer<'a> {
+    /// Tokens that it attends to, its own among them; 0 means all.
+    pub(super) window: usize,
+    /// Which of [`super::Session`]'s angles rotate its heads.
+    pub(super) angles: usize,
     pub(super) attn_norm: &'a [f32],
     pub(super) q: Linear<'a>,
     pub(super) k: Linear<'a>,
     pub(super) v: Linear<'a>,
+    pub(super) q_norm: &'a [f32],
+    pub(super) k_norm: &'a [f32],
     pub(super) attn_out: Linear<'a>,
+    pub(super) attn_post_norm: &'a [f32],
     pub(super) ffn_norm: &'a [f32],
     pub(super) gate: Matrix<'a>,
     pub(super) up: Matrix<'a>,
     pub(super) down: Matrix<'a>,
+    pub(super) ffn_post_norm: &'a [f32],
 }
 
 /// All weights: matrices stay in the file's bytes, vectors are decoded to `f32` in the arena.
@@ -67,29 +81,38 @@ impl<'a> Weights<'_, 'a> {
     /// its metadata says.
     pub(super) fn check(&self) -> Result<()> {
         let mut wanted = 0;
-        for row in self.spec.family.tensors.iter().filter(|row| row.role.required(self.spec)) {
+        for row in self.required_rows().filter(|row| row.leads()) {
             wanted += if row.role.per_layer() { self.spec.layers } else { 1 };
         }
         let found = self.file.tensors().count();
         if found > wanted {
             return Err(self.surplus(found, wanted));
         }
-        for row in self.spec.family.tensors.iter().filter(|row| row.role.required(self.spec)) {
+        for row in self.required_rows() {
             for layer in 0..if row.role.per_layer() { self.spec.layers } else { 1 } {
                 self.get(row.role, layer)?;
             }
         }
-        let frequencies = self.frequencies()?;
-        (0..self.spec.head_dim / 2).try_for_each(|index| frequencies.get(index).map(drop))
+        for (kind, context) in [(0, 0), (0, usize::MAX), (kinds_of_rope(self.spec) - 1, 0)] {
+            let frequencies = self.frequencies(kind, context)?;
+            (0..self.spec.rope_dims / 2).try_for_each(|index| frequencies.get(index).map(drop))?;
+        }
+        Ok(())
     }
 
-    /// The rotary frequencies.
-    pub(super) fn frequencies(&self) -> Result<Frequencies<'_>> {
-        let table = match Role::RopeFreqs.required(self.spec) {
-            true => Some(self.get(Role::RopeFreqs, 0)?.0),
-            false => None,
+    /// The rows of the family's table that the specification asks for.
+    fn required_rows(&self) -> impl Iterator<Item = &'static TensorRow> {
+        self.spec.family.tensors.iter().filter(|row| row.role.required(self.spec))
+    }
+
+    /// The rotary frequencies of a kind of layers, 0 or 1, for a context.
+    pub(super) fn frequencies(&self, kind: usize, context: usize) -> Result<Frequencies<'_>> {
+        let rope = self.spec.local_rope.as_ref().filter(|_| kind > 0).unwrap_or(&self.spec.rope);
+        let table = match rope.scaling.divisors(context) {
+            Some(role) => Some(self.get(role, 0)?.0),
+            None => None,
         };
-        Ok(Frequencies::new(self.spec, table))
+        Ok(Frequencies::new(rope, self.spec.rope_dims, table))
     }
 
     /// The error that names the first tensor which nobody asked for.
@@ -106,7 +129,7 @@ impl<'a> Weights<'_, 'a> {
 
     /// Whether the specification asks for the tensor called `name`.
     fn knows(&self, name: &str) -> bool {
-        self.spec.family.tensors.iter().filter(|row| row.role.required(self.spec)).any(|row| {
+        self.required_rows().any(|row| {
             let Some((head, tail)) = row.gguf.split_once("{}") else { return row.gguf == name };
             let layer = name.strip_prefix(head).and_then(|rest| rest.strip_suffix(tail));
             let Some(Ok(layer)) = layer.map(str::parse) else { return false };
@@ -114,10 +137,12 @@ impl<'a> Weights<'_, 'a> {
         })
     }
 
-    /// The tensor of `role` in `layer`, with its type.
+    /// The tensor of `role` in `layer`, with its type; of a fused tensor the rows of that role.
     fn get(&self, role: Role, layer: usize) -> Result<(TensorInfo<'a>, DType)> {
-        let pattern = self.spec.family.tensor(role).map_or("", |row| row.gguf);
-        let name = NameBuf::new(pattern, layer);
+        let Some(row) = self.spec.family.tensor(role) else {
+            return Err(Error::new(Code::MissingTensor, "").hint("the family has no such tensor"));
+        };
+        let name = NameBuf::new(row.gguf, layer);
         let info =
             self.file.tensor(name.as_str()).ok_or_else(|| Error::new(Code::MissingTensor, name.as_str()))?;
         let dtype = info.dtype.ok_or_else(|| {
@@ -125,13 +150,17 @@ impl<'a> Weights<'_, 'a> {
         })?;
         // `Gguf` bounds the product of all axes, so these cannot overflow.
         let found = [info.dims[1] * info.dims[2] * info.dims[3], info.dims[0]];
-        for ((found, expected), hint) in found.into_iter().zip(role.shape(self.spec)).zip(["rows", "columns"])
-        {
+        let expected = row.file_shape(self.spec);
+        for ((found, expected), hint) in found.into_iter().zip(expected).zip(["rows", "columns"]) {
             if found != expected as u64 {
                 return Err(Error::new(Code::WrongShape, info.name).found(found, expected as u64).hint(hint));
             }
         }
-        Ok((info, dtype))
+        // All rows have as many bytes, and their number is the one that the shape was just found to have.
+        let row_bytes = info.data.len() / expected[0];
+        let span = row.span(self.spec);
+        let data = &info.data[span.start * row_bytes..span.end * row_bytes];
+        Ok((TensorInfo { data, ..info }, dtype))
     }
 
     /// The matrix of `role` in `layer`, in the file's bytes.
@@ -160,6 +189,7 @@ impl<'a> Weights<'_, 'a> {
     pub(super) fn load(&self, arena: &mut Arena<'a>, vectors: &'a mut [f32]) -> Result<Model<'a>> {
         let mut vectors = Vectors { weights: *self, rest: vectors };
         let layers = arena.build(self.spec.layers, |layer| {
+            let spec = self.spec;
             let mut linear = |weight, bias: Role| {
                 Ok(Linear { weight: self.matrix(weight, layer)?, bias: vectors.take(bias, layer)? })
             };
@@ -168,15 +198,21 @@ impl<'a> Weights<'_, 'a> {
             let v = linear(Role::AttnV, Role::AttnVBias)?;
             let attn_out = linear(Role::AttnOut, Role::AttnOutBias)?;
             Ok(Layer {
+                window: spec.window_of(layer),
+                angles: if spec.local.contains(layer) { kinds_of_rope(spec) - 1 } else { 0 },
                 attn_norm: vectors.take(Role::AttnNorm, layer)?,
                 q,
                 k,
                 v,
+                q_norm: vectors.take(Role::AttnQNorm, layer)?,
+                k_norm: vectors.take(Role::AttnKNorm, layer)?,
                 attn_out,
+                attn_post_norm: vectors.take(Role::AttnPostNorm, layer)?,
                 ffn_norm: vectors.take(Role::FfnNorm, layer)?,
                 gate: self.matrix(Role::FfnGate, layer)?,
                 up: self.matrix(Role::FfnUp, layer)?,
                 down: self.matrix(Role::FfnDown, layer)?,
+                ffn_post_norm: vectors.take(Role::FfnPostNorm, layer)?,
             })
         })?;
         let embedding = self.matrix(Role::TokenEmbedding, 0)?;

@@ -7,7 +7,7 @@ use std::io::{self, Write};
 use std::path::Path;
 
 use candle_core::{Storage, Tensor};
-use edge_models::{DecoderSpec, NameBuf, Role, RopeScaling};
+use edge_models::{DecoderSpec, LayerSet, NameBuf, Role, RopeScaling, TensorRow};
 use edge_runtime::format::DType;
 use rayon::prelude::*;
 
@@ -113,12 +113,12 @@ fn assemble(model: &Model, mix: Mix) -> Result<(GgufWriter<'_>, u64), ExportErro
         None => file.meta("tokenizer.ggml.model", &NO_VOCABULARY.into())?,
     }
     let mut weights = 0;
-    for row in spec.family.tensors.iter().filter(|row| !row.role.per_layer()) {
-        weights += add(&mut file, model, mix, row.role, 0)?;
+    for row in spec.family.tensors.iter().filter(|row| !row.role.per_layer() && row.leads()) {
+        weights += add(&mut file, model, mix, row, 0)?;
     }
     for layer in 0..spec.layers {
-        for row in spec.family.tensors.iter().filter(|row| row.role.per_layer()) {
-            weights += add(&mut file, model, mix, row.role, layer)?;
+        for row in spec.family.tensors.iter().filter(|row| row.role.per_layer() && row.leads()) {
+            weights += add(&mut file, model, mix, row, layer)?;
         }
     }
     Ok((file, weights))
@@ -127,9 +127,9 @@ fn assemble(model: &Model, mix: Mix) -> Result<(GgufWriter<'_>, u64), ExportErro
 /// The `general.*` keys and the hyper-parameters.
 fn describe(file: &mut GgufWriter<'_>, model: &Model, mix: Mix) -> Result<(), ExportError> {
     let spec = &model.spec;
-    let family = spec.family.name;
+    let architecture = spec.family.gguf_architecture;
     let number = |value: usize| MetaValue::U32(value as u32);
-    file.meta("general.architecture", &family.into())?;
+    file.meta("general.architecture", &architecture.into())?;
     file.meta("general.type", &"model".into())?;
     file.meta("general.name", &model.name.as_str().into())?;
     file.meta("general.file_type", &MetaValue::U32(mix.file_type()))?;
@@ -143,21 +143,66 @@ fn describe(file: &mut GgufWriter<'_>, model: &Model, mix: Mix) -> Result<(), Ex
         ("attention.head_count_kv", number(spec.kv_heads)),
         ("attention.layer_norm_rms_epsilon", MetaValue::F32(spec.norm_eps)),
         ("rope.freq_base", MetaValue::F32(spec.rope.theta as f32)),
-        ("rope.dimension_count", number(spec.head_dim)),
+        ("rope.dimension_count", number(spec.rope_dims)),
         ("vocab_size", number(spec.vocab)),
     ];
     if spec.heads * spec.head_dim != spec.hidden {
         hyper.push(("attention.key_length", number(spec.head_dim)));
         hyper.push(("attention.value_length", number(spec.head_dim)));
     }
-    if let RopeScaling::Linear { factor } = spec.rope.scaling {
-        hyper.push(("rope.scaling.type", "linear".into()));
-        hyper.push(("rope.scaling.factor", MetaValue::F32(factor as f32)));
+    match spec.rope.scaling {
+        RopeScaling::Linear { factor } => {
+            hyper.push(("rope.scaling.type", "linear".into()));
+            hyper.push(("rope.scaling.factor", MetaValue::F32(factor as f32)));
+        }
+        RopeScaling::Long { original_context, attention_factor } => {
+            hyper.push(("rope.scaling.original_context_length", number(original_context)));
+            hyper.push(("rope.scaling.attn_factor", MetaValue::F32(attention_factor)));
+        }
+        RopeScaling::None | RopeScaling::Llama3 { .. } | RopeScaling::Table => {}
     }
+    if let Some(scale) = spec.attn_scale {
+        hyper.push(("attention.scale", MetaValue::F32(scale)));
+    }
+    for (key, cap) in
+        [("attn_logit_softcapping", spec.attn_soft_cap), ("final_logit_softcapping", spec.final_soft_cap)]
+    {
+        if cap > 0.0 {
+            hyper.push((key, MetaValue::F32(cap)));
+        }
+    }
+    hyper.extend(windows(spec));
     for (key, value) in hyper {
-        file.meta(&format!("{family}.{key}"), &value)?;
+        file.meta(&format!("{architecture}.{key}"), &value)?;
     }
     Ok(())
+}
+
+/// What a file has to say about windows. llama.cpp takes a pattern as a period alone: where layers were
+/// cut out of a model so that none fits, its answers are ours up to as many tokens as the window has.
+fn windows(spec: &DecoderSpec) -> Vec<(&'static str, MetaValue)> {
+    let mut keys = Vec::new();
+    let (layers, assumed) = (spec.layers, spec.family.window_period);
+    if spec.local.is_empty() {
+        // Where readers assume one.
+        if assumed > 0 {
+            keys.push(("attention.sliding_window", MetaValue::U32(0)));
+        }
+        return keys;
+    }
+    keys.push(("attention.sliding_window", MetaValue::U32(spec.window as u32)));
+    let local_theta = spec.local_rope.map(|rope| rope.theta);
+    if let Some(theta) = local_theta.filter(|_| local_theta != spec.family.local_theta) {
+        keys.push(("rope.freq_base_swa", MetaValue::F32(theta as f32)));
+    }
+    if spec.local != LayerSet::periodic(layers, assumed) {
+        let pattern = match spec.local.period(layers) {
+            Some(period) => MetaValue::U32(period as u32),
+            None => MetaValue::Bools((0..layers).map(|layer| spec.local.contains(layer)).collect()),
+        };
+        keys.push(("attention.sliding_window_pattern", pattern));
+    }
+    keys
 }
 
 /// The vocabulary as it is, filled up to the rows of the embedding table: llama.cpp takes the number of
@@ -195,26 +240,48 @@ fn fill<T: Clone>(
     Ok(list.iter().cloned().chain(rest).take(rows).collect())
 }
 
-/// Adds the tensor of a role, if the model must have it; answers how many weights it has.
+/// Adds the tensor of a row and of those that are fused with it, if the model must have it; answers how many weights it has.
 fn add<'m>(
     file: &mut GgufWriter<'m>,
     model: &'m Model,
     mix: Mix,
-    role: Role,
+    row: &TensorRow,
     layer: usize,
 ) -> Result<u64, ExportError> {
-    let spec = &model.spec;
-    // Roles come from the family's own table, so the pattern is there.
-    let pattern = spec.family.tensor(role).map_or("", |row| row.gguf);
-    let name = NameBuf::new(pattern, layer).as_str().to_owned();
+    let (spec, role) = (&model.spec, row.role);
+    let name = NameBuf::new(row.gguf, layer).as_str().to_owned();
     if let (Role::RopeFreqs, RopeScaling::Llama3 { .. }) = (role, spec.rope.scaling) {
         let divisors = rope_divisors(spec);
         let bytes: Vec<u8> = divisors.iter().flat_map(|divisor| divisor.to_le_bytes()).collect();
         file.tensor(&name, &[divisors.len() as u64], DType::F32, bytes)?;
         return Ok(0);
     }
+    let dtype = mix.dtype(role, layer, spec);
+    let mut parts = Vec::new();
+    for &role in row.members() {
+        match part(model, role, layer, dtype, &name)? {
+            Some(part) => parts.push(part),
+            None => return Ok(0),
+        }
+    }
+    let [rows, cols] = row.file_shape(spec);
+    let dims = [cols as u64, rows as u64];
+    let axes = if role.is_vector() { 1 } else { 2 };
+    file.tensor_from(&name, &dims[..axes], dtype, move |out| parts.iter().try_for_each(|part| part.write(out)))?;
+    Ok((rows * cols) as u64)
+}
+
+/// The weights of a role on their way into the tensor `name`; `None` if the model has none.
+fn part<'m>(
+    model: &'m Model,
+    role: Role,
+    layer: usize,
+    dtype: DType,
+    name: &str,
+) -> Result<Option<Part<'m>>, ExportError> {
+    let (spec, name) = (&model.spec, name.to_owned());
     let Some(tensor) = model.weights.get(role, layer) else {
-        return if role.required(spec) { Err(ExportError::MissingTensor { name }) } else { Ok(0) };
+        return if role.required(spec) { Err(ExportError::MissingTensor { name }) } else { Ok(None) };
     };
     if !role.required(spec) {
         let reason = "the model's hyper-parameters leave it out";
@@ -225,31 +292,23 @@ fn add<'m>(
     if tensor.dims() != expected {
         return Err(ExportError::Shape { name, found: tensor.dims().to_vec(), expected });
     }
-    let dims: Vec<u64> = expected.iter().rev().map(|dim| *dim as u64).collect();
     let heads = role.permuted_heads(spec);
-    let part = Part {
-        name: name.clone(),
-        tensor,
-        dtype: mix.dtype(role, layer, spec),
-        // A permuted vector moves single elements.
-        cols: if role.is_vector() && heads.is_some() { 1 } else { cols },
-        heads,
-    };
-    file.tensor_from(&name, &dims, part.dtype, move |out| part.write(out))?;
-    Ok((rows * cols) as u64)
+    // A permuted vector moves single elements.
+    let cols = if role.is_vector() && heads.is_some() { 1 } else { cols };
+    Ok(Some(Part { name, tensor, dtype, cols, heads }))
 }
 
 /// What readers divide the rotary frequencies by (`rope_freqs.weight`), one for each pair.
 fn rope_divisors(spec: &DecoderSpec) -> Vec<f32> {
-    (0..spec.head_dim / 2)
+    (0..spec.rope_dims / 2)
         .map(|pair| {
-            let exponent = -2.0 * pair as f64 / spec.head_dim as f64;
+            let exponent = -2.0 * pair as f64 / spec.rope_dims as f64;
             spec.rope.scaling.divisor(spec.rope.theta.powf(exponent)) as f32
         })
         .collect()
 }
 
-/// A tensor on its way into the file.
+/// A tensor, or a part of one, on its way into the file.
 struct Part<'m> {
     name: String,
     tensor: &'m Tensor,

@@ -14,7 +14,7 @@ use crate::train::pretrain::initialize;
 /// A model whose rows are whole blocks of 32, or of 256 in one matrix.
 fn model() -> Model {
     let mut model = tiny(2, 1);
-    (model.spec.hidden, model.spec.head_dim, model.spec.ffn) = (64, 16, 256);
+    (model.spec.hidden, model.spec.head_dim, model.spec.rope_dims, model.spec.ffn) = (64, 16, 16, 256);
     model.weights = initialize(&model.spec, 1).unwrap();
     model
 }

@@ -150,6 +150,7 @@ fn models_come_back() {
             let spec = DecoderSpec {
                 family: family_by_gguf_name(family).unwrap(),
                 head_dim: 6,
+                rope_dims: 6,
                 qkv_bias: biases.0,
                 attn_out_bias: biases.1,
                 rope: Rope { theta: 500_000.0, scaling },

@@ -1,10 +1,12 @@
 //! Causal attention with grouped queries, fused: the probabilities live for one block of rows and are
 //! computed again in the backward pass, so no `[heads, length, length]` is ever kept.
 
+use std::ops::Range;
+
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::{Matrix, exp, gemm, matrix, rows_cols, tensor, values, with_values};
+use super::{Matrix, capped, exp, gemm, matrix, rows_cols, slope, tensor, values, with_values};
 
 /// Query rows of one block. Keys after its last row are masked for all of it and never touched.
 const BLOCK: usize = 64;
@@ -20,14 +22,27 @@ pub struct Heads {
     pub head_dim: usize,
     /// Tokens of a sequence.
     pub length: usize,
+    /// Tokens that one attends to, its own among them; 0 means all.
+    pub window: usize,
+    /// What scores are multiplied by.
+    pub scale: f32,
+    /// Scores `x` become `cap * tanh(x / cap)`; 0 if they stay as they are.
+    pub soft_cap: f32,
+}
+
+impl Heads {
+    /// The first position that `position` attends to.
+    fn first(&self, position: usize) -> usize {
+        if self.window == 0 { 0 } else { (position + 1).saturating_sub(self.window) }
+    }
 }
 
 struct Attention {
     shape: Heads,
 }
 
-/// `softmax(q k^T / sqrt(head_dim)) v` for each sequence and head, each position seeing itself and those
-/// before it. `q` is `[batch * length, heads * head_dim]`, `k` and `v` `[batch * length, kv_heads *
+/// `softmax(soft_cap(scale * q k^T)) v` for each sequence and head, each position seeing itself and those
+/// before it, as far as the window goes. `q` is `[batch * length, heads * head_dim]`, `k` and `v` `[batch * length, kv_heads *
 /// head_dim]`.
 ///
 /// # Errors
@@ -58,7 +73,7 @@ impl<'a> Group<'a> {
         values: &'a [f32],
         heads: usize,
         head: usize,
-        rows: core::ops::Range<usize>,
+        rows: Range<usize>,
     ) -> Matrix<'a> {
         let Heads { head_dim, length, .. } = self.shape;
         let stride = heads * head_dim;
@@ -66,34 +81,49 @@ impl<'a> Group<'a> {
         Matrix::strided(&values[start..], rows.len(), head_dim, stride)
     }
 
-    fn query_view(&self, values: &'a [f32], member: usize, rows: core::ops::Range<usize>) -> Matrix<'a> {
+    fn query_view(&self, values: &'a [f32], member: usize, rows: Range<usize>) -> Matrix<'a> {
         let head = self.kv_head * self.group_size() + member;
         self.view(values, self.shape.heads, head, rows)
     }
 
-    fn keys(&self, end: usize) -> Matrix<'a> {
-        self.view(self.k, self.shape.kv_heads, self.kv_head, 0..end)
+    /// The positions that a block of rows attends to.
+    fn reach(&self, rows: &Range<usize>) -> Range<usize> {
+        self.shape.first(rows.start)..rows.end
     }
 
-    fn values(&self, end: usize) -> Matrix<'a> {
-        self.view(self.v, self.shape.kv_heads, self.kv_head, 0..end)
+    fn keys(&self, reach: Range<usize>) -> Matrix<'a> {
+        self.view(self.k, self.shape.kv_heads, self.kv_head, reach)
     }
 
-    /// Probabilities `[rows.len(), rows.end]` of a block of rows of one query head.
-    fn probabilities(&self, member: usize, rows: core::ops::Range<usize>) -> Vec<f32> {
-        let scale = 1.0 / (self.shape.head_dim as f32).sqrt();
-        let end = rows.end;
-        let mut p = vec![0.0; rows.len() * end];
-        gemm(&mut p, self.query_view(self.q, member, rows.clone()), self.keys(end).t(), scale, false, false);
-        for (row, position) in p.chunks_exact_mut(end).zip(rows) {
-            let (seen, masked) = row.split_at_mut(position + 1);
-            masked.fill(0.0);
+    fn values(&self, reach: Range<usize>) -> Matrix<'a> {
+        self.view(self.v, self.shape.kv_heads, self.kv_head, reach)
+    }
+
+    /// Scores `[rows.len(), reach.len()]` of a block of rows of one query head, masked ones too.
+    fn scores(&self, member: usize, rows: Range<usize>) -> Vec<f32> {
+        let Heads { scale, soft_cap, .. } = self.shape;
+        let reach = self.reach(&rows);
+        let mut scores = vec![0.0; rows.len() * reach.len()];
+        gemm(&mut scores, self.query_view(self.q, member, rows), self.keys(reach).t(), scale, false, false);
+        if soft_cap > 0.0 {
+            scores.iter_mut().for_each(|x| *x = capped(*x, soft_cap));
+        }
+        scores
+    }
+
+    /// Turns the scores of a block of rows into probabilities.
+    fn normalize(&self, scores: &mut [f32], rows: Range<usize>) {
+        let reach = self.reach(&rows);
+        for (row, position) in scores.chunks_exact_mut(reach.len()).zip(rows) {
+            let (row, after) = row.split_at_mut(position + 1 - reach.start);
+            let (before, seen) = row.split_at_mut(self.shape.first(position) - reach.start);
+            before.fill(0.0);
+            after.fill(0.0);
             let max = seen.iter().copied().fold(f32::NEG_INFINITY, f32::max);
             seen.iter_mut().for_each(|x| *x = exp(*x - max));
             let inverse = 1.0 / seen.iter().sum::<f32>();
             seen.iter_mut().for_each(|x| *x *= inverse);
         }
-        p
     }
 
     /// The outputs of the group's query heads, `[group, length, head_dim]`.
@@ -102,10 +132,12 @@ impl<'a> Group<'a> {
         let mut out = vec![0.0; self.group_size() * length * head_dim];
         for member in 0..self.group_size() {
             for rows in blocks(length) {
-                let p = self.probabilities(member, rows.clone());
-                let p = Matrix::new(&p, rows.len(), rows.end);
+                let mut p = self.scores(member, rows.clone());
+                self.normalize(&mut p, rows.clone());
+                let reach = self.reach(&rows);
+                let p = Matrix::new(&p, rows.len(), reach.len());
                 let out = &mut out[(member * length + rows.start) * head_dim..][..rows.len() * head_dim];
-                gemm(out, p, self.values(rows.end), 1.0, false, false);
+                gemm(out, p, self.values(reach), 1.0, false, false);
             }
         }
         out
@@ -113,37 +145,41 @@ impl<'a> Group<'a> {
 
     /// Gradients of the queries `[group, length, head_dim]`, keys and values `[length, head_dim]`.
     ///
-    /// dV = P^T dO; dP = dO V^T; dS = P * (dP - rowsum(P * dP)); dQ = dS K * scale; dK = dS^T Q * scale.
+    /// dV = P^T dO; dP = dO V^T; dS = P * (dP - rowsum(P * dP)), times the slope of the soft cap;
+    /// dQ = dS K * scale; dK = dS^T Q * scale.
     fn backward(&self, grad: &'a [f32]) -> [Vec<f32>; 3] {
-        let Heads { head_dim, length, .. } = self.shape;
-        let scale = 1.0 / (head_dim as f32).sqrt();
+        let Heads { head_dim, length, scale, soft_cap, .. } = self.shape;
         let mut dq = vec![0.0; self.group_size() * length * head_dim];
         let mut dk = vec![0.0; length * head_dim];
         let mut dv = vec![0.0; length * head_dim];
         for member in 0..self.group_size() {
             for rows in blocks(length) {
-                let (count, end) = (rows.len(), rows.end);
-                let p = self.probabilities(member, rows.clone());
+                let (count, reach) = (rows.len(), self.reach(&rows));
+                let seen = reach.len();
+                let mut p = self.scores(member, rows.clone());
+                let scores = if soft_cap > 0.0 { p.clone() } else { Vec::new() };
+                self.normalize(&mut p, rows.clone());
                 let grad = self.query_view(grad, member, rows.clone());
-                let reached = end * head_dim;
-                gemm(&mut dv[..reached], Matrix::new(&p, count, end).t(), grad, 1.0, true, false);
-                let mut ds = vec![0.0; count * end];
-                gemm(&mut ds, grad, self.values(end).t(), 1.0, false, false);
-                for (ds, p) in ds.chunks_exact_mut(end).zip(p.chunks_exact(end)) {
+                let reached = reach.start * head_dim..reach.end * head_dim;
+                gemm(&mut dv[reached.clone()], Matrix::new(&p, count, seen).t(), grad, 1.0, true, false);
+                let mut ds = vec![0.0; count * seen];
+                gemm(&mut ds, grad, self.values(reach.clone()).t(), 1.0, false, false);
+                for (ds, p) in ds.chunks_exact_mut(seen).zip(p.chunks_exact(seen)) {
                     let dot: f32 = ds.iter().zip(p).map(|(ds, p)| ds * p).sum();
                     ds.iter_mut().zip(p).for_each(|(ds, p)| *ds = p * (*ds - dot));
                 }
-                let ds = Matrix::new(&ds, count, end);
+                ds.iter_mut().zip(&scores).for_each(|(ds, score)| *ds *= slope(*score, soft_cap));
+                let ds = Matrix::new(&ds, count, seen);
                 let dq = &mut dq[(member * length + rows.start) * head_dim..][..count * head_dim];
-                gemm(dq, ds, self.keys(end), scale, false, false);
-                gemm(&mut dk[..reached], ds.t(), self.query_view(self.q, member, rows), scale, true, false);
+                gemm(dq, ds, self.keys(reach), scale, false, false);
+                gemm(&mut dk[reached], ds.t(), self.query_view(self.q, member, rows), scale, true, false);
             }
         }
         [dq, dk, dv]
     }
 }
 
-fn blocks(length: usize) -> impl Iterator<Item = core::ops::Range<usize>> {
+fn blocks(length: usize) -> impl Iterator<Item = Range<usize>> {
     (0..length).step_by(BLOCK).map(move |start| start..(start + BLOCK).min(length))
 }
 
@@ -188,7 +224,7 @@ impl CustomOp3 for Attention {
         v: &CpuStorage,
         v_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let Heads { heads, kv_heads, head_dim, length } = self.shape;
+        let Heads { heads, kv_heads, head_dim, length, .. } = self.shape;
         let (n, width) = rows_cols(q_layout, "attention")?;
         let kv = (n, kv_heads * head_dim);
         if width != heads * head_dim
@@ -247,7 +283,19 @@ mod tests {
     use super::*;
     use crate::train::ops::check;
 
-    const SHAPE: Heads = Heads { heads: 4, kv_heads: 2, head_dim: 6, length: 70 };
+    /// Everything seen, a window that begins in another block of rows, and a narrow one with a cap.
+    const SHAPES: [Heads; 3] = {
+        let all = Heads {
+            heads: 4,
+            kv_heads: 2,
+            head_dim: 6,
+            length: 70,
+            window: 0,
+            scale: 0.41,
+            soft_cap: 0.0,
+        };
+        [all, Heads { window: 66, ..all }, Heads { window: 5, soft_cap: 0.6, scale: 1.0, ..all }]
+    };
 
     fn inputs() -> [Tensor; 3] {
         [check::matrix(1, 140, 24), check::matrix(2, 140, 12), check::matrix(3, 140, 12)]
@@ -255,19 +303,28 @@ mod tests {
 
     #[test]
     fn gradient() {
-        check::gradients(&inputs(), |x| attention(&x[0], &x[1], &x[2], SHAPE));
+        for shape in SHAPES {
+            check::gradients(&inputs(), |x| attention(&x[0], &x[1], &x[2], shape));
+        }
     }
 
     #[test]
     fn agrees_with_the_definition_and_is_causal() {
+        SHAPES.into_iter().for_each(agrees);
+    }
+
+    fn agrees(shape: Heads) {
         let [q, k, v] = inputs();
-        let found = attention(&q, &k, &v, SHAPE).unwrap().to_vec2::<f32>().unwrap();
+        let found = attention(&q, &k, &v, shape).unwrap().to_vec2::<f32>().unwrap();
         let [q, k, v] = [q, k, v].map(|x| x.to_vec2::<f32>().unwrap());
-        for (row, head) in [(0, 0), (64, 1), (69, 3), (70, 2), (139, 3)] {
+        for (row, head) in [(0usize, 0), (64, 1), (69, 3), (70, 2), (139, 3)] {
             let first = row / 70 * 70;
+            let first = if shape.window == 0 { first } else { first.max((row + 1).saturating_sub(shape.window)) };
             let (hq, hk) = (head * 6, head / 2 * 6);
             let score = |j: usize| -> f64 {
-                (0..6).map(|i| f64::from(q[row][hq + i] * k[j][hk + i])).sum::<f64>() / 6f64.sqrt()
+                let dot = (0..6).map(|i| f64::from(q[row][hq + i] * k[j][hk + i])).sum::<f64>();
+                let (score, cap) = (dot * f64::from(shape.scale), f64::from(shape.soft_cap));
+                if cap > 0.0 { cap * (score / cap).tanh() } else { score }
             };
             let sum: f64 = (first..=row).map(|j| score(j).exp()).sum();
             for i in 0..6 {

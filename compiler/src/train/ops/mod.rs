@@ -8,18 +8,20 @@
 mod attention;
 mod exp;
 mod gemm;
+mod glu;
 mod linear;
 mod rms_norm;
 mod rope;
-mod swiglu;
+mod soft_cap;
 
 pub use attention::{Heads, attention};
 pub(crate) use exp::exp;
 pub(crate) use gemm::{Matrix, gemm};
+pub use glu::glu;
 pub use linear::linear;
 pub use rms_norm::rms_norm;
 pub use rope::{RopeTable, rope};
-pub use swiglu::swiglu;
+pub(crate) use soft_cap::{capped, slope};
 
 use candle_core::{CpuStorage, Layout, Result, Shape, Storage, Tensor, bail};
 

@@ -1,4 +1,5 @@
-//! Rotary position embedding of halves: elements `i` and `i + head_dim / 2` of a head are rotated.
+//! Rotary position embedding of halves: elements `i` and `i + dims / 2` of the first `dims` elements of a
+//! head are rotated together, what is behind them stays.
 
 use std::sync::Arc;
 
@@ -10,33 +11,37 @@ use super::{matrix, rows_cols, tensor, values, with_values};
 /// Cosines and sines of the angles at positions `0..length`.
 #[derive(Clone)]
 pub struct RopeTable {
-    /// `[length, head_dim / 2]` pairs of cosine and sine.
+    /// `[length, dims / 2]` pairs of cosine and sine.
     angles: Arc<Vec<[f32; 2]>>,
     length: usize,
+    dims: usize,
     head_dim: usize,
 }
 
 impl RopeTable {
-    /// The table for inverse frequencies in radians per token, one for each pair of a head.
-    pub fn new(inverse_frequencies: &[f64], length: usize) -> Self {
+    /// The table for heads of `head_dim` elements and for inverse frequencies in radians per token, one for
+    /// each pair that is rotated; cosines and sines are multiplied by `magnitude`.
+    pub fn new(inverse_frequencies: &[f64], head_dim: usize, length: usize, magnitude: f32) -> Self {
         let angle = |position: usize, frequency: f64| {
             let (sin, cos) = (position as f64 * frequency).sin_cos();
-            [cos as f32, sin as f32]
+            [cos as f32 * magnitude, sin as f32 * magnitude]
         };
         let angles = (0..length)
             .flat_map(|position| inverse_frequencies.iter().map(move |&frequency| angle(position, frequency)))
             .collect();
-        Self { angles: Arc::new(angles), length, head_dim: 2 * inverse_frequencies.len() }
+        Self { angles: Arc::new(angles), length, dims: 2 * inverse_frequencies.len(), head_dim }
     }
 
     /// Rotates all rows; `turn` is 1 forward and -1 backward.
     fn rotate(&self, x: &[f32], width: usize, turn: f32) -> Vec<f32> {
-        let half = self.head_dim / 2;
+        let half = self.dims / 2;
         let mut y = vec![0.0; x.len()];
         y.par_chunks_mut(width).zip(x.par_chunks(width)).enumerate().with_min_len(16).for_each(
             |(row, (y, x))| {
                 let angles = &self.angles[row % self.length * half..][..half];
-                for (y, x) in y.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half)) {
+                for (y, x) in y.chunks_exact_mut(self.head_dim).zip(x.chunks_exact(self.head_dim)) {
+                    let ((y, y_rest), (x, x_rest)) = (y.split_at_mut(self.dims), x.split_at(self.dims));
+                    y_rest.copy_from_slice(x_rest);
                     let ((low_y, high_y), (low_x, high_x)) = (y.split_at_mut(half), x.split_at(half));
                     for (i, [cos, sin]) in angles.iter().enumerate() {
                         let sin = turn * sin;
@@ -95,13 +100,15 @@ mod tests {
 
     #[test]
     fn gradient() {
-        let table = RopeTable::new(&[1.0, 0.3, 0.1], 5);
-        check::gradients(&[check::matrix(1, 10, 12)], |x| rope(&x[0], &table));
+        for (head_dim, magnitude) in [(6, 1.0), (12, 1.3)] {
+            let table = RopeTable::new(&[1.0, 0.3, 0.1], head_dim, 5, magnitude);
+            check::gradients(&[check::matrix(1, 10, 12)], |x| rope(&x[0], &table));
+        }
     }
 
     #[test]
     fn rotation_keeps_lengths_and_starts_at_zero() {
-        let table = RopeTable::new(&[1.0, 0.25], 3);
+        let table = RopeTable::new(&[1.0, 0.25], 4, 3, 1.0);
         let x = check::matrix(2, 3, 4);
         let y = rope(&x, &table).unwrap().to_vec2::<f32>().unwrap();
         let x = x.to_vec2::<f32>().unwrap();

@@ -1,7 +1,7 @@
 //! Kernels on `f32` rows against formulas in double precision, and all tables against each other.
 
 use super::*;
-use crate::kernels::{Features, exp};
+use crate::kernels::{Features, Scores, exp};
 use edge_models::RopePairing;
 
 /// Distance of two positive floats in units of the last place.
@@ -35,6 +35,11 @@ fn halves(x: &[f32]) -> Vec<u16> {
     x.iter().map(|x| f32_to_f16(*x)).collect()
 }
 
+/// Scores that are only scaled.
+fn scaled(scale: f32) -> Scores {
+    Scores { scale, soft_cap: 0.0 }
+}
+
 /// Attention by its definition, in double precision.
 fn exact_attention(
     q: &[f32],
@@ -42,13 +47,15 @@ fn exact_attention(
     values: &[u16],
     stride: usize,
     len: usize,
-    scale: f32,
+    rule: Scores,
 ) -> Vec<f64> {
     let wide = |bits: u16| f64::from(f16_to_f32(bits));
     let score = |p: usize| {
         let key = &keys[p * stride..][..q.len()];
-        q.iter().zip(key).map(|(a, b)| f64::from(*a) * wide(*b)).sum::<f64>() * f64::from(scale)
+        q.iter().zip(key).map(|(a, b)| f64::from(*a) * wide(*b)).sum::<f64>() * f64::from(rule.scale)
     };
+    let cap = f64::from(rule.soft_cap);
+    let score = |p: usize| if cap > 0.0 { cap * (score(p) / cap).tanh() } else { score(p) };
     let scores: Vec<f64> = (0..len).map(score).collect();
     let peak = scores.iter().fold(f64::MIN, |a, b| a.max(*b));
     let weights: Vec<f64> = scores.iter().map(|s| (s - peak).exp()).collect();
@@ -90,6 +97,10 @@ proptest! {
                 prop_assert!((f64::from(*found) - exact).abs() <= 2e-6 * exact.abs());
             }
 
+            let mut in_place = x.clone();
+            kernels.rms_norm_in_place(&mut in_place, &y, 1e-5);
+            assert_same(&in_place, &expected, name);
+
             let gate: Vec<f32> = x.iter().map(|x| x * 30.0).collect();
             let (mut found, mut expected) = (gate.clone(), gate.clone());
             kernels.swiglu(&mut found, &y);
@@ -98,6 +109,28 @@ proptest! {
             for ((found, gate), up) in found.iter().zip(&gate).zip(&y) {
                 let exact = f64::from(*gate) / (1.0 + (-f64::from(*gate)).exp()) * f64::from(*up);
                 prop_assert!((f64::from(*found) - exact).abs() <= 1e-6 * exact.abs() + 1e-30);
+            }
+
+            let gate: Vec<f32> = x.iter().map(|x| x * 6.0).collect();
+            let (mut found, mut expected) = (gate.clone(), gate.clone());
+            kernels.geglu(&mut found, &y);
+            generic.geglu(&mut expected, &y);
+            assert_same(&found, &expected, name);
+            for ((found, gate), up) in found.iter().zip(&gate).zip(&y) {
+                let (x, up) = (f64::from(*gate), f64::from(*up));
+                let u = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x * x * x);
+                let exact = 0.5 * x * (1.0 + u.tanh()) * up;
+                // Far below zero a relative error of the exponent counts.
+                prop_assert!((f64::from(*found) - exact).abs() <= 4e-6 * exact.abs() + 1e-12, "{} {}", found, exact);
+            }
+
+            let (mut found, mut expected) = (gate.clone(), gate.clone());
+            kernels.soft_cap(&mut found, 2.5);
+            generic.soft_cap(&mut expected, 2.5);
+            assert_same(&found, &expected, name);
+            for (found, x) in found.iter().zip(&gate) {
+                let exact = 2.5 * (f64::from(*x) / 2.5).tanh();
+                prop_assert!((f64::from(*found) - exact).abs() <= 2.5 * 2f64.powi(-22));
             }
         }
     }
@@ -126,13 +159,13 @@ proptest! {
     }
 
     #[test]
-    fn attention_is_a_softmax(width in 1..100usize, len in 1..200usize, gap in 0..40usize, seed: u64) {
+    fn attention_is_a_softmax(width in 1..100usize, len in 1..200usize, gap in 0..40usize, cap in 0..3u8, seed: u64) {
         let mut random = Random(seed);
         let stride = width + gap;
         let cached = (len - 1) * stride + width;
         let q = random.floats(width);
         let (keys, values) = (halves(&random.floats(cached)), halves(&random.floats(cached)));
-        let scale = 3.0 / (width as f32).sqrt();
+        let scale = Scores { scale: 3.0 / (width as f32).sqrt(), soft_cap: f32::from(cap) };
         let exact = exact_attention(&q, &keys, &values, stride, len, scale);
         let mut expected = vec![f32::NAN; width];
         Kernels::generic().attention(&q, &keys, &values, stride, len, scale, &mut expected);
@@ -189,18 +222,32 @@ fn attention_survives_huge_and_broken_scores() {
         let keys = halves(&[0.0, 6e4, -6e4, 0.0]);
         let values = halves(&[1.0, 2.0, 3.0, 4.0]);
         let mut out = [f32::NAN];
-        kernels.attention(&[1e35], &keys, &values, 1, 4, 1.0, &mut out);
+        kernels.attention(&[1e35], &keys, &values, 1, 4, scaled(1.0), &mut out);
         assert!(out[0].is_nan() || out[0] == 2.0);
-        kernels.attention(&[1.0], &keys, &values, 1, 4, 1.0, &mut out);
+        kernels.attention(&[1.0], &keys, &values, 1, 4, scaled(1.0), &mut out);
         assert_eq!(out, [2.0]);
-        kernels.attention(&[f32::NAN], &keys, &values, 1, 4, 1.0, &mut out);
+        kernels.attention(&[f32::NAN], &keys, &values, 1, 4, scaled(1.0), &mut out);
         assert!(out[0].is_nan());
         // The highest score comes in the last block.
         let mut keys = std::vec![0; 130];
         keys[129] = f32_to_f16(100.0);
         let values = halves(&(0..130).map(|i| i as f32).collect::<Vec<_>>());
-        kernels.attention(&[1.0], &keys, &values, 1, 130, 1.0, &mut out);
+        kernels.attention(&[1.0], &keys, &values, 1, 130, scaled(1.0), &mut out);
         assert_eq!(out, [129.0]);
+    }
+}
+
+#[test]
+fn gates_and_caps_have_limits() {
+    for kernels in Kernels::available() {
+        let mut gate = [1e30, -1e30, f32::INFINITY, 0.0, f32::NAN];
+        kernels.geglu(&mut gate, &[1.0; 5]);
+        assert_eq!(gate[..4], [1e30, 0.0, f32::INFINITY, 0.0]);
+        assert!(gate[4].is_nan());
+        let mut x = [1e30, -1e30, f32::INFINITY, f32::NEG_INFINITY, 0.0, f32::NAN];
+        kernels.soft_cap(&mut x, 30.0);
+        assert_eq!(x[..5], [30.0, -30.0, 30.0, -30.0, 0.0]);
+        assert!(x[5].is_nan());
     }
 }
 
