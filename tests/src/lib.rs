@@ -1,7 +1,9 @@
 //! What the tests of the whole toolchain share. The tests themselves live in the folders beside `src`.
 
+mod edgec;
 mod tiny;
 mod tools;
 
+pub use edgec::{Ran, edgec, teacher, text};
 pub use tiny::TinyModel;
-pub use tools::{build, command, require_tool, run, target_folder, workspace};
+pub use tools::{build, command, require_python, require_tool, run, skip, target_folder, workspace};

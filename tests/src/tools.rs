@@ -3,16 +3,32 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// Whether `name` can be started. If not, says so, so that a skipped check is seen; under CI a missing
-/// tool fails the test.
+/// Says that a check is skipped for want of `what`, so that it is seen; under CI that fails the test.
+pub fn skip(what: &str) {
+    assert!(std::env::var("CI").as_deref() != Ok("true"), "{what} is missing, and this is CI");
+    eprintln!("SKIPPED: {what} is missing");
+}
+
+/// Whether `name` can be started; if not, the check is skipped as [`skip`] says.
 pub fn require_tool(name: &str) -> bool {
     let start = Command::new(name).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
-    if start.is_ok() {
-        return true;
+    if start.is_err() {
+        skip(&format!("`{name}`"));
     }
-    assert!(std::env::var("CI").as_deref() != Ok("true"), "`{name}` is missing, and this is CI");
-    eprintln!("SKIPPED: `{name}` is missing");
-    false
+    start.is_ok()
+}
+
+/// The Python interpreter that `EDGE_TEST_PYTHON` names (default `python3`), if it has `module`; if not,
+/// the check is skipped as [`skip`] says.
+pub fn require_python(module: &str) -> Option<Command> {
+    let python = std::env::var("EDGE_TEST_PYTHON").unwrap_or_else(|_| "python3".into());
+    let mut import = Command::new(&python);
+    import.args(["-c", &format!("import {module}")]).stdout(Stdio::null()).stderr(Stdio::null());
+    if !import.status().is_ok_and(|status| status.success()) {
+        skip(&format!("the Python module `{module}` of `{python}` (see EDGE_TEST_PYTHON)"));
+        return None;
+    }
+    Some(Command::new(python))
 }
 
 /// The root of the workspace.

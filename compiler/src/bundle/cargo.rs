@@ -33,8 +33,9 @@ impl Kind {
 
 /// Compiler flags of both libraries. The linker is the one that rustup ships with every toolchain; it
 /// is given no library and no start file, and refuses symbols that nobody defines. Pages are 16 KiB,
-/// as Android asks for.
+/// as Android asks for. Nothing unwinds, so there are no tables for it.
 const FLAGS: &[&str] = &[
+    "-Cforce-unwind-tables=no",
     "-Clinker=rust-lld",
     "-Clinker-flavor=ld.lld",
     "-Cdefault-linker-libraries=no",

@@ -88,7 +88,7 @@ pub struct BundleReport {
 
 /// Builds `libedge.so`, `libedge.a` and `edge.h` for `target` into `out/lib/<target>/`.
 ///
-/// Says on stderr what takes time. Each file appears whole or not at all, and none appears before
+/// Each file appears whole or not at all, and none appears before
 /// the shared library has been checked.
 ///
 /// # Errors
@@ -97,7 +97,6 @@ pub struct BundleReport {
 pub fn build(target: &Target, out: &Path) -> Result<BundleReport, BundleError> {
     let workspace = Workspace::find()?;
     workspace.ensure_rust_target(&target.triple)?;
-    eprintln!("building libedge for {} ({})", target.name, target.triple);
     let shared = read(&workspace.build(Kind::Shared, &target.triple)?)?;
     let archive = read(&workspace.build(Kind::Archive, &target.triple)?)?;
     let header = read(&workspace.header())?;

@@ -27,6 +27,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let target = Target::by_name(&arguments.target)?;
     let model = profile::open(&arguments.model)?;
     fs::create_dir_all(&arguments.out).with_context(|| arguments.out.display().to_string())?;
+    note("bundle", &format!("libedge for {} ({})", target.name, target.triple));
     let report = bundle::build(&target, &arguments.out)?;
     let copy = arguments.out.join("student.gguf");
     // Bundling a run into its own folder leaves the model where it is.

@@ -164,6 +164,7 @@ pub fn write(
         speed => format!("{:.0}", mean(&column(|row| row.tok_s))),
         loss => Curve::new(&column(|row| row.loss)),
         kl => Curve::new(&column(|row| row.kl)),
+        cross_entropy => Curve::new(&column(|row| row.ce)),
         version => env!("CARGO_PKG_VERSION"),
     })?;
     let page = page.as_bytes();

@@ -1,0 +1,206 @@
+//! Every command once, as its users type it.
+
+use std::fs;
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use edge_tests::{Ran, edgec, run, teacher, text};
+use safetensors::SafeTensors;
+use serde_json::Value;
+
+fn model() -> PathBuf {
+    teacher().join("model.gguf")
+}
+
+fn on_model(command: &str) -> Command {
+    let mut program = edgec();
+    program.arg(command).arg(model());
+    program
+}
+
+fn ids(options: &[&str]) -> Vec<u32> {
+    let mut command = on_model("run");
+    command.args(["--prompt", "My fellow citizens", "--max-tokens", "16", "--ids"]).args(options);
+    serde_json::from_str(&run(&mut command)).unwrap()
+}
+
+fn tokenize(text: &[u8], options: &[&str]) -> Vec<u32> {
+    let mut command = on_model("tokenize");
+    command.args(options).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    child.stdin.take().unwrap().write_all(text).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success());
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+#[test]
+fn run_is_greedy_by_default_and_seeded_otherwise() {
+    let greedy = ids(&[]);
+    assert_eq!(greedy.len(), 16);
+    assert_eq!(ids(&["--kernels", "generic", "-t", "1"]), greedy);
+    assert_eq!(ids(&["--temp", "5", "--top-k", "1"]), greedy);
+    let hot = ["--temp", "5", "--top-p", "1", "--min-p", "0", "--seed"];
+    let with = |seed| ids(&[&hot[..], &[seed]].concat());
+    assert_eq!(with("1"), with("1"));
+    assert_ne!(with("1"), with("2"));
+    let mut text = on_model("run");
+    text.args(["--prompt", "My fellow citizens", "--max-tokens", "16"]);
+    let ran = Ran::of(&mut text);
+    assert!(ran.success && ran.out.trim().len() > 8, "{}", ran.out);
+    assert!(ran.err.contains("generated 16"), "{}", ran.err);
+}
+
+#[test]
+fn a_full_context_ends_a_text() {
+    let mut command = on_model("run");
+    let ran = Ran::of(command.args(["--prompt", "My", "--max-tokens", "500", "--ids"]));
+    let ids: Vec<u32> = serde_json::from_str(&ran.out).unwrap();
+    assert!(ran.success && ids.len() <= 64, "{}", ids.len());
+    assert!(ids.len() < 60 || ran.err.contains("context of 64 tokens is full"), "{}", ran.err);
+}
+
+#[test]
+fn tokenize_takes_any_bytes() {
+    let ids = tokenize("My fellow citizens".as_bytes(), &[]);
+    assert!(!ids.is_empty() && ids.len() < 18, "{ids:?}");
+    assert_eq!(tokenize(b"", &["--no-bos"]), [0; 0]);
+    // Every byte has a token of its own, so nothing is lost.
+    assert_eq!(tokenize(b"\xff\xfe", &["--no-bos"]).len(), 2);
+    assert_eq!(tokenize(b"<|endoftext|>", &["--no-bos", "--special"]), [0]);
+    assert!(tokenize(b"<|endoftext|>", &["--no-bos"]).len() > 1);
+    // The folder has the same vocabulary as the file.
+    let mut folder = edgec();
+    folder.arg("tokenize").arg(teacher().join("student")).stdin(fs::File::open(text()).unwrap());
+    let mut file = on_model("tokenize");
+    file.stdin(fs::File::open(text()).unwrap());
+    assert_eq!(run(&mut folder), run(&mut file));
+}
+
+#[test]
+fn logits_of_both_backends_agree() {
+    let folder = tempfile::tempdir().unwrap();
+    let of = |model: PathBuf, backend: &str, ids: &str| {
+        let out = folder.path().join("logits.safetensors");
+        let mut command = edgec();
+        command.arg("logits").arg(model).args(["--ids", ids, "--backend", backend, "--out"]).arg(&out);
+        run(&mut command);
+        let bytes = fs::read(&out).unwrap();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let logits = file.tensor("logits").unwrap();
+        assert_eq!(logits.shape(), [5, 512]);
+        let values = logits.data().as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes));
+        values.collect::<Vec<f32>>()
+    };
+    let student = teacher().join("student");
+    let native = of(student.clone(), "native", "5,40,300,2,511");
+    let list = folder.path().join("ids.json");
+    fs::write(&list, "[5, 40, 300, 2, 511]").unwrap();
+    let candle = of(student, "candle", list.to_str().unwrap());
+    let worst = native.iter().zip(&candle).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(worst < 2e-3, "{worst}");
+    assert!(native.iter().any(|logit| logit.abs() > 1.0));
+    let quantized = of(model(), "native", "5,40,300,2,511");
+    assert_ne!(quantized, native, "the Q8_0 file was not what was run");
+    Ran::of(on_model("logits").args(["--ids", "1,512", "--out", "x"])).assert_refused("id", &["512"]);
+}
+
+#[test]
+fn inspect_says_what_is_in_a_file() {
+    let found = Ran::of(on_model("inspect").arg("--json")).json();
+    assert_eq!(found["bytes"], model().metadata().unwrap().len());
+    assert_eq!(found["metadata"]["general.architecture"], "llama");
+    assert_eq!(found["metadata"]["llama.block_count"], "2");
+    assert_eq!(found["cannot_run"], Value::Array(vec![]));
+    let tensors = found["tensors"].as_array().unwrap();
+    let embedding = tensors.iter().find(|tensor| tensor["name"] == "token_embd.weight").unwrap();
+    assert_eq!(embedding["dims"], serde_json::json!([64, 512]));
+    let text = run(on_model("inspect").arg("--all"));
+    for part in ["family llama", "2 layers of 64 wide", "blk.1.ffn_down.weight", "llama.context_length = 64"]
+    {
+        assert!(text.contains(part), "no `{part}` in {text}");
+    }
+}
+
+#[test]
+fn targets_are_listed() {
+    let all = Ran::of(edgec().args(["targets", "--json"])).json();
+    let names: Vec<_> = all.as_array().unwrap().iter().map(|target| &target["name"]).collect();
+    assert!(names.iter().any(|name| **name == "aarch64-android"), "{names:?}");
+    let one = Ran::of(edgec().args(["targets", "aarch64-android", "--json"])).json();
+    assert_eq!(one["triple"], "aarch64-linux-android");
+    assert!(run(edgec().arg("targets")).lines().count() > names.len());
+    Ran::of(edgec().args(["targets", "toaster"]))
+        .assert_refused("unknown", &["`toaster`", "aarch64-android"]);
+}
+
+#[test]
+fn bench_has_the_fields_of_llama_bench() {
+    let mut command = on_model("bench");
+    let tests = Ran::of(command.args(["-p", "32", "-n", "16", "-r", "2", "-t", "1", "-o", "json"])).json();
+    let tests = tests.as_array().unwrap();
+    assert_eq!(tests.len(), 2);
+    for (test, (prompt, generated)) in tests.iter().zip([(32, 0), (0, 16)]) {
+        assert_eq!((&test["n_prompt"], &test["n_gen"]), (&Value::from(prompt), &Value::from(generated)));
+        assert_eq!(test["n_threads"], 1);
+        for key in ["build_commit", "cpu_info", "model_filename", "model_type"] {
+            assert!(test[key].as_str().is_some_and(|text| !text.is_empty()), "{key}");
+        }
+        for key in ["model_size", "model_n_params", "n_batch", "avg_ns", "avg_ts"] {
+            assert!(test[key].as_f64().is_some_and(|number| number > 0.0), "{key}");
+        }
+        for key in ["stddev_ns", "stddev_ts"] {
+            assert!(test[key].is_number(), "{key}");
+        }
+        for key in ["samples_ns", "samples_ts"] {
+            assert_eq!(test[key].as_array().unwrap().len(), 2, "{key}");
+        }
+    }
+    let table = run(on_model("bench").args(["-p", "8", "-n", "0", "-r", "1"]));
+    assert!(table.starts_with('|') && table.contains("pp8"), "{table}");
+}
+
+#[test]
+fn quantize_and_export_write_what_they_say() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("q4.gguf");
+    run(on_model("quantize").args(["--type", "Q4_0", "--out"]).arg(&path));
+    let found = Ran::of(edgec().arg("inspect").arg(&path).arg("--json")).json();
+    let matrix = |name: &str| {
+        let tensors = found["tensors"].as_array().unwrap();
+        tensors.iter().find(|tensor| tensor["name"] == name).unwrap()["type"].clone()
+    };
+    assert_eq!(matrix("blk.0.attn_q.weight"), "Q4_0");
+    assert!(path.metadata().unwrap().len() < model().metadata().unwrap().len());
+
+    // The folder and the file that it came from say the same.
+    let exported = folder.path().join("hf");
+    run(on_model("export").args(["--format", "hf", "--out"]).arg(&exported));
+    let file = folder.path().join("f16.gguf");
+    run(edgec().arg("export").arg(&exported).args(["--format", "gguf", "--out"]).arg(&file));
+    let say = |model: &PathBuf| {
+        let mut command = edgec();
+        command.arg("run").arg(model).args(["--prompt", "My fellow", "--max-tokens", "24", "--ids"]);
+        run(&mut command)
+    };
+    assert_eq!(say(&exported), say(&model()));
+    assert_eq!(say(&file), say(&model()));
+}
+
+#[test]
+fn chat_needs_a_template() {
+    let mut chat = on_model("chat");
+    Ran::of(chat.stdin(Stdio::null()))
+        .assert_refused("chat", &["model.gguf", "no chat template", "edgec run"]);
+}
+
+#[test]
+fn help_and_version_are_no_errors() {
+    let help = run(edgec().arg("--help"));
+    for command in ["distill", "quantize", "run", "eval", "bench", "targets"] {
+        assert!(help.contains(command), "{command}");
+    }
+    assert!(run(edgec().arg("--version")).starts_with("edgec "));
+    assert!(run(edgec().args(["distill", "--help"])).contains("--teacher"));
+}

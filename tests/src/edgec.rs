@@ -1,0 +1,103 @@
+//! `edgec` as its users run it, and a teacher that it trains in seconds.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::OnceLock;
+
+use crate::tools::{build, run, target_folder, workspace};
+
+/// The program, built for release once per process.
+pub fn edgec() -> Command {
+    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
+    Command::new(PROGRAM.get_or_init(|| build("edgec", None).join("edgec")))
+}
+
+/// The folder of a run of `edgec pretrain`: a llama of two layers, 64 wide, 512 tokens, context 64, as
+/// `model.gguf` (Q8_0) and as the Hugging Face folder `student`. It knows the first sentences of [`text`]
+/// nearly by heart, so that what it says is neither constant nor a matter of rounding. Made anew by each
+/// process.
+pub fn teacher() -> &'static Path {
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    FOLDER.get_or_init(|| {
+        let folder = scratch().join("teacher");
+        let lesson = excerpt("lesson.txt", 6_000);
+        let mut pretrain = edgec();
+        pretrain.args(["pretrain", "--name", "tiny", "--layers", "2", "--hidden", "64", "--heads", "2"]);
+        pretrain.args(["--kv-heads", "1", "--ffn", "128", "--vocab", "512", "--length", "64"]);
+        pretrain.args(["--batch", "4", "--tokens", "61440", "--quant", "Q8_0"]);
+        run(pretrain.arg("--data").arg(lesson).arg("--out").arg(&folder));
+        folder
+    })
+}
+
+/// A text of about 200 KB: the first of the demo's speeches.
+pub fn text() -> &'static Path {
+    static FILE: OnceLock<PathBuf> = OnceLock::new();
+    FILE.get_or_init(|| excerpt("text.txt", 200_000))
+}
+
+/// A file with the first `bytes` of the demo's speeches.
+fn excerpt(name: &str, bytes: usize) -> PathBuf {
+    let speeches = fs::read_to_string(workspace().join("models/demo/speeches.txt")).expect("the speeches");
+    let end = (bytes..).find(|end| speeches.is_char_boundary(*end)).expect("a boundary");
+    let file = scratch().join(name);
+    fs::write(&file, &speeches[..end]).expect("a writable target folder");
+    file
+}
+
+/// An empty folder of this process under the target folder; the next process of the same test clears it.
+fn scratch() -> &'static Path {
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    FOLDER.get_or_init(|| {
+        let test = std::env::current_exe().expect("the test's path");
+        let name = test.file_name().expect("the test's name");
+        let folder = target_folder().join("edge-tests").join(name);
+        drop(fs::remove_dir_all(&folder));
+        fs::create_dir_all(&folder).expect("a writable target folder");
+        folder
+    })
+}
+
+/// How a command ended and what it said.
+pub struct Ran {
+    /// Whether it succeeded.
+    pub success: bool,
+    /// The exit code; none where a signal ended it.
+    pub code: Option<i32>,
+    /// Standard output.
+    pub out: String,
+    /// Standard error.
+    pub err: String,
+}
+
+impl Ran {
+    /// Runs a command to its end.
+    pub fn of(command: &mut Command) -> Self {
+        let Output { status, stdout, stderr } =
+            command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+        let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+        Self { success: status.success(), code: status.code(), out: text(stdout), err: text(stderr) }
+    }
+
+    /// Standard output as the one JSON document that it is.
+    pub fn json(&self) -> serde_json::Value {
+        assert!(self.success, "{}", self.err);
+        serde_json::from_str(&self.out).unwrap_or_else(|error| panic!("{error}: {}", self.out))
+    }
+
+    /// The refusal: one line that begins with `edgec: `, the last on standard error, with all of `parts`
+    /// in it. Nothing may have panicked.
+    pub fn assert_refused(&self, case: &str, parts: &[&str]) {
+        let Self { code, out, err, .. } = self;
+        // 2 is what arguments give that make no sense by themselves.
+        assert!(matches!(code, Some(1 | 2)), "{case}: {code:?} {out}{err}");
+        assert!(!err.contains("panicked") && !out.contains("panicked"), "{case}: {err}");
+        let lines: Vec<_> = err.lines().filter(|line| line.starts_with("edgec: ")).collect();
+        assert_eq!(lines.len(), 1, "{case}: {err}");
+        assert_eq!(err.lines().last(), Some(lines[0]), "{case}: {err}");
+        for part in parts {
+            assert!(lines[0].contains(part), "{case}: no `{part}` in `{}`", lines[0]);
+        }
+    }
+}
