@@ -3,6 +3,7 @@
 
 use std::path::Path;
 
+use edge_models::RopeScaling;
 use edge_run::{Engine, ModelFile, Settings};
 use edge_runtime::kernels::Kernels;
 use edge_runtime::session::argmax;
@@ -10,7 +11,7 @@ use edge_tests::workspace;
 use edgec::export::gguf::Mix;
 use edgec::model::Model;
 use edgec::train::graph::Decoder;
-use edgec::{profile, quantize, teacher};
+use edgec::{export, profile, quantize, teacher};
 use safetensors::SafeTensors;
 
 /// Largest difference of a logit; they reach to about 4.
@@ -101,6 +102,13 @@ fn check(name: &str) {
     let through = format!("{name} through GGUF");
     golden.compare_graph(&through, &teacher::load(&path).unwrap());
     golden.compare_runtime(&through, &profile::open(&path).unwrap());
+
+    // Our own folder says the same model again.
+    let again = out.path().join("again");
+    export::hf::write(&model, &again).unwrap();
+    let back = teacher::load(&again).unwrap();
+    assert_eq!(back.spec, model.spec, "{name}");
+    golden.compare_graph(&format!("{name} through a folder"), &back);
 }
 
 #[test]
@@ -116,4 +124,55 @@ fn llama_3_with_scaled_rope() {
 #[test]
 fn qwen2_with_biases() {
     check("qwen2");
+}
+
+#[test]
+fn mistral_with_a_sliding_window() {
+    check("mistral-swa");
+}
+
+#[test]
+fn qwen3_with_normalized_heads() {
+    check("qwen3");
+}
+
+#[test]
+fn phi3_with_fused_projections() {
+    check("phi3");
+}
+
+#[test]
+fn phi3_with_longrope_on_a_part_of_each_head() {
+    check("phi3-longrope");
+}
+
+#[test]
+fn gemma2_with_soft_caps() {
+    check("gemma2");
+}
+
+#[test]
+fn gemma3_with_two_rotary_bases() {
+    check("gemma3");
+}
+
+/// The golden model is always beyond its original context; this one never is, and takes the other list.
+#[test]
+fn longrope_takes_the_short_list_for_short_contexts() {
+    let folder = workspace().join("tests/golden/models/phi3-longrope");
+    let golden = Golden::read(&folder);
+    let mut model = teacher::load(&folder).unwrap();
+    let RopeScaling::Long { attention_factor, .. } = model.spec.rope.scaling else { panic!() };
+    model.spec.rope.scaling = RopeScaling::Long { original_context: 64, attention_factor };
+    let decoder = Decoder::new(&model.spec, &model.weights).unwrap();
+    let logits = decoder.logits(&golden.input, 1, golden.input.len()).unwrap();
+    let short = Golden { logits: logits.flatten_all().unwrap().to_vec1().unwrap(), ..golden };
+    assert!(short.logits.iter().zip(&Golden::read(&folder).logits).any(|(a, b)| (a - b).abs() > 0.1));
+    let file = profile::lay_out(&model, &folder).unwrap();
+    let settings = Settings { batch: 7, ..Settings::new(short.input.len()) };
+    let mut engine = Engine::new(&file, settings).unwrap();
+    let mut found = Vec::new();
+    let mut session = engine.session(&file).unwrap();
+    session.feed_all(&short.input, &mut |_, row| found.extend_from_slice(row)).unwrap();
+    short.compare("short list", &found, &short.greedy);
 }
