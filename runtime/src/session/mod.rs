@@ -90,7 +90,7 @@ impl<'a> Session<'a> {
             *frequency = source.get(index)?;
         }
         let layer = spec.kv_width() * limits.context;
-        let cache = Cache { keys: arena.take(sizes.cache)?, values: arena.take(sizes.cache)?, layer };
+        let cache = Cache::new(&mut arena, sizes.cache_type, sizes.cache, layer)?;
         let buffers = Buffers {
             residual: arena.take(sizes.residual)?,
             narrow: arena.take(sizes.narrow)?,
@@ -218,8 +218,7 @@ impl<'a> Session<'a> {
             tokens: tokens.len(),
         };
         for (index, layer) in model.layers.iter().enumerate() {
-            let (keys, values) = cache.layer(index);
-            step.attention(layer, keys, values, buffers)?;
+            step.attention(layer, cache.layer(index), buffers)?;
             step.feed_forward(layer, buffers)?;
         }
         self.position += tokens.len();

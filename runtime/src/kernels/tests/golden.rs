@@ -76,7 +76,8 @@ fn results_are_the_same_on_every_machine() {
         results.extend_from_slice(&out);
         let mut halves = || random.floats(100 * 80).into_iter().map(f32_to_f16).collect::<Vec<_>>();
         let (keys, values) = (halves(), halves());
-        kernels.attention(&x[..80], &keys, &values, 80, 100, 0.7, &mut out[..80]);
+        let cache = KeyValues::Half { keys: &keys, values: &values };
+        kernels.attention(&x[..80], cache, 80, 100, 0.7, &mut out[..80]);
         results.extend_from_slice(&out);
         let hash = results
             .iter()
