@@ -269,7 +269,7 @@ fn null_and_misaligned_pointers_are_refused() {
         }
         assert_eq!(edge_feed(open.session, null(), 3), null_code);
         assert_eq!(open.last_error(), "bad argument 0, `tokens` (null pointer) [E22]");
-        assert_eq!(edge_feed(open.session, 2 as *const u32, 3), misaligned);
+        assert_eq!(edge_feed(open.session, std::ptr::without_provenance(2), 3), misaligned);
         assert_eq!(edge_tokenize(open.session, null(), 3, 0, null_mut(), 0), null_code);
         assert_eq!(edge_generate(open.session, null(), 3, 0, 1, None, null_mut()), null_code);
     }

@@ -78,13 +78,12 @@ fn generate(kernels: &'static Kernels, workers: &dyn Workers) -> (usize, Vec<u8>
     let mut session = Session::new(&file, &plan, kernels, workers, &mut arena).unwrap();
     let before = CALLS.load(Ordering::SeqCst);
     let options = Encode { add_bos: true, parse_special: false };
-    let mut count = tokenizer.encode(PROMPT.as_bytes(), options, &mut words, &mut ids).unwrap();
-    session.feed(&ids[..count]).unwrap();
-    for _ in 0..TOKENS {
+    let prompt = tokenizer.encode(PROMPT.as_bytes(), options, &mut words, &mut ids).unwrap();
+    session.feed(&ids[..prompt]).unwrap();
+    for count in prompt..prompt + TOKENS {
         logits.copy_from_slice(session.logits());
         let token = sampler.sample(&mut logits, &ids[..count], &mut scratch).unwrap();
         ids[count] = token;
-        count += 1;
         let length = tokenizer.piece(token, &mut piece).unwrap();
         let length = stream.push(&piece[..length], &mut out).unwrap();
         text.extend_from_slice(&out[..length]);

@@ -20,15 +20,26 @@ pub fn edgec() -> Command {
 pub fn teacher() -> &'static Path {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     FOLDER.get_or_init(|| {
-        let folder = scratch().join("teacher");
-        let lesson = excerpt("lesson.txt", 6_000);
-        let mut pretrain = edgec();
-        pretrain.args(["pretrain", "--name", "tiny", "--layers", "2", "--hidden", "64", "--heads", "2"]);
-        pretrain.args(["--kv-heads", "1", "--ffn", "128", "--vocab", "512", "--length", "64"]);
-        pretrain.args(["--batch", "4", "--tokens", "61440", "--quant", "Q8_0"]);
-        run(pretrain.arg("--data").arg(lesson).arg("--out").arg(&folder));
-        folder
+        pretrain("teacher", "--layers 2 --hidden 64 --heads 2 --kv-heads 1 --ffn 128 --tokens 61440")
     })
+}
+
+/// As [`teacher`], of one layer that is wide enough for super-blocks of 256.
+pub fn wide_teacher() -> &'static Path {
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    FOLDER.get_or_init(|| {
+        pretrain("wide", "--layers 1 --hidden 256 --heads 4 --kv-heads 2 --ffn 256 --tokens 32768")
+    })
+}
+
+fn pretrain(name: &str, shape: &str) -> PathBuf {
+    let folder = scratch().join(name);
+    let lesson = excerpt("lesson.txt", 6_000);
+    let mut pretrain = edgec();
+    pretrain.args(["pretrain", "--name", name]).args(shape.split(' '));
+    pretrain.args(["--vocab", "512", "--length", "64", "--batch", "4"]);
+    run(pretrain.arg("--data").arg(lesson).arg("--out").arg(&folder));
+    folder
 }
 
 /// A text of about 200 KB: the first of the demo's speeches.

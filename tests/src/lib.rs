@@ -4,6 +4,6 @@ mod edgec;
 mod tiny;
 mod tools;
 
-pub use edgec::{Ran, edgec, teacher, text};
+pub use edgec::{Ran, edgec, teacher, text, wide_teacher};
 pub use tiny::TinyModel;
 pub use tools::{build, command, require_python, require_tool, run, skip, target_folder, workspace};

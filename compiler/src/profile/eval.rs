@@ -116,8 +116,7 @@ pub fn evaluate_all<const N: usize>(
         Score::All => 0,
     };
     let scored = context - 1 - first;
-    let mut logits: Vec<Vec<f32>> =
-        scorers.iter().map(|scorer| vec![0.0; scored * scorer.vocab()]).collect();
+    let mut logits: Vec<Vec<f32>> = scorers.iter().map(|scorer| vec![0.0; scored * scorer.vocab()]).collect();
     let mut sums = [Sums::default(); N];
     for window in 0..windows {
         let mut tokens = ids[window * context..][..context].to_vec();

@@ -4,19 +4,27 @@
 //! scores live on the stack; when a block brings a new maximum, what was summed before is scaled down.
 
 use super::exp::exp_lanes;
-use super::float::{dot, dot_lanes, soft_cap};
+use super::float::{Element, dot, dot_lanes, soft_cap};
 use super::simd::Simd;
-use crate::format::f16_to_f32;
 
 /// Positions in a block of scores.
 const POSITIONS: usize = 64;
 
-/// The cached rows of one key-value head, the bits of half-precision numbers: row `p` starts at element
-/// `p * stride` of both slices.
+/// The cached keys and values of one layer, from the first element of a head on.
+#[derive(Clone, Copy, Debug)]
+#[allow(missing_docs)]
+pub enum KeyValues<'a> {
+    /// The bits of half-precision numbers.
+    Half { keys: &'a [u16], values: &'a [u16] },
+    /// `f32`.
+    Full { keys: &'a [f32], values: &'a [f32] },
+}
+
+/// The cached rows of one key-value head: row `p` starts at element `p * stride` of both slices.
 #[derive(Clone, Copy)]
-pub(crate) struct Cache<'a> {
-    pub keys: &'a [u16],
-    pub values: &'a [u16],
+pub(crate) struct Cache<'a, T> {
+    pub keys: &'a [T],
+    pub values: &'a [T],
     pub stride: usize,
 }
 
@@ -29,12 +37,30 @@ pub struct Scores {
     pub soft_cap: f32,
 }
 
+impl<'a, T> Cache<'a, T> {
+    /// The rows and how many of them, at most `len`, hold `width` elements.
+    pub(super) fn new(
+        keys: &'a [T],
+        values: &'a [T],
+        stride: usize,
+        width: usize,
+        len: usize,
+    ) -> (Self, usize) {
+        let rows = match keys.len().min(values.len()).checked_sub(width) {
+            Some(rest) => rest.checked_div(stride).unwrap_or(0) + 1,
+            None => 0,
+        };
+        debug_assert!(len > 0 && len <= rows);
+        (Self { keys, values, stride }, len.min(rows))
+    }
+}
+
 /// `out = softmax(scores(q K^T)) V` over the first `len` rows, all of which must be in the cache.
 #[inline(always)]
-pub(crate) fn attention<S: Simd>(
+pub(crate) fn attention<S: Simd, T: Element>(
     s: S,
     q: &[f32],
-    cache: Cache,
+    cache: Cache<T>,
     len: usize,
     rule: Scores,
     out: &mut [f32],
@@ -72,7 +98,14 @@ fn exp1<S: Simd>(s: S, x: f32) -> f32 {
 
 /// `scores[i] = scale * dot(q, key[start + i])`.
 #[inline(always)]
-fn scores<S: Simd>(s: S, q: &[f32], cache: Cache, start: usize, scale: f32, scores: &mut [f32]) {
+fn scores<S: Simd, T: Element>(
+    s: S,
+    q: &[f32],
+    cache: Cache<T>,
+    start: usize,
+    scale: f32,
+    scores: &mut [f32],
+) {
     let key = |position: usize| &cache.keys[position * cache.stride..][..q.len()];
     let (eights, rest) = scores.as_chunks_mut::<8>();
     let rest_at = start + eights.len() * 8;
@@ -102,7 +135,14 @@ fn exponentials<S: Simd>(s: S, peak: f32, x: &mut [f32; POSITIONS]) -> f32 {
 
 /// `out = out * keep + sum of weights[i] * value[start + i]`.
 #[inline(always)]
-fn weighted_sum<S: Simd>(s: S, weights: &[f32], cache: Cache, start: usize, keep: f32, out: &mut [f32]) {
+fn weighted_sum<S: Simd, T: Element>(
+    s: S,
+    weights: &[f32],
+    cache: Cache<T>,
+    start: usize,
+    keep: f32,
+    out: &mut [f32],
+) {
     let rows = &cache.values[start * cache.stride..];
     let (wide, rest) = out.as_chunks_mut::<32>();
     let rest_at = wide.len() * 32;
@@ -115,7 +155,7 @@ fn weighted_sum<S: Simd>(s: S, weights: &[f32], cache: Cache, start: usize, keep
         for (i, weight) in weights.iter().enumerate() {
             let value = rows[i * cache.stride + c * 32..][..32].as_chunks::<8>().0;
             for (sum, value) in sums.iter_mut().zip(value) {
-                *sum = s.add(*sum, s.mul(s.splat(*weight), s.f16_bits(*value)));
+                *sum = s.add(*sum, s.mul(s.splat(*weight), T::load8(s, value)));
             }
         }
         for (sum, out) in sums.into_iter().zip(out) {
@@ -125,7 +165,7 @@ fn weighted_sum<S: Simd>(s: S, weights: &[f32], cache: Cache, start: usize, keep
     for (c, out) in rest.iter_mut().enumerate() {
         *out *= keep;
         for (i, weight) in weights.iter().enumerate() {
-            *out += weight * f16_to_f32(rows[i * cache.stride + rest_at + c]);
+            *out += weight * rows[i * cache.stride + rest_at + c].to_f32();
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The one dispatch table, and which of the tables a CPU can run.
 
 use super::activations::{Activations, ActivationsMut};
-use super::attention::{Cache, Scores};
+use super::attention::{Cache, KeyValues, Scores};
 use super::matmul::{self, Matrix, RowsKernel};
 use crate::format::DType;
 use crate::workers::Workers;
@@ -60,7 +60,8 @@ pub struct Kernels {
     pub(super) geglu: unsafe fn(&mut [f32], &[f32]),
     pub(super) soft_cap: unsafe fn(&mut [f32], f32),
     pub(super) rope: unsafe fn(&mut [f32], &[f32], &[f32], RopePairing),
-    pub(super) attend: unsafe fn(&[f32], Cache, usize, Scores, &mut [f32]),
+    pub(super) attend_half: unsafe fn(&[f32], Cache<u16>, usize, Scores, &mut [f32]),
+    pub(super) attend_full: unsafe fn(&[f32], Cache<f32>, usize, Scores, &mut [f32]),
     pub(super) rows: RowsKernels,
 }
 
@@ -201,28 +202,30 @@ impl Kernels {
     }
 
     /// `out = softmax(scores(q K^T)) V` of one query head over the first `len` cached positions. Position
-    /// `p` of this head's keys starts at `keys[p * stride]`, of its values at `values[p * stride]`; both are
-    /// as wide as `q` and `out`, and hold the bits of half-precision numbers. Positions that do not lie within both slices are not attended to.
-    #[expect(clippy::too_many_arguments, reason = "one head of a strided cache has this many parts")]
+    /// `p` of this head's keys starts at element `p * stride`, as do its values; both are as wide as `q` and
+    /// `out`. Positions that do not lie within both slices are not attended to.
     pub fn attention(
         &self,
         q: &[f32],
-        keys: &[u16],
-        values: &[u16],
+        cache: KeyValues,
         stride: usize,
         len: usize,
         scores: Scores,
         out: &mut [f32],
     ) {
-        let held = keys.len().min(values.len());
+        debug_assert_eq!(q.len(), out.len());
         let width = q.len().max(out.len());
-        let rows = match held.checked_sub(width) {
-            Some(rest) => rest.checked_div(stride).unwrap_or(0) + 1,
-            None => 0,
-        };
-        debug_assert!(q.len() == out.len() && len > 0 && len <= rows);
-        let cache = Cache { keys, values, stride };
-        // SAFETY: whoever holds this table has a CPU that can run it.
-        unsafe { (self.attend)(q, cache, len.min(rows), scores, out) }
+        match cache {
+            KeyValues::Half { keys, values } => {
+                let (cache, len) = Cache::new(keys, values, stride, width, len);
+                // SAFETY: whoever holds this table has a CPU that can run it.
+                unsafe { (self.attend_half)(q, cache, len, scores, out) }
+            }
+            KeyValues::Full { keys, values } => {
+                let (cache, len) = Cache::new(keys, values, stride, width, len);
+                // SAFETY: whoever holds this table has a CPU that can run it.
+                unsafe { (self.attend_full)(q, cache, len, scores, out) }
+            }
+        }
     }
 }

@@ -6,27 +6,39 @@
 use super::activations::{ActivationsMut, BLOCK};
 use super::exp::exp_lanes;
 use super::simd::Simd;
+use crate::format::f16_to_f32;
 use edge_models::RopePairing;
 
 /// An element of a stored row.
 pub(crate) trait Element: Copy + Default {
-    /// 16 elements as two times eight floats.
-    fn load16<S: Simd>(s: S, x: &[Self; 16]) -> [S::F; 2];
+    /// Eight elements as floats.
+    fn load8<S: Simd>(s: S, x: &[Self; 8]) -> S::F;
+    /// One element as a float.
+    fn to_f32(self) -> f32;
 }
 
 impl Element for f32 {
     #[inline(always)]
-    fn load16<S: Simd>(s: S, x: &[f32; 16]) -> [S::F; 2] {
-        load16(s, x)
+    fn load8<S: Simd>(s: S, x: &[f32; 8]) -> S::F {
+        s.load(x)
+    }
+
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        self
     }
 }
 
 /// The bits of a half-precision number.
 impl Element for u16 {
     #[inline(always)]
-    fn load16<S: Simd>(s: S, x: &[u16; 16]) -> [S::F; 2] {
-        let ([a, b], _) = x.as_chunks::<8>() else { return [s.splat(0.0); 2] };
-        [s.f16_bits(*a), s.f16_bits(*b)]
+    fn load8<S: Simd>(s: S, x: &[u16; 8]) -> S::F {
+        s.f16_bits(*x)
+    }
+
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        f16_to_f32(self)
     }
 }
 
@@ -40,11 +52,11 @@ fn padded<T: Element>(rest: &[T]) -> [T; 16] {
     block
 }
 
-/// The two halves of 16 floats.
+/// The two halves of 16 elements.
 #[inline(always)]
-pub(crate) fn load16<S: Simd>(s: S, x: &[f32; 16]) -> [S::F; 2] {
+pub(crate) fn load16<S: Simd, T: Element>(s: S, x: &[T; 16]) -> [S::F; 2] {
     let ([a, b], _) = x.as_chunks::<8>() else { return [s.splat(0.0); 2] };
-    [s.load(a), s.load(b)]
+    [T::load8(s, a), T::load8(s, b)]
 }
 
 /// The 16 sums of a dot product, folded to 8.
@@ -54,11 +66,11 @@ pub(crate) fn dot_lanes<S: Simd, T: Element>(s: S, x: &[f32], y: &[T]) -> S::F {
     let ((x, x_rest), (y, y_rest)) = (x[..len].as_chunks::<16>(), y[..len].as_chunks::<16>());
     let mut sums = [s.splat(0.0); 2];
     for (x, y) in x.iter().zip(y) {
-        let (x, y) = (load16(s, x), T::load16(s, y));
+        let (x, y) = (load16(s, x), load16(s, y));
         sums = [s.add(sums[0], s.mul(x[0], y[0])), s.add(sums[1], s.mul(x[1], y[1]))];
     }
     if !x_rest.is_empty() {
-        let (x, y) = (load16(s, &padded(x_rest)), T::load16(s, &padded(y_rest)));
+        let (x, y) = (load16(s, &padded(x_rest)), load16(s, &padded(y_rest)));
         sums = [s.add(sums[0], s.mul(x[0], y[0])), s.add(sums[1], s.mul(x[1], y[1]))];
     }
     s.add(sums[0], sums[1])

@@ -24,7 +24,7 @@ mod aarch64;
 mod x86_64;
 
 pub use activations::{Activations, ActivationsMut};
-pub use attention::Scores;
+pub use attention::{KeyValues, Scores};
 pub use dispatch::{Features, Kernels};
 pub use exp::exp;
 pub use generic::dequantize_row;

@@ -4,23 +4,16 @@
 //! are computed in the same order whatever the batch and the number of threads, so prefill and decode
 //! agree bit for bit.
 
+use super::cache::{LayerCache, Part};
 use super::rope::Angles;
 use super::weights::{Layer, Linear};
 use crate::Result;
-use crate::format::{f16_to_f32, f32_to_f16};
 use crate::kernels::{Activations, ActivationsMut, Kernels, Matrix, Scores};
 use crate::workers::{Workers, for_each_chunk};
 use edge_models::{Activation, DecoderSpec};
 
 /// Multiplications below which other threads are not worth waking.
 const WORTH_SHARING: usize = 1 << 15;
-
-/// Keys or values on their way into the cache.
-fn store_halves(values: &[f32], cache: &mut [u16]) {
-    for (value, bits) in values.iter().zip(cache) {
-        *bits = f32_to_f16(*value);
-    }
-}
 
 /// Room for everything between the embedding and the logits of one batch.
 pub(super) struct Buffers<'a> {
@@ -49,14 +42,13 @@ pub(super) struct Step<'s> {
 }
 
 impl Step<'_> {
-    /// `residual += post_norm(attention(norm(residual)))`; the keys and values of the batch are added to the layer's
-    /// cache, both `[context, kv_width]`.
+    /// `residual += post_norm(attention(norm(residual)))`; the keys and values of the batch are added to
+    /// the layer's cache.
     pub(super) fn attention(
         &self,
         layer: &Layer,
         angles: &Angles,
-        keys: &mut [u16],
-        values: &mut [u16],
+        mut cache: LayerCache,
         buffers: &mut Buffers,
     ) -> Result<()> {
         let (spec, n) = (self.spec, self.tokens);
@@ -66,21 +58,20 @@ impl Step<'_> {
         self.norm(residual, layer.attn_norm, input.values_mut());
         let input = self.quantize(&mut input, &[&layer.q.weight, &layer.k.weight, &layer.v.weight]);
 
-        let new = self.position * spec.kv_width()..(self.position + n) * spec.kv_width();
+        let new = self.position * spec.kv_width();
         let fresh = &mut outputs[..n * spec.kv_width()];
         self.linear(&layer.k, &input, fresh)?;
         self.place(fresh, spec.kv_width(), layer.k_norm, angles);
-        store_halves(fresh, &mut keys[new.clone()]);
+        cache.store(Part::Keys, new, fresh);
         self.linear(&layer.v, &input, fresh)?;
-        store_halves(fresh, &mut values[new]);
+        cache.store(Part::Values, new, fresh);
         let queries = &mut outputs[..n * spec.q_width()];
         self.linear(&layer.q, &input, queries)?;
         self.place(queries, spec.q_width(), layer.q_norm, angles);
-        // As precise as the keys that they meet, as in ggml: close choices then fall the same way.
-        queries.iter_mut().for_each(|x| *x = f16_to_f32(f32_to_f16(*x)));
+        cache.round(queries);
 
         let mut attended = ActivationsMut::new(n, spec.q_width(), narrow, narrow_quants)?;
-        self.attend(layer.window, queries, keys, values, attended.values_mut());
+        self.attend(layer.window, queries, &cache, attended.values_mut());
         let attended = self.quantize(&mut attended, &[&layer.attn_out.weight]);
         let added = &mut outputs[..n * spec.hidden];
         self.linear(&layer.attn_out, &attended, added)?;
@@ -172,8 +163,9 @@ impl Step<'_> {
     }
 
     /// Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245), causal: token `t` of the batch
-    /// sees the positions up to its own, of these the last `window` if that is not 0. Queries and `out` are `[tokens, heads * head_dim]`.
-    fn attend(&self, window: usize, queries: &[f32], keys: &[u16], values: &[u16], out: &mut [f32]) {
+    /// sees the positions up to its own, of these the last `window` if that is not 0. Queries and `out` are
+    /// `[tokens, heads * head_dim]`.
+    fn attend(&self, window: usize, queries: &[f32], cache: &LayerCache, out: &mut [f32]) {
         let spec = self.spec;
         let (head_dim, stride) = (spec.head_dim, spec.kv_width());
         let group = spec.heads / spec.kv_heads;
@@ -186,8 +178,8 @@ impl Step<'_> {
             let query = &queries[index * head_dim..][..head_dim];
             let end = self.position + token + 1;
             let start = first(end) * stride + head / group * head_dim;
-            let (keys, values) = (&keys[start..], &values[start..]);
-            self.kernels.attention(query, keys, values, stride, end - first(end), scores, out);
+            let (cache, seen) = (cache.view(start), end - first(end));
+            self.kernels.attention(query, cache, stride, seen, scores, out);
         });
     }
 

@@ -97,7 +97,7 @@ impl<'a> Session<'a> {
             });
         }
         let layer = spec.kv_width() * limits.context;
-        let cache = Cache { keys: arena.take(sizes.cache)?, values: arena.take(sizes.cache)?, layer };
+        let cache = Cache::new(&mut arena, sizes.cache_type, sizes.cache, layer)?;
         let buffers = Buffers {
             residual: arena.take(sizes.residual)?,
             narrow: arena.take(sizes.narrow)?,
@@ -226,9 +226,8 @@ impl<'a> Session<'a> {
             tokens: tokens.len(),
         };
         for (index, layer) in model.layers.iter().enumerate() {
-            let (keys, values) = cache.layer(index);
             let Some(angles) = &angles[layer.angles] else { continue };
-            step.attention(layer, angles, keys, values, buffers)?;
+            step.attention(layer, angles, cache.layer(index), buffers)?;
             step.feed_forward(layer, buffers)?;
         }
         self.position += tokens.len();

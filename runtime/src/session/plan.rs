@@ -1,8 +1,9 @@
 //! What a session will need, known before any memory is touched.
 
 use super::arena::{SLACK, padded_bytes};
+use super::cache::Cache;
 use super::weights::{Layer, Weights, kinds_of_rope, read_spec};
-use crate::format::Gguf;
+use crate::format::{DType, Gguf};
 use crate::kernels::ActivationsMut;
 use crate::{Code, Error, Result};
 use edge_models::DecoderSpec;
@@ -40,8 +41,10 @@ pub(super) struct Sizes {
     pub(super) ropes: usize,
     /// Inverse frequencies of one kind, `f64`.
     pub(super) frequencies: usize,
-    /// Keys of all layers, and as many values, the bits of half-precision numbers.
+    /// Keys of all layers, and as many values, of type `cache_type`.
     pub(super) cache: usize,
+    /// F16 or F32.
+    pub(super) cache_type: DType,
     /// The residual stream, `f32`.
     pub(super) residual: usize,
     /// Inputs of the projections from the residual stream and of the attention's output, `f32`.
@@ -62,7 +65,7 @@ pub(super) struct Sizes {
 
 impl Sizes {
     /// `None` if a number is beyond the address space.
-    fn new(spec: &DecoderSpec, limits: &Limits) -> Option<Self> {
+    fn new(spec: &DecoderSpec, limits: &Limits, cache_type: DType) -> Option<Self> {
         let (hidden, q_width, ffn) = (spec.hidden, spec.q_width(), spec.ffn);
         let batch = |per_token: usize| per_token.checked_mul(limits.batch);
         let floats = ActivationsMut::floats_per_token;
@@ -72,6 +75,7 @@ impl Sizes {
             ropes: kinds_of_rope(spec),
             frequencies: spec.rope_dims / 2,
             cache: spec.kv_width().checked_mul(limits.context)?.checked_mul(spec.layers)?,
+            cache_type,
             residual: batch(hidden)?,
             narrow: batch(floats(hidden).max(floats(q_width)))?,
             narrow_quants: batch(quants(hidden).max(quants(q_width)))?,
@@ -96,9 +100,11 @@ impl Sizes {
             total = total.checked_add(padded_bytes::<i8>(quants)?)?;
         }
         let floats = [self.vectors, self.residual, self.narrow, self.wide, self.outputs, self.logits];
-        for halves in [self.cache; 2] {
-            total = total.checked_add(padded_bytes::<u16>(halves)?)?;
-        }
+        let cache = match self.cache_type {
+            DType::F32 => padded_bytes::<f32>(self.cache)?,
+            _ => padded_bytes::<u16>(self.cache)?,
+        };
+        total = total.checked_add(cache.checked_mul(2)?)?;
         for floats in floats {
             total = total.checked_add(padded_bytes::<f32>(floats)?)?;
         }
@@ -125,11 +131,13 @@ impl Plan {
             }
         }
         let spec = read_spec(file)?;
-        Weights { file, spec: &spec }.check()?;
+        let weights = Weights { file, spec: &spec };
+        weights.check()?;
+        let cache_type = Cache::dtype(weights.main_type()?);
         let context = if limits.context == 0 { spec.context } else { limits.context };
         let batch = limits.batch.min(context);
         let limits = Limits { context, batch, logits_rows: limits.logits_rows.min(batch), ..limits };
-        let sizes = Sizes::new(&spec, &limits);
+        let sizes = Sizes::new(&spec, &limits, cache_type);
         match sizes.and_then(|sizes| Some((sizes, sizes.arena_bytes(&spec)?))) {
             Some((sizes, arena_bytes)) => Ok(Self { spec, limits, sizes, arena_bytes }),
             None => Err(Error::new(Code::OutOfRange, "context")
@@ -146,7 +154,7 @@ impl Plan {
     /// Bytes of the arena that are KV cache.
     pub fn kv_bytes(&self) -> usize {
         // Cannot overflow: it is part of `arena_bytes`.
-        2 * self.sizes.cache * size_of::<u16>()
+        2 * self.sizes.cache * self.sizes.cache_type.block_bytes()
     }
 
     /// The model.

@@ -163,6 +163,11 @@ impl<'a> Weights<'_, 'a> {
         Ok((TensorInfo { data, ..info }, dtype))
     }
 
+    /// The type of the embedding table, and nearly always the widest of the file.
+    pub(super) fn main_type(&self) -> Result<DType> {
+        Ok(self.get(Role::TokenEmbedding, 0)?.1)
+    }
+
     /// The matrix of `role` in `layer`, in the file's bytes.
     fn matrix(&self, role: Role, layer: usize) -> Result<Matrix<'a>> {
         let (info, dtype) = self.get(role, layer)?;

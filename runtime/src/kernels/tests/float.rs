@@ -30,6 +30,11 @@ fn exp_is_within_two_ulps() {
     }
 }
 
+/// A cache of halves.
+fn half<'a>(keys: &'a [u16], values: &'a [u16]) -> KeyValues<'a> {
+    KeyValues::Half { keys, values }
+}
+
 /// Bits of the nearest half-precision numbers.
 fn halves(x: &[f32]) -> Vec<u16> {
     x.iter().map(|x| f32_to_f16(*x)).collect()
@@ -168,13 +173,18 @@ proptest! {
         let scale = Scores { scale: 3.0 / (width as f32).sqrt(), soft_cap: f32::from(cap) };
         let exact = exact_attention(&q, &keys, &values, stride, len, scale);
         let mut expected = vec![f32::NAN; width];
-        Kernels::generic().attention(&q, &keys, &values, stride, len, scale, &mut expected);
+        Kernels::generic().attention(&q, half(&keys, &values), stride, len, scale, &mut expected);
         for (found, exact) in expected.iter().zip(exact) {
             prop_assert!((f64::from(*found) - exact).abs() <= 3e-6, "{} {}", found, exact);
         }
         for kernels in Kernels::available() {
             let mut found = vec![f32::NAN; width];
-            kernels.attention(&q, &keys, &values, stride, len, scale, &mut found);
+            kernels.attention(&q, half(&keys, &values), stride, len, scale, &mut found);
+            assert_same(&found, &expected, kernels.name());
+            // The same numbers at full precision give the same result.
+            let full = [&keys, &values].map(|x| x.iter().map(|bits| f16_to_f32(*bits)).collect::<Vec<_>>());
+            let cache = KeyValues::Full { keys: &full[0], values: &full[1] };
+            kernels.attention(&q, cache, stride, len, scale, &mut found);
             assert_same(&found, &expected, kernels.name());
         }
     }
@@ -222,17 +232,17 @@ fn attention_survives_huge_and_broken_scores() {
         let keys = halves(&[0.0, 6e4, -6e4, 0.0]);
         let values = halves(&[1.0, 2.0, 3.0, 4.0]);
         let mut out = [f32::NAN];
-        kernels.attention(&[1e35], &keys, &values, 1, 4, scaled(1.0), &mut out);
+        kernels.attention(&[1e35], half(&keys, &values), 1, 4, scaled(1.0), &mut out);
         assert!(out[0].is_nan() || out[0] == 2.0);
-        kernels.attention(&[1.0], &keys, &values, 1, 4, scaled(1.0), &mut out);
+        kernels.attention(&[1.0], half(&keys, &values), 1, 4, scaled(1.0), &mut out);
         assert_eq!(out, [2.0]);
-        kernels.attention(&[f32::NAN], &keys, &values, 1, 4, scaled(1.0), &mut out);
+        kernels.attention(&[f32::NAN], half(&keys, &values), 1, 4, scaled(1.0), &mut out);
         assert!(out[0].is_nan());
         // The highest score comes in the last block.
         let mut keys = std::vec![0; 130];
         keys[129] = f32_to_f16(100.0);
         let values = halves(&(0..130).map(|i| i as f32).collect::<Vec<_>>());
-        kernels.attention(&[1.0], &keys, &values, 1, 130, scaled(1.0), &mut out);
+        kernels.attention(&[1.0], half(&keys, &values), 1, 130, scaled(1.0), &mut out);
         assert_eq!(out, [129.0]);
     }
 }

@@ -77,9 +77,10 @@ fn results_are_the_same_on_every_machine() {
         let scores = |soft_cap| Scores { scale: 0.7, soft_cap };
         let mut halves = || random.floats(100 * 80).into_iter().map(f32_to_f16).collect::<Vec<_>>();
         let (keys, values) = (halves(), halves());
-        kernels.attention(&x[..80], &keys, &values, 80, 100, scores(0.0), &mut out[..80]);
+        let cache = KeyValues::Half { keys: &keys, values: &values };
+        kernels.attention(&x[..80], cache, 80, 100, scores(0.0), &mut out[..80]);
         results.extend_from_slice(&out);
-        kernels.attention(&x[..80], &keys, &values, 80, 100, scores(1.5), &mut out[..80]);
+        kernels.attention(&x[..80], cache, 80, 100, scores(1.5), &mut out[..80]);
         kernels.geglu(&mut out, &y);
         results.extend_from_slice(&out);
         kernels.rms_norm_in_place(&mut out, &x, 1e-6);

@@ -6,7 +6,7 @@ mod float;
 mod golden;
 mod matmul;
 
-use super::{Activations, ActivationsMut, Kernels, Matrix};
+use super::{Activations, ActivationsMut, Kernels, KeyValues, Matrix};
 use crate::format::{DType, f16_to_f32, f32_to_f16};
 use proptest::prelude::*;
 use std::vec;
