@@ -2,6 +2,7 @@
 
 extern crate std;
 
+use super::pretokenize::PreTokenizer;
 use super::*;
 use proptest::prelude::*;
 use std::{fs, path::PathBuf, string::String, vec, vec::Vec};
@@ -42,37 +43,37 @@ fn open(file: Vec<u8>) -> Result<Tokenizer<'static>> {
 
 fn encode(tokenizer: &Tokenizer<'_>, text: &[u8], options: Encode) -> Vec<u32> {
     let mut scratch = vec![0xAAAA_AAAA; Tokenizer::scratch_words(text.len())];
-    let mut out = vec![0; text.len() + 1];
+    let mut out = vec![0; Tokenizer::most_ids(text.len())];
     let count = tokenizer.encode(text, options, &mut scratch, &mut out).unwrap();
     out.truncate(count);
     out
 }
 
 fn decode(tokenizer: &Tokenizer<'_>, ids: &[u32]) -> Vec<u8> {
-    let mut text = Vec::new();
-    for &id in ids {
-        let mut piece = vec![0; tokenizer.raw_text(id).unwrap().len()];
-        let len = tokenizer.piece(id, &mut piece).unwrap();
-        text.extend_from_slice(&piece[..len]);
-    }
+    let most = ids.iter().map(|&id| tokenizer.raw_text(id).unwrap().len()).sum();
+    let mut text = vec![0; most];
+    let len = tokenizer.decode(ids, &mut text).unwrap();
+    text.truncate(len);
     text
 }
 
+/// llama.cpp's own test cases.
 #[test]
-fn every_case_of_llama_cpp_for_gpt_2() {
-    let tokenizer = vocabulary("gpt-2", None);
-    let (texts, ids) = (golden("ggml-vocab-gpt-2.gguf.inp"), golden("ggml-vocab-gpt-2.gguf.out"));
-    let texts = String::from_utf8(texts).unwrap();
-    let texts: Vec<&str> = texts.split("\n__ggml_vocab_test__\n").collect();
-    let ids = String::from_utf8(ids).unwrap();
-    let ids: Vec<Vec<u32>> =
-        ids.lines().map(|line| line.split_whitespace().map(|id| id.parse().unwrap()).collect()).collect();
-    // The last separator is followed by nothing.
-    assert_eq!(texts.len(), ids.len() + 1);
-    assert!(ids.len() > 40);
-    for (text, ids) in texts.iter().zip(&ids) {
-        assert_eq!(&encode(&tokenizer, text.as_bytes(), PLAIN), ids, "{text:?}");
-        assert_eq!(decode(&tokenizer, ids), text.as_bytes());
+fn every_case_of_llama_cpp() {
+    for name in ["gpt-2", "llama-spm"] {
+        let tokenizer = vocabulary(name, None);
+        let [texts, ids] = ["inp", "out"]
+            .map(|end| String::from_utf8(golden(&std::format!("ggml-vocab-{name}.gguf.{end}"))).unwrap());
+        let texts: Vec<&str> = texts.split("\n__ggml_vocab_test__\n").collect();
+        let ids: Vec<Vec<u32>> =
+            ids.lines().map(|line| line.split_whitespace().map(|id| id.parse().unwrap()).collect()).collect();
+        // The last separator is followed by nothing.
+        assert_eq!(texts.len(), ids.len() + 1);
+        assert!(ids.len() > 40);
+        for (text, ids) in texts.iter().zip(&ids) {
+            assert_eq!(&encode(&tokenizer, text.as_bytes(), PLAIN), ids, "{name} {text:?}");
+            assert_eq!(decode(&tokenizer, ids), text.as_bytes(), "{name}");
+        }
     }
 }
 
@@ -202,7 +203,7 @@ fn small_buffers_say_what_they_need() {
     let long = [b'x'; 100];
     let error = tokenizer.encode(&long, PLAIN, &mut [0; 799], &mut [0; 100]).unwrap_err();
     assert_eq!((error.code, error.found, error.expected), (Code::BufferTooSmall, 799, 800));
-    assert_eq!(Tokenizer::scratch_words(100), 800);
+    assert_eq!((Tokenizer::scratch_words(31), Tokenizer::scratch_words(100)), (0, 808));
     let error = tokenizer.piece(ids[0], &mut [0; 4]).unwrap_err();
     assert_eq!((error.code, error.found, error.expected), (Code::BufferTooSmall, 4, 5));
 }
