@@ -18,7 +18,7 @@ fn string(text: &[u8]) -> Vec<u8> {
 
 impl File {
     pub(super) fn with(mut self, key: &str, kind: u32, value: &[u8]) -> Self {
-        let key = String::from("tokenizer.ggml.") + key;
+        let key = if key.contains('.') { key.into() } else { String::from("tokenizer.ggml.") + key };
         self.entries.retain(|(old, _)| *old != key);
         self.entries.push((key, [&kind.to_le_bytes(), value].concat()));
         self

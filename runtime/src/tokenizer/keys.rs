@@ -35,6 +35,8 @@ pub(super) enum Model<'a> {
         scores: &'a [u8],
         unknown: Option<u32>,
         add_space_prefix: bool,
+        /// The model's name, `general.name`, is one of Phi-3's.
+        phi3: bool,
     },
 }
 
@@ -119,6 +121,7 @@ impl<'a> Keys<'a> {
                     .ok_or_else(|| missing("scores"))?,
                 unknown: id(found.unknown, "unknown_token_id")?.or(usual(0)),
                 add_space_prefix: flag(found.add_space_prefix, "add_space_prefix")?.unwrap_or(true),
+                phi3: is_phi3(file),
             }
         } else {
             Model::ByteLevel { pre: text(found.pre, "pre")?, merges: strings(found.merges, "merges")? }
@@ -134,6 +137,13 @@ impl<'a> Keys<'a> {
             tokens,
         })
     }
+}
+
+/// llama.cpp knows by the model's name that special tokens take white space with them: no key says so.
+fn is_phi3(file: &Gguf<'_>) -> bool {
+    let Some(Value::String(name)) = file.get("general.name") else { return false };
+    let has = |part: &[u8]| name.windows(part.len()).any(|window| window.eq_ignore_ascii_case(part));
+    has(b"phi-3") || has(b"phi3")
 }
 
 /// The refusal of something that the file names and that does not exist here.

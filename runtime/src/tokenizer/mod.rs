@@ -10,7 +10,8 @@
 //! keep their own tokens (llama.cpp makes them U+FFFD), so that decoding gives the text back; and of
 //! overlapping special tokens the leftmost wins. A byte for which the vocabulary has no token is left out,
 //! as in llama.cpp: SmolLM2 has none for some control characters ([`Tokenizer::byte`] tells). SentencePiece
-//! spells spaces as U+2581, so that this character, where a text has it, comes back as a space.
+//! spells spaces as U+2581, so that this character, where a text has it, comes back as a space; and Phi-3's special tokens swallow the white
+//! space behind them.
 
 mod byte_level;
 mod bytes;
@@ -99,8 +100,9 @@ impl<'a> Tokenizer<'a> {
                 let model = ByteLevel::build(pre, &merges, &vocab, index)?;
                 (Model::ByteLevel(model), model.pre.add_bos)
             }
-            keys::Model::SentencePiece { scores, unknown, add_space_prefix } => {
-                let model = SentencePiece::build(scores, unknown, add_space_prefix, &vocab, index)?;
+            keys::Model::SentencePiece { scores, unknown, add_space_prefix, phi3 } => {
+                let mut model = SentencePiece::build(scores, unknown, add_space_prefix, &vocab, index)?;
+                model.strips_behind_specials = phi3;
                 (Model::SentencePiece(model), true)
             }
         };
@@ -152,6 +154,9 @@ impl<'a> Tokenizer<'a> {
             self.encode_plain(&rest[..found.start], scratch, &mut ids)?;
             ids.push(found.token);
             rest = &rest[found.start + found.len..];
+            if let Model::SentencePiece(model) = &self.model {
+                rest = model.behind_special(self.vocab.text(found.token), rest);
+            }
         }
         self.encode_plain(rest, scratch, &mut ids)?;
         ids.finish()

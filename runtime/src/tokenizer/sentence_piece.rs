@@ -42,6 +42,8 @@ pub(super) struct SentencePiece<'a> {
     unknown: Option<u32>,
     /// A text, and what follows a special token, begins with a space that is not there.
     pub(super) add_space_prefix: bool,
+    /// White space behind a special token belongs to it, as Phi-3 has it.
+    pub(super) strips_behind_specials: bool,
 }
 
 /// Words of index for that many tokens.
@@ -81,7 +83,15 @@ impl<'a> SentencePiece<'a> {
             return Err(Error::new(Code::BadVocabulary, "tokenizer.ggml.tokens")
                 .hint("no token for a space, which is spelled U+2581"));
         }
-        let model = Self { scores, bytes, hashes, before_space, unknown, add_space_prefix };
+        let model = Self {
+            scores,
+            bytes,
+            hashes,
+            before_space,
+            unknown,
+            add_space_prefix,
+            strips_behind_specials: false,
+        };
         match (0..vocab.len() as u32).find(|&token| model.score(token).is_nan()) {
             Some(token) => Err(Error::new(Code::BadVocabulary, "tokenizer.ggml.scores")
                 .found(u64::from(token), 0)
@@ -116,6 +126,16 @@ impl<'a> SentencePiece<'a> {
             rest = tail;
         }
         Ok(())
+    }
+
+    /// What of `text`, which stands behind the special token `token`, is left to encode.
+    pub(super) fn behind_special<'t>(&self, token: &[u8], text: &'t [u8]) -> &'t [u8] {
+        // Those three as in llama.cpp, from Phi-3's tokenizer.json.
+        if !self.strips_behind_specials || matches!(token, b"<unk>" | b"<s>" | b"<|endoftext|>") {
+            return text;
+        }
+        let end = text.iter().position(|byte| !matches!(byte, b' ' | b'\t'..=b'\r'));
+        &text[end.unwrap_or(text.len())..]
     }
 
     /// Bytes of the first word of `text`, which is not empty.

@@ -86,6 +86,14 @@ fn a_space_before_the_text_and_behind_special_tokens() {
     assert_eq!((error.code, error.expected), (Code::BufferTooSmall, 3));
 }
 
+/// By the model's name, as in llama.cpp.
+#[test]
+fn white_space_behind_the_special_tokens_of_phi_3() {
+    let phi = small().text("general.name", "My Phi-3 mini");
+    assert_eq!(ids(&phi, "a</s> \t\n\u{b} b<s> a<u>  <u> \n"), [4, 1002, 0, 2, 1001, 0, 4, 7, 7]);
+    assert_eq!(ids(&small().text("general.name", "Phi-2"), "</s> a"), [1002, 0, 4]);
+}
+
 #[test]
 fn characters_without_a_token() {
     let no_prefix = small().with("add_space_prefix", 7, &[0]);
