@@ -53,7 +53,8 @@ pub(super) fn parts(
 }
 
 fn merges(tokens: &[&str], scores: &[f32]) -> Vec<Value> {
-    let known: HashSet<&str> = tokens.iter().copied().collect();
+    // Spaces are spelled otherwise: Gemma's user-defined tokens that have them are met before any merge.
+    let known: HashSet<&str> = tokens.iter().copied().filter(|token| !token.contains(' ')).collect();
     let mut merges = Vec::new();
     for (token, &score) in tokens.iter().zip(scores) {
         let cuts = token.char_indices().skip(1).map(|(at, _)| token.split_at(at));
