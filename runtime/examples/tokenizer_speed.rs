@@ -38,7 +38,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 /// Prints the best of five encodings.
 fn measure(tokenizer: &Tokenizer<'_>, name: &str, text: &[u8]) -> Result<(), Box<dyn Error>> {
     let mut scratch = vec![0; Tokenizer::scratch_words(text.len())];
-    let mut ids = vec![0; text.len() + 1];
+    let mut ids = vec![0; Tokenizer::most_ids(text.len())];
     let (mut seconds, mut count) = (f64::MAX, 0);
     for _ in 0..5 {
         let start = Instant::now();

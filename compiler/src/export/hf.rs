@@ -3,6 +3,7 @@
 //! `config.json` keeps the spelling that `transformers` 4 and 5 both read (`rope_theta`, `rope_scaling`).
 //! What it says is read back before anything is written, so a folder never describes another model.
 
+mod sentence_piece;
 #[cfg(test)]
 mod tests;
 mod tokenizer;

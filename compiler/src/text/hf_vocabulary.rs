@@ -1,10 +1,11 @@
 //! The tokenizer of a Hugging Face folder as the `tokenizer.*` entries of a GGUF file.
 //!
-//! Byte-level BPE only, as the device has it. What `tokenizer.json` says by regular expressions and
+//! Byte-level BPE, and SentencePiece's BPE with bytes to fall back on (see `sentence_piece`). What `tokenizer.json` says by regular expressions and
 //! templates GGUF says by name, and the names are found by trial (see `probe`). White space that an
 //! added token takes with it (`lstrip`, `rstrip`) has no entry in GGUF and is not kept.
 
 mod probe;
+mod sentence_piece;
 #[cfg(test)]
 mod tests;
 
@@ -24,9 +25,11 @@ const MAX_HOLES: usize = 1 << 16;
 
 // Values of `tokenizer.ggml.token_type`.
 const NORMAL: i32 = 1;
+const UNKNOWN: i32 = 2;
 const CONTROL: i32 = 3;
 const USER_DEFINED: i32 = 4;
 const UNUSED: i32 = 5;
+const BYTE: i32 = 6;
 
 /// Tokens with a role: their name in Hugging Face's files and their key in a GGUF file.
 const ROLES: [(&str, &str); 4] = [
@@ -36,17 +39,27 @@ const ROLES: [(&str, &str); 4] = [
     ("pad", "tokenizer.ggml.padding_token_id"),
 ];
 
+const UNKNOWN_ROLE: usize = 2;
+
+/// Refuses a `tokenizer.json` of SentencePiece's BPE to which the library gives other ids than the device to
+/// `vocabulary`.
+///
+/// # Errors
+/// Where they differ, or why the library does not read the file.
+pub(crate) fn same_ids(file: &Value, vocabulary: &Vocabulary) -> Result<(), String> {
+    sentence_piece::agree(&probe::library(file, false)?, vocabulary)
+}
+
 /// The vocabulary of a Hugging Face folder; `None` if it has none.
 ///
 /// # Errors
-/// A file that cannot be read, a tokenizer that is not byte-level BPE or that no pre-tokenizer of the
-/// device agrees with, or entries that contradict each other. Every message names the file.
+/// A file that cannot be read, a tokenizer that is not BPE or with which the device does not agree, or entries that contradict each other. Every message names the file.
 pub fn read(folder: &Path) -> Result<Option<Vocabulary>, TextError> {
     let path = folder.join("tokenizer.json");
     if !path.is_file() {
         let pieces = folder.join("tokenizer.model");
         if pieces.is_file() {
-            let message = "a SentencePiece vocabulary, expected byte-level BPE in a tokenizer.json";
+            let message = "a SentencePiece vocabulary alone, expected a tokenizer.json beside it";
             return Err(refuse(&pieces)(message.into()));
         }
         return Ok(None);
@@ -55,10 +68,18 @@ pub fn read(folder: &Path) -> Result<Option<Vocabulary>, TextError> {
     let bpe = Bpe::read(&file).map_err(refuse(&path))?;
     let settings = Settings::read(folder)?;
     let mut roles = settings.roles(&bpe)?;
-    let mut vocabulary = vocabulary(bpe.tokens, bpe.kinds, bpe.merges);
     let library = probe::library(&file, bpe.ignore_merges).map_err(refuse(&path))?;
-    let pre = probe::pre_tokenizer(&file, &library, &mut vocabulary, bpe.ignore_merges);
-    set(&mut vocabulary, "tokenizer.ggml.pre", pre.map_err(refuse(&path))?.into());
+    let mut vocabulary = if bpe.by_score {
+        roles[UNKNOWN_ROLE] = roles[UNKNOWN_ROLE].or(bpe.unknown);
+        let mut vocabulary = sentence_piece::vocabulary(bpe.tokens, bpe.kinds, &bpe.merges);
+        sentence_piece::set_space_prefix(&library, &mut vocabulary).map_err(refuse(&path))?;
+        vocabulary
+    } else {
+        let mut vocabulary = vocabulary(bpe.tokens, bpe.kinds, bpe.merges);
+        let pre = probe::pre_tokenizer(&file, &library, &mut vocabulary, bpe.ignore_merges);
+        set(&mut vocabulary, "tokenizer.ggml.pre", pre.map_err(refuse(&path))?.into());
+        vocabulary
+    };
     let first = probe::first_tokens(&library).map_err(refuse(&path))?;
     let add_bos = settings.adds_bos(&first, &mut roles, vocabulary.tokens().len()).map_err(refuse(&path))?;
     set(&mut vocabulary, "tokenizer.ggml.add_bos_token", MetaValue::Bool(add_bos));
@@ -117,6 +138,9 @@ struct Bpe {
     merges: Vec<Vec<u8>>,
     ids: HashMap<String, u32>,
     ignore_merges: bool,
+    /// SentencePiece's: scores instead of merges, byte tokens, an unknown token.
+    by_score: bool,
+    unknown: Option<u32>,
 }
 
 impl Bpe {
@@ -133,15 +157,14 @@ impl Bpe {
                 return Err(format!("`model.{key}` is {}, expected none", clip(&model[key])));
             }
         }
-        if model["byte_fallback"] == true {
-            return Err("`model.byte_fallback` is true as in SentencePiece, expected byte-level BPE".into());
-        }
+        let by_score = sentence_piece::is(model);
         let table = model["vocab"].as_object().ok_or("`model.vocab` is missing, expected tokens and ids")?;
         let mut ids = HashMap::with_capacity(table.len());
         let mut kinds = Vec::with_capacity(table.len());
         for (token, value) in table {
             let id = id(token, value)?;
-            let kind = if *token == unused(id) { UNUSED } else { NORMAL };
+            let normal = if by_score { sentence_piece::kind(token) } else { NORMAL };
+            let kind = if *token == unused(id) { UNUSED } else { normal };
             ids.insert(token.clone(), id);
             kinds.push((id, token.as_str(), kind));
         }
@@ -157,8 +180,19 @@ impl Bpe {
             }
             kinds.push((id, token, kind));
         }
+        let unknown = match model["unk_token"].as_str().filter(|_| by_score) {
+            None => None,
+            Some(token) => {
+                let id = ids.get(token).copied();
+                let id =
+                    id.ok_or_else(|| format!("`model.unk_token` is `{}`, which is no token", clip(token)))?;
+                kinds.push((id, token, UNKNOWN));
+                Some(id)
+            }
+        };
         let (tokens, kinds) = by_id(kinds)?;
-        Ok(Self { tokens, kinds, merges, ids, ignore_merges: model["ignore_merges"] == true })
+        let ignore_merges = model["ignore_merges"] == true;
+        Ok(Self { tokens, kinds, merges, ids, ignore_merges, by_score, unknown })
     }
 }
 

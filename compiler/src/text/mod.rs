@@ -125,7 +125,7 @@ impl HostTokenizer {
     /// # Errors
     /// As [`HostTokenizer::encode`].
     pub fn encode_bytes(&self, text: &[u8], bos: bool, special: bool) -> Result<Vec<u32>, TextError> {
-        let mut ids = vec![0; text.len() + 1];
+        let mut ids = vec![0; Tokenizer::most_ids(text.len())];
         // Scratch serves one word at a time: few texts have one of more than this.
         let mut scratch = vec![0; Tokenizer::scratch_words(text.len().min(1 << 12))];
         let options = Encode { add_bos: bos, parse_special: special };
@@ -146,21 +146,20 @@ impl HostTokenizer {
         }
     }
 
-    /// Text of `ids`; what is not UTF-8 becomes U+FFFD.
+    /// The whole text of `ids`, without the space that encoding may have put before it; what is not UTF-8
+    /// becomes U+FFFD.
     ///
     /// # Errors
     /// An id beyond the vocabulary.
     pub fn decode(&self, ids: &[u32]) -> Result<String, TextError> {
-        let mut stream = self.stream();
-        let mut text = String::new();
-        for &id in ids {
-            text.push_str(&stream.push(id)?);
-        }
-        text.push_str(&stream.finish());
-        Ok(text)
+        // No piece is longer than its token's text.
+        let most = ids.iter().map(|&id| self.view().raw_text(id).map_or(0, <[u8]>::len)).sum();
+        let mut text = vec![0; most];
+        let length = self.view().decode(ids, &mut text).map_err(TextError::Tokenizer)?;
+        Ok(String::from_utf8_lossy(&text[..length]).into_owned())
     }
 
-    /// Text of tokens that come one by one.
+    /// Text of tokens that come one by one, behind other text: no space is left out.
     pub fn stream(&self) -> Stream<'_> {
         Stream { tokenizer: *self.view(), stream: Utf8Stream::new() }
     }

@@ -146,7 +146,8 @@ int32_t edge_open(const void *model, size_t model_size, const edge_limits *limit
  * length without the 0; 0 if nothing has failed yet. */
 int32_t edge_last_error(const edge_session *session, char *buffer, size_t capacity);
 
-/* Turns text, any bytes, into tokens and returns how many. There are at most `length` + 1. */
+/* Turns text, any bytes, into tokens and returns how many. There are at most 2 * `length` + 1; with a
+ * byte-level vocabulary at most `length` + 1. */
 int32_t edge_tokenize(edge_session *session, const char *text, size_t length, uint32_t flags,
                       uint32_t *tokens, size_t capacity);
 

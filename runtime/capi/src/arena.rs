@@ -167,8 +167,7 @@ impl TextSizes {
         Ok(Some(Self {
             index: Tokenizer::index_words(file)?,
             scratch: Tokenizer::scratch_words(text_bytes),
-            // BOS and at most one token for each byte.
-            ids: text_bytes.saturating_add(1),
+            ids: Tokenizer::most_ids(text_bytes),
             piece,
             utf8: Utf8Stream::most(piece),
         }))

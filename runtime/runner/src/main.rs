@@ -117,7 +117,7 @@ fn generate(arguments: GenerateArguments) -> Result<()> {
 
 fn encode(tokenizer: &Tokenizer<'_>, text: &str) -> edge_runtime::Result<Vec<u32>> {
     let mut scratch = vec![0; Tokenizer::scratch_words(text.len())];
-    let mut ids = vec![0; text.len() + 1];
+    let mut ids = vec![0; Tokenizer::most_ids(text.len())];
     let options = Encode { add_bos: true, parse_special: false };
     let count = tokenizer.encode(text.as_bytes(), options, &mut scratch, &mut ids)?;
     ids.truncate(count);

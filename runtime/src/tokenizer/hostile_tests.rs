@@ -8,7 +8,7 @@ use std::{string::String, vec, vec::Vec};
 
 /// A GGUF file without tensors.
 #[derive(Clone, Default)]
-struct File {
+pub(super) struct File {
     entries: Vec<(String, Vec<u8>)>,
 }
 
@@ -17,41 +17,46 @@ fn string(text: &[u8]) -> Vec<u8> {
 }
 
 impl File {
-    fn with(mut self, key: &str, kind: u32, value: &[u8]) -> Self {
-        let key = String::from("tokenizer.ggml.") + key;
+    pub(super) fn with(mut self, key: &str, kind: u32, value: &[u8]) -> Self {
+        let key = if key.contains('.') { key.into() } else { String::from("tokenizer.ggml.") + key };
         self.entries.retain(|(old, _)| *old != key);
         self.entries.push((key, [&kind.to_le_bytes(), value].concat()));
         self
     }
 
-    fn without(mut self, key: &str) -> Self {
+    pub(super) fn without(mut self, key: &str) -> Self {
         self.entries.retain(|(old, _)| !old.ends_with(key));
         self
     }
 
-    fn text(self, key: &str, text: &str) -> Self {
+    pub(super) fn text(self, key: &str, text: &str) -> Self {
         self.with(key, 8, &string(text.as_bytes()))
     }
 
-    fn id(self, key: &str, id: u32) -> Self {
+    pub(super) fn id(self, key: &str, id: u32) -> Self {
         self.with(key, 4, &id.to_le_bytes())
     }
 
-    fn strings<T: AsRef<[u8]>>(self, key: &str, texts: &[T]) -> Self {
+    pub(super) fn strings<T: AsRef<[u8]>>(self, key: &str, texts: &[T]) -> Self {
         let bytes: Vec<u8> = texts.iter().flat_map(|text| string(text.as_ref())).collect();
         self.array(key, 8, texts.len(), &bytes)
     }
 
-    fn kinds(self, kinds: &[i32]) -> Self {
+    pub(super) fn kinds(self, kinds: &[i32]) -> Self {
         let bytes: Vec<u8> = kinds.iter().flat_map(|kind| kind.to_le_bytes()).collect();
         self.array("token_type", 5, kinds.len(), &bytes)
     }
 
-    fn array(self, key: &str, element: u32, count: usize, bytes: &[u8]) -> Self {
+    pub(super) fn scores(self, scores: &[f32]) -> Self {
+        let bytes: Vec<u8> = scores.iter().flat_map(|score| score.to_le_bytes()).collect();
+        self.array("scores", 6, scores.len(), &bytes)
+    }
+
+    pub(super) fn array(self, key: &str, element: u32, count: usize, bytes: &[u8]) -> Self {
         self.with(key, 9, &[&element.to_le_bytes(), &(count as u64).to_le_bytes()[..], bytes].concat())
     }
 
-    fn bytes(&self) -> Vec<u8> {
+    pub(super) fn bytes(&self) -> Vec<u8> {
         let mut file = b"GGUF\x03\0\0\0".to_vec();
         file.extend_from_slice(&0u64.to_le_bytes());
         file.extend_from_slice(&(self.entries.len() as u64).to_le_bytes());
@@ -62,13 +67,13 @@ impl File {
         file
     }
 
-    fn open(&self) -> Result<Tokenizer<'static>> {
+    pub(super) fn open(&self) -> Result<Tokenizer<'static>> {
         let file = Gguf::parse(self.bytes().leak())?;
         let words = Tokenizer::index_words(&file)?;
         Tokenizer::new(&file, vec![0; words].leak())
     }
 
-    fn refused(&self) -> (Code, &'static str, u64) {
+    pub(super) fn refused(&self) -> (Code, &'static str, u64) {
         let error = self.open().unwrap_err();
         (error.code, std::string::ToString::to_string(error.name.as_str()).leak(), error.found)
     }
@@ -84,8 +89,8 @@ fn small() -> File {
         .strings("merges", &["b c", "a b", "a bc", "ab c", "b c"])
 }
 
-fn encode(tokenizer: &Tokenizer<'_>, text: &str, parse_special: bool) -> Vec<u32> {
-    let mut out = vec![0; text.len() + 1];
+pub(super) fn encode(tokenizer: &Tokenizer<'_>, text: &str, parse_special: bool) -> Vec<u32> {
+    let mut out = vec![0; Tokenizer::most_ids(text.len())];
     let options = Encode { add_bos: true, parse_special };
     let mut scratch = vec![0; Tokenizer::scratch_words(text.len())];
     let count = tokenizer.encode(text.as_bytes(), options, &mut scratch, &mut out).unwrap();
@@ -162,7 +167,9 @@ fn pieces_by_kind() {
 
 #[test]
 fn unknown_tokenizers_are_refused_by_name() {
-    for (key, name, known) in [("model", "llama", "gpt2"), ("pre", "tekken", "llama-bpe")] {
+    for (key, name, known) in
+        [("model", "bert", "gpt2"), ("model", "t5", "llama"), ("pre", "tekken", "llama-bpe")]
+    {
         let error = small().text(key, name).open().unwrap_err();
         assert_eq!((error.code, error.name.as_str()), (Code::Unsupported, name));
         assert!(error.hint.contains(known));
@@ -212,7 +219,7 @@ fn contradictions_are_refused() {
 fn texts_made_to_collide_are_refused() {
     let texts = (0u32..).map(|number| std::format!("{number:x}"));
     let texts: Vec<String> =
-        texts.filter(|text| vocab::hash_text(text.as_bytes(), &[]) >> 25 == 0).take(1500).collect();
+        texts.filter(|text| vocab::Hash::of(text.as_bytes()).finish() >> 25 == 0).take(1500).collect();
     let file = small().strings("merges", &[""; 0]).kinds(&[1; 1500]).strings("tokens", &texts);
     assert_eq!(file.refused().0, Code::BadVocabulary);
     let file = file.kinds(&[1; 900]).strings("tokens", &texts[..900]);
@@ -242,8 +249,9 @@ proptest! {
     /// Whatever a file holds, it is refused or it works.
     #[test]
     fn damaged_files_do_no_harm(changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
-                                text in "[abc<u>é \\n]{0,50}") {
-        let mut bytes = small().id("bos_token_id", 8).id("eos_token_id", 8).with("add_bos_token", 7, &[1]).bytes();
+                                text in "[abc<u>é \\n]{0,50}", by_score: bool) {
+        let by_rank = small().id("bos_token_id", 8).id("eos_token_id", 8).with("add_bos_token", 7, &[1]);
+        let mut bytes = if by_score { sentence_piece_tests::small() } else { by_rank }.bytes();
         for (at, byte) in changes {
             let at = at.index(bytes.len());
             bytes[at] = byte;

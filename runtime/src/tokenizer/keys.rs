@@ -7,14 +7,11 @@ const PREFIX: &str = "tokenizer.ggml.";
 
 /// What the file says about its tokenizer.
 pub(super) struct Keys<'a> {
-    /// `tokenizer.ggml.pre`.
-    pub(super) pre: Option<&'a [u8]>,
+    pub(super) model: Model<'a>,
     /// Token texts: an array of strings.
     pub(super) tokens: Array<'a>,
     /// Token types, 4 bytes each, as many as tokens; or empty.
     pub(super) kinds: &'a [u8],
-    /// Merges: an array of strings.
-    pub(super) merges: Array<'a>,
     pub(super) bos: Option<u32>,
     pub(super) eos: Option<u32>,
     /// Further tokens that end a generation: end of turn, end of message, and fill-in-the-middle's
@@ -22,6 +19,30 @@ pub(super) struct Keys<'a> {
     pub(super) ends: [Option<u32>; 5],
     pub(super) add_bos: Option<bool>,
 }
+
+/// What only files of one tokenizer model have, by `tokenizer.ggml.model`.
+pub(super) enum Model<'a> {
+    /// `gpt2`.
+    ByteLevel {
+        /// `tokenizer.ggml.pre`.
+        pre: Option<&'a [u8]>,
+        /// Merges: an array of strings.
+        merges: Array<'a>,
+    },
+    /// `llama`.
+    SentencePiece {
+        /// Scores, an f32 in 4 bytes each, as many as tokens.
+        scores: &'a [u8],
+        unknown: Option<u32>,
+        add_space_prefix: bool,
+        /// The model's name, `general.name`, is one of Phi-3's.
+        phi3: bool,
+    },
+}
+
+/// What exists, for errors.
+const MODELS: &str =
+    "tokenizer models: gpt2, which is byte-level BPE, and llama, which is SentencePiece's BPE";
 
 const ENDS: [&str; 5] =
     ["eot_token_id", "eom_token_id", "fim_pad_token_id", "fim_rep_token_id", "fim_sep_token_id"];
@@ -34,6 +55,9 @@ struct Found<'a> {
     tokens: Option<Value<'a>>,
     kinds: Option<Value<'a>>,
     merges: Option<Value<'a>>,
+    scores: Option<Value<'a>>,
+    unknown: Option<Value<'a>>,
+    add_space_prefix: Option<Value<'a>>,
     bos: Option<Value<'a>>,
     eos: Option<Value<'a>>,
     ends: [Option<Value<'a>>; 5],
@@ -51,6 +75,9 @@ impl<'a> Found<'a> {
                 "tokens" => &mut found.tokens,
                 "token_type" => &mut found.kinds,
                 "merges" => &mut found.merges,
+                "scores" => &mut found.scores,
+                "unknown_token_id" => &mut found.unknown,
+                "add_space_prefix" => &mut found.add_space_prefix,
                 "bos_token_id" => &mut found.bos,
                 "eos_token_id" => &mut found.eos,
                 "add_bos_token" => &mut found.add_bos,
@@ -70,34 +97,53 @@ impl<'a> Keys<'a> {
     /// Reads and checks the metadata.
     ///
     /// # Errors
-    /// A missing key, a key of the wrong type, an id beyond the vocabulary, as many token types as there
-    /// are not tokens, or a tokenizer model other than byte-level BPE.
+    /// A missing key, a key of the wrong type, an id beyond the vocabulary, as many token types or scores as
+    /// there are not tokens, or a tokenizer model that does not exist here.
     pub(super) fn read(file: &Gguf<'a>) -> Result<Self> {
         let found = Found::read(file);
-        let model = text(found.model, "model")?.ok_or_else(|| missing("model"))?;
-        if model != b"gpt2" {
-            return Err(unsupported(model, "tokenizer models: gpt2, which is byte-level BPE"));
-        }
+        let name = text(found.model, "model")?.ok_or_else(|| missing("model"))?;
+        let by_score = match name {
+            b"gpt2" => false,
+            b"llama" => true,
+            _ => return Err(unsupported(name, MODELS)),
+        };
         let tokens = strings(found.tokens, "tokens")?;
+        // The ids that SentencePiece gives unless told otherwise, as in llama.cpp.
+        let usual = |id: u32| Some(id).filter(|&id| by_score && (id as usize) < tokens.len());
         let id = |value, key| id(value, key, tokens.len());
         let mut ends = [None; 5];
         for (end, (value, key)) in ends.iter_mut().zip(found.ends.into_iter().zip(ENDS)) {
             *end = id(value, key)?;
         }
+        let model = if by_score {
+            Model::SentencePiece {
+                scores: numbers(found.scores, "scores", &[ValueType::F32], tokens.len())?
+                    .ok_or_else(|| missing("scores"))?,
+                unknown: id(found.unknown, "unknown_token_id")?.or(usual(0)),
+                add_space_prefix: flag(found.add_space_prefix, "add_space_prefix")?.unwrap_or(true),
+                phi3: is_phi3(file),
+            }
+        } else {
+            Model::ByteLevel { pre: text(found.pre, "pre")?, merges: strings(found.merges, "merges")? }
+        };
+        let kinds = [ValueType::I32, ValueType::U32];
         Ok(Self {
-            pre: text(found.pre, "pre")?,
-            kinds: kinds(found.kinds, tokens.len())?,
-            merges: strings(found.merges, "merges")?,
-            bos: id(found.bos, "bos_token_id")?,
-            eos: id(found.eos, "eos_token_id")?,
+            model,
+            kinds: numbers(found.kinds, "token_type", &kinds, tokens.len())?.unwrap_or(&[]),
+            bos: id(found.bos, "bos_token_id")?.or(usual(1)),
+            eos: id(found.eos, "eos_token_id")?.or(usual(2)),
             ends,
-            add_bos: match found.add_bos {
-                None => None,
-                Some(value) => Some(value.as_bool().ok_or_else(|| wrong_type("add_bos_token", "a bool"))?),
-            },
+            add_bos: flag(found.add_bos, "add_bos_token")?,
             tokens,
         })
     }
+}
+
+/// llama.cpp knows by the model's name that special tokens take white space with them: no key says so.
+fn is_phi3(file: &Gguf<'_>) -> bool {
+    let Some(Value::String(name)) = file.get("general.name") else { return false };
+    let has = |part: &[u8]| name.windows(part.len()).any(|window| window.eq_ignore_ascii_case(part));
+    has(b"phi-3") || has(b"phi3")
 }
 
 /// The refusal of something that the file names and that does not exist here.
@@ -138,18 +184,30 @@ fn strings<'a>(value: Option<Value<'a>>, key: &'static str) -> Result<Array<'a>>
     }
 }
 
-fn kinds(value: Option<Value<'_>>, tokens: usize) -> Result<&[u8]> {
-    let Some(value) = value else { return Ok(&[]) };
+fn flag(value: Option<Value<'_>>, key: &'static str) -> Result<Option<bool>> {
+    let Some(value) = value else { return Ok(None) };
+    value.as_bool().map(Some).ok_or_else(|| wrong_type(key, "a bool"))
+}
+
+/// The bytes of an array with one number of 4 bytes for each token.
+fn numbers<'a>(
+    value: Option<Value<'a>>,
+    key: &'static str,
+    types: &[ValueType],
+    tokens: usize,
+) -> Result<Option<&'a [u8]>> {
+    let Some(value) = value else { return Ok(None) };
     match value {
-        Value::Array(array) if matches!(array.element_type(), ValueType::I32 | ValueType::U32) => {
+        Value::Array(array) if types.contains(&array.element_type()) => {
             if array.len() != tokens {
-                return Err(named(Code::BadLength, "token_type")
+                return Err(named(Code::BadLength, key)
                     .found(array.len() as u64, tokens as u64)
                     .hint("as many as tokens"));
             }
-            Ok(array.bytes())
+            Ok(Some(array.bytes()))
         }
-        _ => Err(wrong_type("token_type", "an array of i32")),
+        _ if types.contains(&ValueType::F32) => Err(wrong_type(key, "an array of f32")),
+        _ => Err(wrong_type(key, "an array of i32")),
     }
 }
 

@@ -1,18 +1,24 @@
 //! Text to tokens and back, straight from the vocabulary of a GGUF file.
 //!
-//! Byte-level BPE as GPT-2, Llama 3, Qwen2 and SmolLM2 have it, giving llama.cpp's ids. [`Tokenizer`] is
-//! a view over the file's bytes and an index in the caller's memory; nothing here allocates, recurses or
-//! normalizes text. Another tokenizer model or pre-tokenizer is refused by name.
+//! Two tokenizer models, with llama.cpp's ids: byte-level BPE as GPT-2, Llama 3, Qwen2 and SmolLM2 have it
+//! (`byte_level`), and SentencePiece's BPE as Llama 2, Mistral, Phi-3 and Gemma have it (`sentence_piece`).
+//! Vocabulary, special tokens and merging are the same for both. [`Tokenizer`] is a view over the file's
+//! bytes and an index in the caller's memory; nothing here allocates, recurses or normalizes text. Another
+//! tokenizer model or pre-tokenizer is refused by name.
 //!
 //! Two things differ from llama.cpp, both for texts that are not plain UTF-8: bytes of malformed UTF-8
 //! keep their own tokens (llama.cpp makes them U+FFFD), so that decoding gives the text back; and of
-//! overlapping special tokens the leftmost wins. As in llama.cpp, a byte for which the vocabulary has no
-//! token is left out: SmolLM2 has none for some control characters ([`Tokenizer::byte`] tells).
+//! overlapping special tokens the leftmost wins. A byte for which the vocabulary has no token is left out,
+//! as in llama.cpp: SmolLM2 has none for some control characters ([`Tokenizer::byte`] tells). SentencePiece
+//! spells spaces as U+2581, so that this character, where a text has it, comes back as a space; and Phi-3's special tokens swallow the white
+//! space behind them.
 
+mod byte_level;
 mod bytes;
 mod keys;
 mod merge;
 mod pretokenize;
+mod sentence_piece;
 mod special;
 mod stream;
 mod unicode;
@@ -22,24 +28,34 @@ mod vocab;
 #[cfg(test)]
 mod hostile_tests;
 #[cfg(test)]
+mod sentence_piece_tests;
+#[cfg(test)]
 mod tests;
 
 use crate::format::Gguf;
 use crate::{Code, Error, Result};
+use byte_level::ByteLevel;
 use keys::Keys;
-use pretokenize::PreTokenizer;
+use sentence_piece::SentencePiece;
 pub use stream::Utf8Stream;
 use vocab::{Kind, NONE, Vocab};
 
-/// Byte-level BPE over a file's vocabulary.
+/// A file's tokenizer over its vocabulary.
 #[derive(Clone, Copy, Debug)]
 pub struct Tokenizer<'a> {
     vocab: Vocab<'a>,
-    pre: &'static PreTokenizer,
+    model: Model<'a>,
     bos: Option<u32>,
     eos: Option<u32>,
     ends: [Option<u32>; 5],
     add_bos: bool,
+}
+
+/// What turns text without special tokens into tokens.
+#[derive(Clone, Copy, Debug)]
+enum Model<'a> {
+    ByteLevel(ByteLevel<'a>),
+    SentencePiece(SentencePiece<'a>),
 }
 
 /// How to encode a text.
@@ -53,12 +69,13 @@ pub struct Encode {
 }
 
 impl<'a> Tokenizer<'a> {
-    /// Words of index that [`Self::new`] needs for this file: about 9 for each token with its merge.
+    /// Words of index that [`Self::new`] needs for this file: for byte-level BPE about 9 for each token with
+    /// its merge, for SentencePiece 5 for each token.
     ///
     /// # Errors
     /// As [`Self::new`], as far as the metadata alone can tell.
     pub fn index_words(file: &Gguf<'_>) -> Result<usize> {
-        vocab::index_words(&Keys::read(file)?)
+        index_words(&Keys::read(file)?)
     }
 
     /// Reads the vocabulary of `file` and builds its index in `index`, in time linear in the vocabulary.
@@ -67,35 +84,53 @@ impl<'a> Tokenizer<'a> {
     /// - [`Code::Unsupported`]: a tokenizer model or pre-tokenizer that is not there, with those that are.
     /// - [`Code::MissingKey`], [`Code::WrongKeyType`], [`Code::BadLength`], [`Code::OutOfRange`]: a
     ///   metadata key, by name.
-    /// - [`Code::BadVocabulary`]: two tokens of the same text, a merge of what are no tokens, a special token
-    ///   of more than 1024 bytes, or texts made to collide, with the number of the entry.
+    /// - [`Code::BadVocabulary`]: two tokens of the same text, a merge of what are no tokens, a score that is
+    ///   not a number, a special token of more than 1024 bytes, or texts made to collide, with the number of
+    ///   the entry; no token for a space.
     /// - [`Code::BufferTooSmall`]: `index` is smaller than [`Self::index_words`].
     pub fn new(file: &Gguf<'a>, index: &'a mut [u32]) -> Result<Self> {
         let keys = Keys::read(file)?;
-        let pre = match keys.pre {
-            None => &pretokenize::TABLE[0],
-            Some(name) => {
-                PreTokenizer::find(name).ok_or_else(|| keys::unsupported(name, pretokenize::NAMES))?
+        let needed = index_words(&keys)?;
+        if index.len() < needed {
+            return Err(vocab::too_small(index.len(), needed));
+        }
+        let (vocab, index) = Vocab::build(&keys, index)?;
+        let (model, usual) = match keys.model {
+            keys::Model::ByteLevel { pre, merges } => {
+                let model = ByteLevel::build(pre, &merges, &vocab, index)?;
+                (Model::ByteLevel(model), model.pre.add_bos)
+            }
+            keys::Model::SentencePiece { scores, unknown, add_space_prefix, phi3 } => {
+                let mut model = SentencePiece::build(scores, unknown, add_space_prefix, &vocab, index)?;
+                model.strips_behind_specials = phi3;
+                (Model::SentencePiece(model), true)
             }
         };
-        let add_bos = keys.add_bos.unwrap_or(pre.add_bos);
+        let add_bos = keys.add_bos.unwrap_or(usual);
         if add_bos && keys.bos.is_none() {
             return Err(keys::missing("bos_token_id"));
         }
-        let (bos, eos, ends) = (keys.bos, keys.eos, keys.ends);
-        Ok(Self { vocab: Vocab::build(&keys, index)?, pre, bos, eos, ends, add_bos })
+        Ok(Self { vocab, model, bos: keys.bos, eos: keys.eos, ends: keys.ends, add_bos })
     }
 
     /// Words of scratch with which encoding a text of `bytes` bytes never fails.
     ///
-    /// Scratch is used by one word of the pre-tokenizer at a time, and only by those of more than 32
-    /// bytes: a caller who knows its texts may well give less.
+    /// Scratch is used by one word at a time, and only by those of more than 32 bytes or characters: a
+    /// caller who knows its texts may well give less. Byte-level BPE has the words of its pre-tokenizer;
+    /// for SentencePiece a word ends at a space.
     pub const fn scratch_words(bytes: usize) -> usize {
-        if bytes <= merge::SHORT { 0 } else { bytes.saturating_mul(merge::SCRATCH_PER_BYTE) }
+        // SentencePiece may put a space before the text.
+        merge::scratch_words(bytes.saturating_add(1))
     }
 
-    /// Encodes `text`, any bytes, into `out` and returns the number of ids. There are at most as many as
-    /// bytes, and one for BOS. EOS is never added. Takes O(n log n) for a text of n bytes.
+    /// Ids that a text of `bytes` bytes never exceeds: BOS, one for each byte, and with SentencePiece one for
+    /// the space before the text and behind each special token. Byte-level BPE needs `bytes` + 1 at most.
+    pub const fn most_ids(bytes: usize) -> usize {
+        bytes.saturating_mul(2).saturating_add(1)
+    }
+
+    /// Encodes `text`, any bytes, into `out` and returns the number of ids, at most [`Self::most_ids`]. EOS
+    /// is never added. Takes O(n log n) for a text of n bytes.
     ///
     /// # Errors
     /// [`Code::BufferTooSmall`] with the words needed, of `scratch` or of `out`.
@@ -119,32 +154,38 @@ impl<'a> Tokenizer<'a> {
             self.encode_plain(&rest[..found.start], scratch, &mut ids)?;
             ids.push(found.token);
             rest = &rest[found.start + found.len..];
+            if let Model::SentencePiece(model) = &self.model {
+                rest = model.behind_special(self.vocab.text(found.token), rest);
+            }
         }
         self.encode_plain(rest, scratch, &mut ids)?;
         ids.finish()
     }
 
     fn encode_plain(&self, text: &[u8], scratch: &mut [u32], ids: &mut Ids<'_>) -> Result<()> {
-        for word in self.pre.words(text) {
-            if let [byte] = word {
-                ids.push(self.vocab.byte(*byte));
-                continue;
-            }
-            if self.pre.ignore_merges
-                && let Some(token) = self.vocab.find_word(word)
-            {
-                ids.push(token);
-                continue;
-            }
-            let needed = Self::scratch_words(word.len());
-            if scratch.len() < needed || word.len() >= NONE as usize {
-                return Err(Error::new(Code::BufferTooSmall, "tokenizer scratch")
-                    .found(scratch.len() as u64, needed as u64)
-                    .hint("words"));
-            }
-            merge::merge(&self.vocab, word, scratch, |token| ids.push(token));
+        match &self.model {
+            Model::ByteLevel(model) => model.encode(&self.vocab, text, scratch, ids),
+            Model::SentencePiece(model) => model.encode(&self.vocab, text, scratch, ids),
         }
-        Ok(())
+    }
+
+    /// Writes the text of `ids` and returns how many bytes it has; what [`Self::encode`] made of a text gives
+    /// that text. Control tokens stand for nothing.
+    ///
+    /// Where encoding puts a space before a text, the first space is left out here. So does llama.cpp, except
+    /// after a BOS that it leaves out itself. A text that goes on after another is written token by token,
+    /// with [`Self::piece`].
+    ///
+    /// # Errors
+    /// [`Code::BadToken`] beyond the vocabulary, [`Code::BufferTooSmall`] with the bytes needed.
+    pub fn decode(&self, ids: &[u32], out: &mut [u8]) -> Result<usize> {
+        let mut text = Bytes { out, len: 0, drop_space: false };
+        let begun = ids.first().is_some_and(|&first| self.bos == Some(first));
+        for (i, &token) in ids.iter().enumerate() {
+            text.drop_space = i == usize::from(begun) && self.adds_space_prefix();
+            self.write_piece(token, &mut text)?;
+        }
+        text.finish("text")
     }
 
     /// Writes the bytes that a token stands for and returns how many they are: at most as many as
@@ -155,27 +196,29 @@ impl<'a> Tokenizer<'a> {
     /// # Errors
     /// [`Code::BadToken`] beyond the vocabulary, [`Code::BufferTooSmall`] with the bytes needed.
     pub fn piece(&self, token: u32, out: &mut [u8]) -> Result<usize> {
+        let mut piece = Bytes { out, len: 0, drop_space: false };
+        self.write_piece(token, &mut piece)?;
+        piece.finish("piece")
+    }
+
+    fn write_piece(&self, token: u32, out: &mut Bytes<'_>) -> Result<()> {
         let Some(text) = self.raw_text(token) else {
             return Err(Error::new(Code::BadToken, "").found(u64::from(token), self.len() as u64));
         };
-        let mut len = 0;
-        let mut write = |bytes: &[u8]| {
-            if let Some(room) = out.get_mut(len..len + bytes.len()) {
-                room.copy_from_slice(bytes);
-            }
-            len += bytes.len();
-        };
         match self.vocab.kind(token) {
-            Kind::Normal => bytes::decode(text, write),
-            Kind::UserDefined => write(text),
+            Kind::Normal => match self.model {
+                Model::ByteLevel(_) => bytes::decode(text, |bytes| out.write(bytes)),
+                Model::SentencePiece(_) => sentence_piece::decode(text, |bytes| out.write(bytes)),
+            },
+            Kind::UserDefined => out.write(text),
+            Kind::Byte => {
+                if let Some(byte) = sentence_piece::named_byte(text) {
+                    out.write(&[byte]);
+                }
+            }
             Kind::Control | Kind::Unknown | Kind::Other => {}
         }
-        if len > out.len() {
-            return Err(Error::new(Code::BufferTooSmall, "piece")
-                .found(out.len() as u64, len as u64)
-                .hint("bytes"));
-        }
-        Ok(len)
+        Ok(())
     }
 
     /// A token's text as the vocabulary stores it.
@@ -189,10 +232,21 @@ impl<'a> Tokenizer<'a> {
         self.vocab.len()
     }
 
+    /// `tokenizer.ggml.model`: `gpt2` for byte-level BPE, `llama` for SentencePiece's.
+    pub fn model(&self) -> &'static str {
+        match self.model {
+            Model::ByteLevel(_) => "gpt2",
+            Model::SentencePiece(_) => "llama",
+        }
+    }
+
     /// The name of the pre-tokenizer: of several with the same meaning the first. `default` is also that
-    /// of files that name none, as llama.cpp reads them.
+    /// of files that name none, as llama.cpp reads them, and of SentencePiece, which has none.
     pub fn pre_tokenizer(&self) -> &'static str {
-        self.pre.names[0]
+        match &self.model {
+            Model::ByteLevel(model) => model.pre.names[0],
+            Model::SentencePiece(_) => "default",
+        }
     }
 
     /// The token that begins a text.
@@ -210,6 +264,11 @@ impl<'a> Tokenizer<'a> {
         self.add_bos
     }
 
+    /// Encoding puts a space before a text and behind special tokens.
+    pub fn adds_space_prefix(&self) -> bool {
+        matches!(&self.model, Model::SentencePiece(model) if model.add_space_prefix)
+    }
+
     /// Generation stops at this token: EOS, end of turn or message, or a token whose text is a well-known
     /// end marker, such as `<|im_end|>` or `<|endoftext|>`.
     pub fn is_end_of_generation(&self, token: u32) -> bool {
@@ -218,13 +277,26 @@ impl<'a> Tokenizer<'a> {
 
     /// The token whose stored text is `text`, of any kind.
     pub fn find(&self, text: &[u8]) -> Option<u32> {
-        self.vocab.find(text, &[])
+        self.vocab.find(text)
     }
 
-    /// The token of a single byte. A text with a byte that has none loses it when encoded.
+    /// The token of a single byte. A text with a byte that has none loses it when encoded; with SentencePiece
+    /// that is so for bytes of characters that have no token themselves.
     pub fn byte(&self, byte: u8) -> Option<u32> {
-        Some(self.vocab.byte(byte)).filter(|&token| token != NONE)
+        let token = match &self.model {
+            Model::ByteLevel(model) => model.byte(byte),
+            Model::SentencePiece(model) => model.byte(byte),
+        };
+        Some(token).filter(|&token| token != NONE)
     }
+}
+
+fn index_words(keys: &Keys<'_>) -> Result<usize> {
+    let model = match &keys.model {
+        keys::Model::ByteLevel { merges, .. } => byte_level::index_words(merges)?,
+        keys::Model::SentencePiece { .. } => sentence_piece::index_words(keys.tokens.len()),
+    };
+    Ok(vocab::index_words(keys)? + model)
 }
 
 /// Takes ids, counting those beyond the end of the buffer.
@@ -252,5 +324,35 @@ impl Ids<'_> {
                 .hint("ids"));
         }
         Ok(self.count)
+    }
+}
+
+/// Takes bytes, counting those beyond the end of the buffer.
+struct Bytes<'o> {
+    out: &'o mut [u8],
+    len: usize,
+    /// If the next byte is a space it is left out.
+    drop_space: bool,
+}
+
+impl Bytes<'_> {
+    fn write(&mut self, mut bytes: &[u8]) {
+        if self.drop_space && !bytes.is_empty() {
+            bytes = bytes.strip_prefix(b" ").unwrap_or(bytes);
+            self.drop_space = false;
+        }
+        if let Some(room) = self.out.get_mut(self.len..self.len + bytes.len()) {
+            room.copy_from_slice(bytes);
+        }
+        self.len += bytes.len();
+    }
+
+    fn finish(self, name: &'static str) -> Result<usize> {
+        if self.len > self.out.len() {
+            return Err(Error::new(Code::BufferTooSmall, name)
+                .found(self.out.len() as u64, self.len as u64)
+                .hint("bytes"));
+        }
+        Ok(self.len)
     }
 }

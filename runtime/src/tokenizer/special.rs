@@ -8,7 +8,7 @@ use crate::{Code, Error, Result};
 
 /// Texts that make a token a control token whatever type the file gives it, and whether it ends a
 /// generation. As in llama.cpp (`src/llama-vocab.cpp`), because many files get the types wrong.
-pub(super) const MARKERS: [(&str, bool); 41] = [
+pub(super) const MARKERS: [(&str, bool); 44] = [
     ("<|eot_id|>", true),
     ("<|im_end|>", true),
     ("<|end|>", true),
@@ -39,14 +39,17 @@ pub(super) const MARKERS: [(&str, bool); 41] = [
     ("<fim-prefix>", false),
     ("<fim_prefix>", false),
     ("<PRE>", false),
+    ("▁<PRE>", false),
     ("<|fim_suffix|>", false),
     ("<fim-suffix>", false),
     ("<fim_suffix>", false),
     ("<SUF>", false),
+    ("▁<SUF>", false),
     ("<|fim_middle|>", false),
     ("<fim-middle>", false),
     ("<fim_middle>", false),
     ("<MID>", false),
+    ("▁<MID>", false),
     ("<|prefix|>", false),
     ("<|suffix|>", false),
     ("<|middle|>", false),
@@ -67,7 +70,7 @@ impl<'a> Vocab<'a> {
     /// Fills `slots`, one for each of [`MARKERS`], with their tokens.
     pub(super) fn find_markers(&self, slots: &'a mut [u32]) -> &'a [u32] {
         for (slot, (text, _)) in slots.iter_mut().zip(MARKERS) {
-            *slot = self.find(text.as_bytes(), &[]).unwrap_or(NONE);
+            *slot = self.find(text.as_bytes()).unwrap_or(NONE);
         }
         slots
     }

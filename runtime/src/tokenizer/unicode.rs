@@ -69,8 +69,15 @@ pub(super) fn first(text: &[u8]) -> Option<Point> {
     if lead < 128 {
         return Some(Point { value: u32::from(lead), class: ASCII[usize::from(lead)], len: 1 });
     }
-    let (value, len) = multibyte(text, lead).unwrap_or((0xFFFD, 1));
+    let (value, len) = character(text).unwrap_or((0xFFFD, 1));
     Some(Point { value, class: look_up(value), len })
+}
+
+/// The character at the start of `text` and how many bytes it has; `None` at the end, and where no valid
+/// UTF-8 character starts.
+pub(super) fn character(text: &[u8]) -> Option<(u32, usize)> {
+    let lead = *text.first()?;
+    if lead < 128 { Some((u32::from(lead), 1)) } else { multibyte(text, lead) }
 }
 
 /// A character of two to four bytes, by table 3-7 of the Unicode standard (well-formed UTF-8).

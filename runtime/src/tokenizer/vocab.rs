@@ -1,14 +1,12 @@
 //! The vocabulary: token texts, where the file has them, and the index that finds them.
 //!
-//! The index is plain words in the caller's memory, holds no pointers, and is built in one pass over
-//! tokens and merges:
+//! The index is plain words in the caller's memory, holds no pointers, and is built in one pass over the
+//! tokens. This part of it every tokenizer model has; each puts its own behind it:
 //!
 //! | part | words |
 //! |---|---|
 //! | offset of each token's text in the file's array | tokens |
-//! | token of each byte | 256 |
 //! | texts: open-addressed hash of token texts, tag and token in one word | 2 x tokens + 1 |
-//! | merges: open-addressed hash of pairs: left, right, rank, merged | 4 x (1.5 x merges + 1) |
 //! | markers: tokens that are special by their text | as many as are known |
 //! | specials: tokens that are matched in a text, sorted by their text | those of such a type, and markers |
 //! | user-defined: those of them that are matched always | those of that type |
@@ -16,14 +14,14 @@
 //! Look-ups probe at most [`MAX_PROBES`] slots. A vocabulary that collides more often is refused, so
 //! that building and reading stay linear on a hostile file; at these loads an honest one stays far below.
 
-use super::{bytes, keys::Keys, special::MARKERS};
+use super::{keys::Keys, special::MARKERS};
 use crate::{Code, Error, Result};
 
 /// No token, no rank, an empty slot.
 pub(super) const NONE: u32 = u32::MAX;
 
 /// Most tokens, and most merges: a slot of the text hash keeps a token in 24 bits.
-const MAX_ENTRIES: usize = (1 << 24) - 1;
+pub(super) const MAX_ENTRIES: usize = (1 << 24) - 1;
 
 /// Most slots that a look-up reads.
 const MAX_PROBES: usize = 1024;
@@ -35,7 +33,9 @@ pub(super) enum Kind {
     Unknown,
     Control,
     UserDefined,
-    /// Unused, or of a kind that byte-level BPE does not have: it is never matched and has no piece.
+    /// It stands for the byte that its text, `<0x0A>`, names.
+    Byte,
+    /// Unused, or of an unknown kind: it has no piece.
     Other,
 }
 
@@ -47,9 +47,7 @@ pub(super) struct Vocab<'a> {
     /// The token types, 4 bytes each; empty where the file has none.
     kinds: &'a [u8],
     offsets: &'a [u32],
-    bytes: &'a [u32],
     text_slots: &'a [u32],
-    merge_slots: &'a [u32],
     pub(super) markers: &'a [u32],
     pub(super) specials: &'a [u32],
     pub(super) user_defined: &'a [u32],
@@ -59,18 +57,17 @@ pub(super) struct Vocab<'a> {
 struct Layout {
     tokens: usize,
     text_slots: usize,
-    merge_slots: usize,
     specials: usize,
     user_defined: usize,
 }
 
 impl Layout {
     fn new(keys: &Keys<'_>) -> Result<Self> {
-        let (tokens, merges) = (keys.tokens.len(), keys.merges.len());
-        for (name, count) in [("tokenizer.ggml.tokens", tokens), ("tokenizer.ggml.merges", merges)] {
-            if count > MAX_ENTRIES {
-                return Err(Error::new(Code::BadLength, name).found(count as u64, MAX_ENTRIES as u64));
-            }
+        let tokens = keys.tokens.len();
+        if tokens > MAX_ENTRIES {
+            return Err(
+                Error::new(Code::BadLength, "tokenizer.ggml.tokens").found(tokens as u64, MAX_ENTRIES as u64)
+            );
         }
         let texts = keys.tokens.bytes().len();
         if tokens == 0 || texts >= NONE as usize {
@@ -82,15 +79,13 @@ impl Layout {
         Ok(Self {
             tokens,
             text_slots: 2 * tokens + 1,
-            merge_slots: merges + merges / 2 + 1,
             specials: kinds().filter(|kind| matches!(kind, [2..=4, 0, 0, 0])).count() + MARKERS.len(),
             user_defined: kinds().filter(|kind| matches!(kind, [4, 0, 0, 0])).count(),
         })
     }
 
     fn words(&self) -> usize {
-        let tables = self.text_slots + 4 * self.merge_slots;
-        self.tokens + 256 + tables + MARKERS.len() + self.specials + self.user_defined
+        self.tokens + self.text_slots + MARKERS.len() + self.specials + self.user_defined
     }
 }
 
@@ -100,22 +95,18 @@ pub(super) fn index_words(keys: &Keys<'_>) -> Result<usize> {
 }
 
 impl<'a> Vocab<'a> {
-    /// Builds the index.
-    pub(super) fn build(keys: &Keys<'a>, index: &'a mut [u32]) -> Result<Self> {
+    /// Builds the index in the first [`index_words`] of `index` and gives the rest back.
+    pub(super) fn build(keys: &Keys<'a>, index: &'a mut [u32]) -> Result<(Self, &'a mut [u32])> {
         let layout = Layout::new(keys)?;
         if index.len() < layout.words() {
-            return Err(Error::new(Code::BufferTooSmall, "tokenizer index")
-                .found(index.len() as u64, layout.words() as u64)
-                .hint("words"));
+            return Err(too_small(index.len(), layout.words()));
         }
         index[..layout.words()].fill(NONE);
         let (offsets, rest) = index.split_at_mut(layout.tokens);
-        let (bytes, rest) = rest.split_at_mut(256);
         let (text_slots, rest) = rest.split_at_mut(layout.text_slots);
-        let (merge_slots, rest) = rest.split_at_mut(4 * layout.merge_slots);
         let (markers, rest) = rest.split_at_mut(MARKERS.len());
         let (specials, rest) = rest.split_at_mut(layout.specials);
-        let user_defined = &mut rest[..layout.user_defined];
+        let (user_defined, rest) = rest.split_at_mut(layout.user_defined);
 
         let mut at = 0;
         for (offset, text) in offsets.iter_mut().zip(keys.tokens.strings().into_iter().flatten()) {
@@ -126,9 +117,7 @@ impl<'a> Vocab<'a> {
             texts: keys.tokens.bytes(),
             kinds: keys.kinds,
             offsets,
-            bytes: &[],
             text_slots: &[],
-            merge_slots: &[],
             markers: &[],
             specials: &[],
             user_defined: &[],
@@ -137,20 +126,11 @@ impl<'a> Vocab<'a> {
             vocab.insert_text(text_slots, token)?;
         }
         vocab.text_slots = text_slots;
-        for (byte, slot) in (0..=255).zip(&mut *bytes) {
-            let (text, len) = bytes::encode(byte);
-            *slot = vocab.find(&text[..len], &[]).unwrap_or(NONE);
-        }
-        vocab.bytes = bytes;
-        for (rank, text) in (0..).zip(keys.merges.strings().into_iter().flatten()) {
-            vocab.insert_merge(merge_slots, rank, text)?;
-        }
-        vocab.merge_slots = merge_slots;
         vocab.markers = vocab.find_markers(markers);
         let special = |kind| matches!(kind, Kind::Unknown | Kind::Control | Kind::UserDefined);
         vocab.specials = vocab.sort_specials(specials, special)?;
         vocab.user_defined = vocab.sort_specials(user_defined, |kind| kind == Kind::UserDefined)?;
-        Ok(vocab)
+        Ok((vocab, rest))
     }
 
     fn insert_text(&self, slots: &mut [u32], token: u32) -> Result<()> {
@@ -162,7 +142,7 @@ impl<'a> Vocab<'a> {
         let error = |hint| {
             Error::new(Code::BadVocabulary, "tokenizer.ggml.tokens").found(u64::from(token), 0).hint(hint)
         };
-        let hash = hash_text(text, &[]);
+        let hash = Hash::of(text).finish();
         for i in probes(hash, slots.len()) {
             let slot = slots[i];
             if slot == NONE {
@@ -174,32 +154,6 @@ impl<'a> Vocab<'a> {
             }
         }
         Err(error("texts made to collide"))
-    }
-
-    fn insert_merge(&self, slots: &mut [u32], rank: u32, text: &[u8]) -> Result<()> {
-        let error = |hint| {
-            Error::new(Code::BadVocabulary, "tokenizer.ggml.merges").found(u64::from(rank), 0).hint(hint)
-        };
-        // The space may be the left part itself, as in llama.cpp.
-        let cut = text.iter().skip(1).position(|&byte| byte == b' ').map(|at| at + 1);
-        let parts = cut.map(|cut| (&text[..cut], &text[cut + 1..]));
-        let ids = parts.and_then(|(left, right)| {
-            Some((self.find(left, &[])?, self.find(right, &[])?, self.find(left, right)?))
-        });
-        let (left, right, merged) =
-            ids.ok_or_else(|| error("expected two tokens whose joined text is a token"))?;
-        for i in probes(hash_pair(left, right), slots.len() / 4) {
-            let slot = &mut slots[4 * i..4 * i + 4];
-            if slot[0] == NONE {
-                slot.copy_from_slice(&[left, right, rank, merged]);
-                return Ok(());
-            }
-            if slot[0] == left && slot[1] == right {
-                // A repeated merge keeps its first rank, as in llama.cpp.
-                return Ok(());
-            }
-        }
-        Err(error("pairs made to collide"))
     }
 
     /// Number of tokens.
@@ -225,42 +179,19 @@ impl<'a> Vocab<'a> {
             Some([2, 0, 0, 0, ..]) => Kind::Unknown,
             Some([3, 0, 0, 0, ..]) => Kind::Control,
             Some([4, 0, 0, 0, ..]) => Kind::UserDefined,
+            Some([6, 0, 0, 0, ..]) => Kind::Byte,
             Some(_) => Kind::Other,
         }
     }
 
-    /// The token of a byte, [`NONE`] if it has none.
-    pub(super) fn byte(&self, byte: u8) -> u32 {
-        self.bytes[usize::from(byte)]
+    /// The token whose text is `text`.
+    pub(super) fn find(&self, text: &[u8]) -> Option<u32> {
+        self.probe(Hash::of(text), |found| found == text)
     }
 
-    /// The token whose text is `head` followed by `tail`.
-    pub(super) fn find(&self, head: &[u8], tail: &[u8]) -> Option<u32> {
-        let hash = hash_text(head, tail);
-        let matches = |text: &[u8]| text.strip_prefix(head) == Some(tail);
-        self.probe(hash, matches)
-    }
-
-    /// The token that stands for these bytes, by the byte-level alphabet.
-    pub(super) fn find_word(&self, word: &[u8]) -> Option<u32> {
-        let mut hash = Hash::default();
-        for &byte in word {
-            let (text, len) = bytes::encode(byte);
-            hash.add(&text[..len]);
-        }
-        self.probe(hash.finish(), |mut text| {
-            for &byte in word {
-                let (char, len) = bytes::encode(byte);
-                match text.strip_prefix(&char[..len]) {
-                    Some(rest) => text = rest,
-                    None => return false,
-                }
-            }
-            text.is_empty()
-        })
-    }
-
-    fn probe(&self, hash: u32, matches: impl Fn(&[u8]) -> bool) -> Option<u32> {
+    /// The token whose text has this hash and satisfies `matches`.
+    pub(super) fn probe(&self, hash: Hash, matches: impl Fn(&[u8]) -> bool) -> Option<u32> {
+        let hash = hash.finish();
         for i in probes(hash, self.text_slots.len()) {
             let slot = self.text_slots[i];
             if slot == NONE {
@@ -272,20 +203,11 @@ impl<'a> Vocab<'a> {
         }
         None
     }
+}
 
-    /// Rank and result of merging two tokens, both [`NONE`] where no merge does.
-    pub(super) fn merge(&self, left: u32, right: u32) -> (u32, u32) {
-        if left != NONE {
-            for i in probes(hash_pair(left, right), self.merge_slots.len() / 4) {
-                match self.merge_slots[4 * i..4 * i + 4] {
-                    [l, r, rank, merged] if l == left && r == right => return (rank, merged),
-                    [NONE, ..] => break,
-                    _ => {}
-                }
-            }
-        }
-        (NONE, NONE)
-    }
+/// The refusal of an index of `found` words where `expected` are needed.
+pub(super) fn too_small(found: usize, expected: usize) -> Error {
+    Error::new(Code::BufferTooSmall, "tokenizer index").found(found as u64, expected as u64).hint("words")
 }
 
 /// The part of a slot of the text hash that is not the token: the top bits of the text's hash.
@@ -297,44 +219,51 @@ fn tag(hash: u32) -> u32 {
 }
 
 /// The slots to look at, in order, of a table of `slots`.
-fn probes(hash: u32, slots: usize) -> impl Iterator<Item = usize> {
+pub(super) fn probes(hash: u32, slots: usize) -> impl Iterator<Item = usize> {
     // The hash as a fraction of the table (Lemire, arXiv 1805.10941); both factors are below 2^32.
     let start = ((u64::from(hash) * slots as u64) >> 32) as usize;
     (start..slots).chain(0..start).take(MAX_PROBES)
 }
 
-/// FNV-1a of 32 bits, finished as MurmurHash3 does so that all bits of the result are used.
-struct Hash(u32);
-
-impl Default for Hash {
-    fn default() -> Self {
-        Self(0x811C_9DC5)
-    }
+/// Hash of a text: its bytes, each plus 1, as digits of a number to an odd base modulo 2^32 (Karp and Rabin
+/// 1987). The hash of two joined texts follows from theirs, whatever their length.
+#[derive(Clone, Copy)]
+pub(super) struct Hash {
+    pub(super) value: u32,
+    /// The base to the power of the text's length.
+    pub(super) power: u32,
 }
 
 impl Hash {
-    fn add(&mut self, text: &[u8]) {
-        for &byte in text {
-            self.0 = (self.0 ^ u32::from(byte)).wrapping_mul(0x0100_0193);
+    const BASE: u32 = 0x2C1B_3C6D;
+
+    pub(super) const EMPTY: Self = Self { value: 0, power: 1 };
+
+    pub(super) fn of(text: &[u8]) -> Self {
+        Self::EMPTY.with(text)
+    }
+
+    /// The hash of this text with `text` behind it.
+    pub(super) fn with(self, text: &[u8]) -> Self {
+        text.iter().fold(self, |hash, &byte| Self {
+            value: hash.value.wrapping_mul(Self::BASE).wrapping_add(u32::from(byte) + 1),
+            power: hash.power.wrapping_mul(Self::BASE),
+        })
+    }
+
+    /// The hash of this text joined with the one behind it.
+    pub(super) fn then(self, tail: Self) -> Self {
+        Self {
+            value: self.value.wrapping_mul(tail.power).wrapping_add(tail.value),
+            power: self.power.wrapping_mul(tail.power),
         }
     }
 
-    fn finish(self) -> u32 {
-        let mut hash = self.0;
+    /// Spread as MurmurHash3 does, so that all bits are used.
+    pub(super) fn finish(self) -> u32 {
+        let mut hash = self.value;
         hash = (hash ^ hash >> 16).wrapping_mul(0x85EB_CA6B);
         hash = (hash ^ hash >> 13).wrapping_mul(0xC2B2_AE35);
         hash ^ hash >> 16
     }
-}
-
-pub(super) fn hash_text(head: &[u8], tail: &[u8]) -> u32 {
-    let mut hash = Hash::default();
-    hash.add(head);
-    hash.add(tail);
-    hash.finish()
-}
-
-fn hash_pair(left: u32, right: u32) -> u32 {
-    let pair = (u64::from(left) << 32 | u64::from(right)).wrapping_mul(0x9E37_79B9_7F4A_7C15);
-    ((pair ^ pair >> 29).wrapping_mul(0xBF58_476D_1CE4_E5B9) >> 32) as u32
 }

@@ -4,9 +4,13 @@
     pip install gguf numpy regex xllamacpp requests
     python3 make.py vocabulary SmolLM2-135M-Instruct.gguf    # ggml-vocab-smollm2.gguf
     python3 make.py golden                                   # texts.json, ids.json, splits.json
+    python3 make.py long                                     # long.json
+    python3 make.py compare MODEL.gguf IDS                   # that model's ids of the long text, to a file
 
 ids.json: what llama.cpp says. Its tokenizer reads a vocabulary with another pre-tokenizer's name put in,
 beside a tiny model without meaning, so that one vocabulary tests many pre-tokenizers.
+long.json: pieces from which a seeded generator makes a text of a megabyte, and how many ids llama.cpp makes
+of it, the hash of all and the first of them. `compare` is for vocabularies too large to keep.
 splits.json: what the regular expressions of the models' tokenizer.json say, matched by the module `regex`.
 """
 
@@ -22,8 +26,15 @@ import numpy
 import regex
 
 HERE = pathlib.Path(__file__).parent
-# Vocabulary, name put into tokenizer.ggml.pre, whether control tokens in the text are read.
+# Vocabulary, name put into tokenizer.ggml.pre if any, whether control tokens in the text are read.
+LONG_ORACLES = [
+    ("llama-spm", None, False),
+    ("llama-spm", None, True),
+    ("smollm2", "smollm", True),
+    ("gpt-2", "gpt-2", False),
+]
 ORACLES = [
+    ("llama-spm", None, True),
     ("smollm2", "smollm", False),
     ("smollm2", "smollm", True),
     ("gpt-2", "gpt-2", False),
@@ -63,6 +74,56 @@ HAND_WRITTEN = [
 CLUSTERS = ["'s", "'T", "'re", "'LL", "'", " '", "\r\n", "\n", "\n\n", " ", "  ", "   ", "\t", "!", "?!", "...", "(", "_", "-",
             "$", "+", "|", "the", "The", "ing", "é", "e\u0301", "2", "2024", "½", "٣", "Ⅷ", "漢", "字", "の", "한", "Ж", "ß", "ا",
             "ि", "ก", "😀", "👍🏽", "\u00a0", "\u3000", "\u2009", "\u200b", "\x00", "\x7f", "\ufffd", "<|im_end|>"]
+# What the long text is made of, beside the texts of texts.json.
+LONG_WORDS = """the of and to a in is that for it with as was on be by this are or at from not have an which you but
+they all one their there been has more when who will if no out so said what up its about into them can only other time new
+some could these two may first then do any like my now over such our man me even most made after also did many off before
+must through years where much your way well down should because long each just state people too here Mister between world
+being day under never same another know while last might great old year come since go against came right used take three
+himself few house use during without again place American around however home small found thought went say part
+once general high upon school every don't does got united left number course war until always away something fact water
+public less put think almost hand enough far took head yet government system better set told nothing night end why didn't
+tokenization normalization SentencePiece internationalisation Constantinople antidisestablishmentarianism""".split()
+LONG_HANZI = "的一是不了在人有我他这个们中来上大为和国地到以说时要就出会可也你对生能而子那得于着下自之年过发后作里用道行所然家种" \
+    "事成方多经么去法学如都同现当没动面起看定天分还进好小部其些主样理心她本前开但因只从想实日军者意无力它与长把机十民第公此已工使情" \
+    "漢語東京都水産機構龍飜譯𠀀𠮷かなカナ한국어조선말"
+LONG_EMOJI = "😀 😂 🥲 👍🏽 👩‍👩‍👧‍👦 🏳️‍🌈 🇫🇷 🇯🇵 ☺️ ✅ 🦙 🤷🏽‍♀️ 🚀 🎉 ❤️ 🧑‍💻 🫠".split()
+LONG_LINES = [
+    "fn main() {\n    let mut total: u64 = 0;\n    for (i, x) in data.iter().enumerate() {\n", "        total += (*x as u64) << i;\n    }\n}\n\n",
+    "def __init__(self, *args, **kwargs):\n", "\treturn {k: v for k, v in items if v is not None}\n", "#include <stdio.h>\n",
+    "int *p = &a[i++];  // next\r\n", "SELECT * FROM `t` WHERE id >= 10 AND name LIKE '%x_';\n", "<div class=\"a b\">\n  <p>Text &amp; more</p>\n</div>\n",
+    "if (x != y || !z) { return -1; }\n", "https://example.org/path/to?q=1&r=a%20b#top ", "{\"key\": [1, 2.5, -3e-7, null, true]}\n", "$ ls -la ~/src | grep '\\.rs$'\n",
+    "It was a bright cold day in April, and the clocks were striking thirteen. ", "\"Well,\" she said, \"that's that -- isn't it?\" ",
+    "Ceci n'est pas une pipe; ça va, déjà vu, naïve façade. ", "Größe, Straße, Übermut und 3,14 €. ", "Съешь же ещё этих мягких французских булок, да выпей чаю. ",
+    "人人生而自由，在尊嚴和權利上一律平等。", "すべての人間は、生まれながらにして自由である。", "모든 인간은 태어날 때부터 자유롭다. ", "يولد جميع الناس أحرارا ", "सभी मनुष्यों को ", "<s>", "</s>", "<unk>", "<0x0A>", "[INST]", "▁", "▁▁x",
+]
+LONG_SEED, LONG_BYTES = 20240607, 1_000_000
+
+
+def long_pieces():
+    rng = random.Random(LONG_SEED)
+    words = [" " + word for word in LONG_WORDS] + [word.capitalize() + " " for word in LONG_WORDS[::4]]
+    digits = ["".join(rng.choice("0123456789") for _ in range(rng.randint(1, 12))) for _ in range(40)]
+    runs = [char * count for char in (" ", "\n", "\t", "\u3000") for count in (1, 1, 2, 3, 4, 5, 7, 8, 16, 31, 33, 70)] + ["\r\n", " \n ", "\u00a0"]
+    return words + list(LONG_HANZI) * 2 + LONG_EMOJI * 2 + LONG_LINES * 3 + digits + runs + list(".,;:!?()-'\"") * 2
+
+
+def long_text(pieces):
+    """Pieces in the order of a linear congruential generator, until there are enough bytes."""
+    state, size, text = LONG_SEED, 0, []
+    while size < LONG_BYTES:
+        state = (state * 6364136223846793005 + 1442695040888963407) % 2**64
+        text.append(pieces[(state >> 33) % len(pieces)])
+        size += len(text[-1].encode())
+    return "".join(text)
+
+
+def fnv(ids):
+    """FNV-1a of 64 bits over the ids as 32-bit numbers."""
+    state = 0xCBF29CE484222325
+    for id in ids:
+        state = (state ^ id) * 0x100000001B3 % 2**64
+    return f"{state:016x}"
 
 
 def random_texts(count):
@@ -128,24 +189,32 @@ def tiny_model(path, fields, pre):
     finish(writer)
 
 
-def llama_cpp(vocabulary_name, pre, special, texts):
-    import requests
+def server(path):
     import xllamacpp
 
+    params = xllamacpp.CommonParams()
+    params.model.path = path
+    params.n_ctx = 64
+    params.warmup = False
+    return xllamacpp.Server(params)
+
+
+def tokenize(address, special, texts):
+    import requests
+
+    with requests.Session() as session:
+        for text in texts:
+            body = {"content": text, "add_special": False, "parse_special": special}
+            answer = session.post(address + "/tokenize", json=body, timeout=600)
+            answer.raise_for_status()
+            yield answer.json()["tokens"]
+
+
+def llama_cpp(vocabulary_name, pre, special, texts):
     with tempfile.NamedTemporaryFile(suffix=".gguf") as file:
         tiny_model(file.name, contents(HERE / f"ggml-vocab-{vocabulary_name}.gguf"), pre)
-        params = xllamacpp.CommonParams()
-        params.model.path = file.name
-        params.n_ctx = 64
-        params.warmup = False
-        server = xllamacpp.Server(params)
-        with requests.Session() as session:
-            ids = []
-            for text in texts:
-                body = {"content": text, "add_special": False, "parse_special": special}
-                answer = session.post(server.listening_address + "/tokenize", json=body, timeout=60)
-                answer.raise_for_status()
-                ids.append(answer.json()["tokens"])
+        running = server(file.name)
+        ids = list(tokenize(running.listening_address, special, texts))
     return {"vocabulary": vocabulary_name, "pre": pre, "parse_special": special, "ids": ids}
 
 
@@ -175,11 +244,33 @@ def golden():
     dump("ids.json", [llama_cpp(*oracle, texts) for oracle in ORACLES])
 
 
+def long():
+    pieces = json.loads((HERE / "texts.json").read_text())[1:] + long_pieces()
+    text = long_text(pieces)
+    results = []
+    for oracle in LONG_ORACLES:
+        result = llama_cpp(*oracle, [text])
+        [ids] = result.pop("ids")
+        results.append(result | {"count": len(ids), "hash": fnv(ids), "first": ids[:64]})
+    dump("long.json", {"seed": LONG_SEED, "bytes": LONG_BYTES, "pieces": long_pieces(), "ids": results})
+
+
+def compare(model, out):
+    pieces = json.loads((HERE / "texts.json").read_text())[1:] + long_pieces()
+    running = server(model)
+    [ids] = tokenize(running.listening_address, True, [long_text(pieces)])
+    pathlib.Path(out).write_text(json.dumps(ids))
+
+
 if __name__ == "__main__":
     match sys.argv[1:]:
         case ["vocabulary", model]:
             vocabulary(model)
         case ["golden"]:
             golden()
+        case ["long"]:
+            long()
+        case ["compare", model, ids]:
+            compare(model, ids)
         case _:
             sys.exit(__doc__)

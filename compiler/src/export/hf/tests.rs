@@ -104,6 +104,60 @@ fn the_library_gives_the_ids_of_the_device() {
     }
 }
 
+/// Llama 2's vocabulary, with and without the space before a text.
+#[test]
+fn a_vocabulary_with_scores_comes_back() {
+    let file = golden("ggml-vocab-llama-spm.gguf");
+    for prefix in [true, false] {
+        let mut vocabulary = Vocabulary::from_gguf(&Gguf::parse(&file).unwrap()).unwrap();
+        set(&mut vocabulary, "tokenizer.ggml.add_space_prefix", MetaValue::Bool(prefix));
+        let host = host(&vocabulary);
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join("out");
+        write(&model(Some(vocabulary.clone())), &out).unwrap();
+        let library = tokenizers::Tokenizer::from_file(out.join(TOKENIZER)).unwrap();
+        let back = hf_vocabulary::read(&out).unwrap().unwrap();
+        back.same_tokens(&vocabulary).unwrap();
+        for key in [
+            "model",
+            "token_type",
+            "add_space_prefix",
+            "bos_token_id",
+            "eos_token_id",
+            "unknown_token_id",
+            "add_bos_token",
+        ] {
+            let key = format!("tokenizer.ggml.{key}");
+            assert_eq!(back.get(&key), vocabulary.get(&key), "{key}");
+        }
+        let again = self::host(&back);
+        for text in texts().iter().chain(&["a</s> b<s>c  <unk> ".to_owned()]) {
+            let ours = host.encode(text, true, true).unwrap();
+            assert_eq!(again.encode(text, true, true).unwrap(), ours, "{text:?}");
+            let theirs = library.encode_fast(text.as_str(), true).unwrap();
+            assert_eq!(theirs.get_ids(), ours, "{text:?}");
+        }
+        let text = "  Hello, wörld 😀 \u{4e2d} ";
+        let ids = host.encode(text, true, false).unwrap();
+        assert_eq!(host.decode(&ids).unwrap(), text);
+        assert_eq!(library.decode(&ids, true).unwrap(), text);
+    }
+}
+
+/// Equal scores merge from the left on the device and by rank in the library.
+#[test]
+fn scores_that_no_merges_can_say_are_refused() {
+    let file = golden("ggml-vocab-llama-spm.gguf");
+    let mut vocabulary = Vocabulary::from_gguf(&Gguf::parse(&file).unwrap()).unwrap();
+    let count = vocabulary.tokens().len();
+    set(&mut vocabulary, "tokenizer.ggml.scores", MetaValue::F32s(vec![0.0; count]));
+    let message = refusal(&model(Some(vocabulary)));
+    assert!(
+        message.starts_with("/out/tokenizer.json: token ") && message.contains("expected the same"),
+        "{message}"
+    );
+}
+
 #[test]
 fn tokens_of_every_type() {
     let mut vocabulary = learn_vocabulary(&["one two"; 2], 260).unwrap();
@@ -266,12 +320,9 @@ fn wrong_weights_and_vocabularies_are_refused() {
     assert_eq!(refusal(&large), "/out/tokenizer.json: 260 tokens, expected at most 259");
 
     let mut pieces = learned();
-    set(&mut pieces, "tokenizer.ggml.model", "llama".into());
+    set(&mut pieces, "tokenizer.ggml.model", "t5".into());
     let message = refusal(&model(Some(pieces)));
-    assert!(
-        message.starts_with("/out/tokenizer.json: tokenizer: ") && message.contains("llama"),
-        "{message}"
-    );
+    assert!(message.starts_with("/out/tokenizer.json: tokenizer: ") && message.contains("t5"), "{message}");
 
     let mut bytes = learned();
     let Some((_, MetaValue::Strings(tokens))) =

@@ -11,10 +11,10 @@ use edge_runtime::format::Gguf;
 use edge_runtime::tokenizer::Tokenizer;
 use serde_json::{Map, Value, json};
 
-use super::{HfError, TOKENIZER, TOKENIZER_CONFIG};
+use super::{HfError, TOKENIZER, TOKENIZER_CONFIG, sentence_piece};
 use crate::export::gguf::{MetaValue, vocabulary_file};
 use crate::model::Vocabulary;
-use crate::text::{HostTokenizer, TextError};
+use crate::text::{HostTokenizer, TextError, hf_vocabulary};
 
 // The regular expressions of `runtime/src/tokenizer/pretokenize.rs`.
 const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
@@ -85,17 +85,46 @@ pub(super) fn files(vocabulary: &Vocabulary, spec: &DecoderSpec, folder: &Path) 
         })?;
         config["chat_template"] = template.into();
     }
-    let pre = view.pre_tokenizer();
+    let by_score = view.model() == "llama";
+    let parts = if by_score {
+        let unknown = unknown.map(|id| tokens[id as usize]);
+        sentence_piece::parts(vocabulary, view, &tokens, unknown)
+    } else {
+        byte_level_parts(vocabulary, view, &tokens)
+    };
+    let Parts { normalizer, pre_tokenizer, decoder, model } = parts.map_err(refuse)?;
     let tokenizer = json!({
         "version": "1.0",
         "truncation": null,
         "padding": null,
         "added_tokens": added(vocabulary, view, &tokens),
-        "normalizer": null,
-        "pre_tokenizer": pre_tokenizer(pre).ok_or_else(|| refuse(format!("no pattern for `{pre}`")))?,
+        "normalizer": normalizer,
+        "pre_tokenizer": pre_tokenizer,
         "post_processor": special.bos.filter(|_| view.adds_bos()).map(|id| begins_with(id, tokens[id as usize])),
-        "decoder": byte_level(false),
-        "model": {
+        "decoder": decoder,
+        "model": model,
+    });
+    if by_score {
+        hf_vocabulary::same_ids(&tokenizer, vocabulary).map_err(refuse)?;
+    }
+    Ok(Files { tokenizer, config, special })
+}
+
+/// What `tokenizer.json` says differently of each tokenizer model.
+pub(super) struct Parts {
+    pub(super) normalizer: Value,
+    pub(super) pre_tokenizer: Value,
+    pub(super) decoder: Value,
+    pub(super) model: Value,
+}
+
+fn byte_level_parts(vocabulary: &Vocabulary, view: &Tokenizer<'_>, tokens: &[&str]) -> Result<Parts, String> {
+    let pre = view.pre_tokenizer();
+    Ok(Parts {
+        normalizer: Value::Null,
+        pre_tokenizer: pre_tokenizer(pre).ok_or_else(|| format!("no pattern for `{pre}`"))?,
+        decoder: byte_level(false),
+        model: json!({
             "type": "BPE",
             "dropout": null,
             "unk_token": null,
@@ -104,11 +133,10 @@ pub(super) fn files(vocabulary: &Vocabulary, spec: &DecoderSpec, folder: &Path) 
             "fuse_unk": false,
             "byte_fallback": false,
             "ignore_merges": pre == "llama-bpe",
-            "vocab": ids(&tokens),
-            "merges": merges(vocabulary).map_err(refuse)?,
-        },
-    });
-    Ok(Files { tokenizer, config, special })
+            "vocab": ids(tokens),
+            "merges": merges(vocabulary)?,
+        }),
+    })
 }
 
 fn texts<'a>(view: &Tokenizer<'a>) -> Result<Vec<&'a str>, String> {
@@ -122,7 +150,7 @@ fn texts<'a>(view: &Tokenizer<'a>) -> Result<Vec<&'a str>, String> {
 
 /// All tokens, those of [`added`] too: the library then never gives one another id. An empty text,
 /// which several ids may have, is never met.
-fn ids(tokens: &[&str]) -> Map<String, Value> {
+pub(super) fn ids(tokens: &[&str]) -> Map<String, Value> {
     let named = tokens.iter().enumerate().filter(|(_, token)| !token.is_empty());
     named.map(|(id, token)| ((*token).to_owned(), id.into())).collect()
 }

@@ -19,7 +19,7 @@ const NAMES: [&str; 6] = ["gpt-2", "smollm", "llama-bpe", "qwen2", "dbrx", "defa
 
 /// A text on which pre-tokenizers differ. Composed characters only: the device does not normalize, and
 /// NFC, which some files ask for, must leave it alone.
-const PROBE: &str = "Hello world, it's what I'll say; we've, they're, you'd, I'm, don't. IT'S, I'LL, \
+pub(super) const PROBE: &str = "Hello world, it's what I'll say; we've, they're, you'd, I'm, don't. IT'S, I'LL, \
     WE'VE, THEY'RE, YOU'D, I'M, DON'T! 1 12 123 1234 12345 123456 1234567890 3.14 a1b22c333d4444 v2.0 ½ ² \
     ٣٤ a  b   c    d\te\t\tf \n g\n\nh \n\n\n i\r\nj\r\n\r\nk  \r\n  l \u{a0}m \u{3000}n\n    o !? ... (a) \
     [b] {c} <d> =+-*/ a+b=c $5 ^x ~y |z _x_ \"q\" 'r' «s» — … • !!!\n\n??\n 漢字かな交じり文 한국어 Привет \
@@ -44,6 +44,9 @@ struct File<'j> {
 struct Model<'j> {
     r#type: &'static str,
     ignore_merges: bool,
+    byte_fallback: bool,
+    fuse_unk: bool,
+    unk_token: Option<&'j str>,
     vocab: &'j Value,
     merges: &'j Value,
 }
@@ -62,16 +65,30 @@ fn build(
     merges: &Value,
     ignore_merges: bool,
 ) -> Result<Tokenizer, String> {
+    let by_score = super::sentence_piece::is(&file["model"]);
+    let (normalizers, pre_tokenizers): (&[_], &[_]) = if by_score {
+        (&["Prepend", "Replace"], &["Metaspace", "Split"])
+    } else {
+        (&["NFC"], &["ByteLevel", "Split", "Digits", "Punctuation"])
+    };
     let parts = File {
         version: "1.0",
         truncation: None,
         padding: None,
         added_tokens,
-        normalizer: part(file, "normalizer", &["NFC"])?,
-        pre_tokenizer: part(file, "pre_tokenizer", &["ByteLevel", "Split", "Digits", "Punctuation"])?,
+        normalizer: part(file, "normalizer", normalizers)?,
+        pre_tokenizer: part(file, "pre_tokenizer", pre_tokenizers)?,
         post_processor: part(file, "post_processor", &["ByteLevel", "TemplateProcessing"])?,
         decoder: None,
-        model: Model { r#type: "BPE", ignore_merges, vocab, merges },
+        model: Model {
+            r#type: "BPE",
+            ignore_merges,
+            byte_fallback: by_score,
+            fuse_unk: by_score && file["model"]["fuse_unk"] == true,
+            unk_token: file["model"]["unk_token"].as_str().filter(|_| by_score),
+            vocab,
+            merges,
+        },
     };
     let bytes = serde_json::to_vec(&parts).map_err(|error| error.to_string())?;
     Tokenizer::from_bytes(bytes).map_err(clip)
@@ -130,14 +147,14 @@ pub(super) fn pre_tokenizer(
     ignore_merges: bool,
 ) -> Result<&'static str, String> {
     let (mut pairs, pairs_library) = pairs(file)?;
-    let (cuts, ids) = (encode(&pairs_library)?, encode(library)?);
+    let (cuts, ids) = (encode(&pairs_library, PROBE)?, encode(library, PROBE)?);
     for name in NAMES {
         if (name == "llama-bpe" && !ignore_merges) || (name == "dbrx" && ignore_merges) {
             continue;
         }
         let agree = |vocabulary: &mut Vocabulary, expected: &[u32]| {
             set(vocabulary, "tokenizer.ggml.pre", name.into());
-            device_ids(vocabulary).map(|ids| ids == expected).map_err(|error| error.to_string())
+            device_ids(vocabulary, PROBE).map(|ids| ids == expected).map_err(|error| error.to_string())
         };
         if agree(&mut pairs, &cuts)? && agree(vocabulary, &ids)? {
             return Ok(name);
@@ -147,15 +164,17 @@ pub(super) fn pre_tokenizer(
     Err(format!("`pre_tokenizer` cuts texts as none that the device has; tried {names}"))
 }
 
-fn encode(library: &Tokenizer) -> Result<Vec<u32>, String> {
-    Ok(library.encode_fast(PROBE, false).map_err(clip)?.get_ids().to_vec())
+/// The library's ids of a text.
+pub(super) fn encode(library: &Tokenizer, text: &str) -> Result<Vec<u32>, String> {
+    Ok(library.encode_fast(text, false).map_err(clip)?.get_ids().to_vec())
 }
 
-fn device_ids(vocabulary: &Vocabulary) -> Result<Vec<u32>, TextError> {
+/// The device's.
+pub(super) fn device_ids(vocabulary: &Vocabulary, text: &str) -> Result<Vec<u32>, TextError> {
     let file = vocabulary_file(Some(vocabulary));
     let gguf = Gguf::parse(&file).map_err(TextError::Tokenizer)?;
     // The library matches added tokens in any text.
-    HostTokenizer::from_gguf(&gguf)?.encode(PROBE, false, true)
+    HostTokenizer::from_gguf(&gguf)?.encode(text, false, true)
 }
 
 /// A vocabulary of all bytes and of every two neighbours in the probe, for both tokenizers.

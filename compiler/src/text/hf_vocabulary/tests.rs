@@ -81,7 +81,7 @@ fn get(vocabulary: &Vocabulary, key: &str) -> Option<MetaValue> {
 #[test]
 fn a_folder_without_a_tokenizer_and_one_of_pieces() {
     assert_eq!(read(folder(&[("config.json", json!({}))]).path()).unwrap(), None);
-    let message = "tokenizer.model: a SentencePiece vocabulary, expected byte-level BPE in a tokenizer.json";
+    let message = "tokenizer.model: a SentencePiece vocabulary alone, expected a tokenizer.json beside it";
     assert_eq!(refusal(&[("tokenizer.model", json!(0))]), message);
 }
 
@@ -184,13 +184,94 @@ fn templates_by_text_by_name_and_from_a_file() {
     assert_eq!(message, "tokenizer_config.json: `chat_template` is 3, expected text");
 }
 
+/// A SentencePiece `tokenizer.json`: `<unk>`, `<s>`, `</s>`, 256 bytes, then characters and what merges make.
+fn pieces() -> Value {
+    let bytes = (0..256).map(|byte| format!("<0x{byte:02X}>"));
+    let mut tokens: Vec<String> =
+        ["<unk>", "<s>", "</s>"].map(String::from).into_iter().chain(bytes).collect();
+    tokens.extend(["▁", "t", "h", "e", "a", "th", "▁t", "▁th", "the", "▁the"].map(String::from));
+    let vocab: Map<String, Value> =
+        tokens.into_iter().enumerate().map(|(id, token)| (token, id.into())).collect();
+    json!({
+        "added_tokens": [token(0, "<unk>", true), token(1, "<s>", true), token(2, "</s>", true)],
+        "normalizer": {"type": "Sequence", "normalizers": [
+            {"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        ]},
+        "pre_tokenizer": null,
+        "post_processor": null,
+        "model": {
+            "type": "BPE", "vocab": vocab, "unk_token": "<unk>", "fuse_unk": true, "byte_fallback": true,
+            "merges": ["t h", "▁ t", "▁ th", "▁t h", "th e", "▁ the", "▁th e"],
+        },
+    })
+}
+
+#[test]
+fn scores_from_merges() {
+    let vocabulary = good(&[("tokenizer.json", pieces())]);
+    assert_eq!(get(&vocabulary, "model"), Some("llama".into()));
+    assert_eq!(get(&vocabulary, "merges"), None);
+    assert_eq!(get(&vocabulary, "unknown_token_id"), Some(MetaValue::U32(0)));
+    let (Some(MetaValue::F32s(scores)), Some(MetaValue::I32s(kinds))) =
+        (get(&vocabulary, "scores"), get(&vocabulary, "token_type"))
+    else {
+        panic!("no scores or types")
+    };
+    assert_eq!(scores[257..], [0.0, 0.0, -7.0, -7.0, -7.0, -7.0, -7.0, -0.0, -1.0, -2.0, -4.0, -5.0]);
+    assert_eq!(kinds[..4], [2, 3, 3, 6]);
+    assert_eq!(kinds[258..], [6, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]);
+    assert_eq!(get(&vocabulary, "add_space_prefix"), Some(MetaValue::Bool(true)));
+}
+
+/// Llama's of today, Gemma's, and that of Llama 2 at first.
+#[test]
+fn spellings_of_spaces() {
+    let replace = json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"});
+    let metaspace = |scheme: &str| json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": false});
+    let split = json!({"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": false});
+    for (normalizer, pre_tokenizer, prefix) in [
+        (pieces()["normalizer"].clone(), Value::Null, true),
+        (Value::Null, metaspace("first"), true),
+        (Value::Null, metaspace("always"), true),
+        (Value::Null, metaspace("never"), false),
+        (replace.clone(), split, false),
+        (replace, Value::Null, false),
+    ] {
+        let mut file = pieces();
+        (file["normalizer"], file["pre_tokenizer"]) = (normalizer, pre_tokenizer);
+        let found = get(&good(&[("tokenizer.json", file)]), "add_space_prefix");
+        assert_eq!(found, Some(MetaValue::Bool(prefix)));
+    }
+}
+
+#[test]
+fn merges_that_are_not_from_scores_are_refused() {
+    let refused = |change: fn(&mut Value)| {
+        let mut file = pieces();
+        change(&mut file);
+        refusal(&[("tokenizer.json", file)])
+    };
+    // "the" is a token, but nothing makes it.
+    let message = refused(|file| file["model"]["merges"] = json!(["t h"]));
+    assert!(message.contains("none that scores can say"), "{message}");
+    let message = refused(|file| file["normalizer"] = Value::Null);
+    assert!(message.contains("without a space before the text neither"), "{message}");
+    let message = refused(|file| file["normalizer"] = json!({"type": "Lowercase"}));
+    assert!(message.contains("expected one of Prepend, Replace"), "{message}");
+    let message = refused(|file| file["model"]["unk_token"] = "<none>".into());
+    assert!(message.ends_with("`model.unk_token` is `<none>`, which is no token"), "{message}");
+}
+
 #[test]
 fn other_tokenizers_are_refused_by_name() {
     let message = refused(|file| file["model"]["type"] = "Unigram".into());
     assert_eq!(message, "`model.type` is \"Unigram\", expected BPE");
     assert_eq!(refused(|file| *file = json!([1])), "`model.type` is null, expected BPE");
     let message = refused(|file| file["model"]["byte_fallback"] = true.into());
-    assert_eq!(message, "`model.byte_fallback` is true as in SentencePiece, expected byte-level BPE");
+    let expected =
+        "`pre_tokenizer` is of type \"ByteLevel\", expected one of Metaspace, Split, or a Sequence of them";
+    assert_eq!(message, expected);
     let message = refused(|file| file["model"]["end_of_word_suffix"] = "</w>".into());
     assert_eq!(message, "`model.end_of_word_suffix` is \"</w>\", expected none");
     let message = refused(|file| {
