@@ -298,8 +298,12 @@ fn tensor(
     path: &Path,
 ) -> Result<Option<Tensor>, HfError> {
     let (spec, path) = (&model.spec, || path.to_path_buf());
-    let refuse =
-        |found: String, expected: String| HfError::Tensor { path: path(), name: name.into(), found, expected };
+    let refuse = |found: String, expected: String| HfError::Tensor {
+        path: path(),
+        name: name.into(),
+        found,
+        expected,
+    };
     let failed = |error: candle_core::Error| refuse(error.to_string(), "a tensor on the CPU".into());
     let mut parts = Vec::new();
     for &role in row.members() {

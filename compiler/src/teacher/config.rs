@@ -53,7 +53,8 @@ mod tests {
 
     #[test]
     fn dotted_paths_and_kinds() {
-        let config = JsonConfig(serde_json::json!({"a": {"b": 3}, "n": null, "x": -1, "t": "s", "l": ["u", 2.5]}));
+        let config =
+            JsonConfig(serde_json::json!({"a": {"b": 3}, "n": null, "x": -1, "t": "s", "l": ["u", 2.5]}));
         assert_eq!(config.uint("a.b"), Some(3));
         assert_eq!(config.float("a.b"), Some(3.0));
         assert_eq!(config.uint("n"), None);
@@ -61,7 +62,10 @@ mod tests {
         assert_eq!(config.float("x"), Some(-1.0));
         assert_eq!(config.text("t"), Some("s"));
         assert_eq!(config.text("a.c"), None);
-        assert_eq!((config.text("l.0"), config.float("l.1"), config.float("l.2")), (Some("u"), Some(2.5), None));
+        assert_eq!(
+            (config.text("l.0"), config.float("l.1"), config.float("l.2")),
+            (Some("u"), Some(2.5), None)
+        );
         assert!(config.has("n") && config.has("a") && !config.has("a.c") && !config.has("l.x"));
     }
 }

@@ -83,7 +83,12 @@ fn weights(gguf: &Gguf<'_>, spec: &DecoderSpec, path: &Path) -> Result<Weights, 
 }
 
 /// The rows of the role of `row` in the tensor `info`.
-fn read(info: &TensorInfo<'_>, row: &TensorRow, spec: &DecoderSpec, path: &Path) -> Result<Tensor, LoadError> {
+fn read(
+    info: &TensorInfo<'_>,
+    row: &TensorRow,
+    spec: &DecoderSpec,
+    path: &Path,
+) -> Result<Tensor, LoadError> {
     let role = row.role;
     let [rows, cols] = row.file_shape(spec);
     if (info.rows(), info.cols()) != (rows, cols) {

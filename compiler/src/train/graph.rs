@@ -248,7 +248,9 @@ mod tests {
                 DecoderSpec { rope_dims: 4, rope: Rope { scaling, ..plain.rope }, ..plain }
             }
             "gemma2" => DecoderSpec { attn_soft_cap: 1.5, final_soft_cap: 2.0, ..gemma },
-            "gemma3" => DecoderSpec { qk_norm: true, local_rope: Some(Rope { theta: 50.0, ..plain.rope }), ..gemma },
+            "gemma3" => {
+                DecoderSpec { qk_norm: true, local_rope: Some(Rope { theta: 50.0, ..plain.rope }), ..gemma }
+            }
             _ => plain,
         }
     }

@@ -4,9 +4,7 @@
 //! attention where layers differ) and `rope_theta`, `rope_scaling`, `rope_local_base_freq` (older).
 
 use crate::spec::{required, size};
-use crate::{
-    Activation, Config, DecoderSpec, Family, LayerSet, NameBuf, Rope, RopeScaling, SpecError,
-};
+use crate::{Activation, Config, DecoderSpec, Family, LayerSet, NameBuf, Rope, RopeScaling, SpecError};
 
 /// Reads the keys that all families share. Windows, soft caps and scales are left as in Llama.
 pub(super) fn read(family: &'static Family, config: &dyn Config) -> Result<DecoderSpec, SpecError> {
@@ -175,9 +173,8 @@ fn scaling(config: &dyn Config, place: &Place, context: usize) -> Result<RopeSca
             };
             Ok(RopeScaling::Long { original_context, attention_factor })
         }
-        Some(_) => Err(SpecError::Unsupported {
-            key: place.kind,
-            expected: "default, linear, llama3 or longrope",
-        }),
+        Some(_) => {
+            Err(SpecError::Unsupported { key: place.kind, expected: "default, linear, llama3 or longrope" })
+        }
     }
 }

@@ -146,7 +146,11 @@ const GEMMA_TENSORS: &[TensorRow] = &[
     row!(AttnOut, "blk.{}.attn_output.weight", "model.layers.{}.self_attn.o_proj.weight"),
     row!(AttnQNorm, "blk.{}.attn_q_norm.weight", "model.layers.{}.self_attn.q_norm.weight"),
     row!(AttnKNorm, "blk.{}.attn_k_norm.weight", "model.layers.{}.self_attn.k_norm.weight"),
-    row!(AttnPostNorm, "blk.{}.post_attention_norm.weight", "model.layers.{}.post_attention_layernorm.weight"),
+    row!(
+        AttnPostNorm,
+        "blk.{}.post_attention_norm.weight",
+        "model.layers.{}.post_attention_layernorm.weight"
+    ),
     row!(FfnNorm, "blk.{}.ffn_norm.weight", "model.layers.{}.pre_feedforward_layernorm.weight"),
     row!(FfnGate, "blk.{}.ffn_gate.weight", "model.layers.{}.mlp.gate_proj.weight"),
     row!(FfnUp, "blk.{}.ffn_up.weight", "model.layers.{}.mlp.up_proj.weight"),

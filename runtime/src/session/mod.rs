@@ -108,19 +108,7 @@ impl<'a> Session<'a> {
         };
         let logits = arena.take(sizes.logits)?;
         let (last_row, position) = (None, 0);
-        Ok(Self {
-            spec,
-            limits,
-            kernels,
-            workers,
-            model,
-            angles,
-            cache,
-            buffers,
-            logits,
-            last_row,
-            position,
-        })
+        Ok(Self { spec, limits, kernels, workers, model, angles, cache, buffers, logits, last_row, position })
     }
 
     /// Adds tokens to the sequence, in batches; afterwards [`Session::logits`] are those after the last.

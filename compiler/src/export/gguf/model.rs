@@ -267,7 +267,9 @@ fn add<'m>(
     let [rows, cols] = row.file_shape(spec);
     let dims = [cols as u64, rows as u64];
     let axes = if role.is_vector() { 1 } else { 2 };
-    file.tensor_from(&name, &dims[..axes], dtype, move |out| parts.iter().try_for_each(|part| part.write(out)))?;
+    file.tensor_from(&name, &dims[..axes], dtype, move |out| {
+        parts.iter().try_for_each(|part| part.write(out))
+    })?;
     Ok((rows * cols) as u64)
 }
 

@@ -68,13 +68,7 @@ impl<'a> Group<'a> {
     }
 
     /// Rows `rows` of a head inside a `[batch * length, heads * head_dim]` matrix.
-    fn view(
-        &self,
-        values: &'a [f32],
-        heads: usize,
-        head: usize,
-        rows: Range<usize>,
-    ) -> Matrix<'a> {
+    fn view(&self, values: &'a [f32], heads: usize, head: usize, rows: Range<usize>) -> Matrix<'a> {
         let Heads { head_dim, length, .. } = self.shape;
         let stride = heads * head_dim;
         let start = (self.sequence * length + rows.start) * stride + head * head_dim;
@@ -285,15 +279,8 @@ mod tests {
 
     /// Everything seen, a window that begins in another block of rows, and a narrow one with a cap.
     const SHAPES: [Heads; 3] = {
-        let all = Heads {
-            heads: 4,
-            kv_heads: 2,
-            head_dim: 6,
-            length: 70,
-            window: 0,
-            scale: 0.41,
-            soft_cap: 0.0,
-        };
+        let all =
+            Heads { heads: 4, kv_heads: 2, head_dim: 6, length: 70, window: 0, scale: 0.41, soft_cap: 0.0 };
         [all, Heads { window: 66, ..all }, Heads { window: 5, soft_cap: 0.6, scale: 1.0, ..all }]
     };
 
@@ -319,7 +306,8 @@ mod tests {
         let [q, k, v] = [q, k, v].map(|x| x.to_vec2::<f32>().unwrap());
         for (row, head) in [(0usize, 0), (64, 1), (69, 3), (70, 2), (139, 3)] {
             let first = row / 70 * 70;
-            let first = if shape.window == 0 { first } else { first.max((row + 1).saturating_sub(shape.window)) };
+            let first =
+                if shape.window == 0 { first } else { first.max((row + 1).saturating_sub(shape.window)) };
             let (hq, hk) = (head * 6, head / 2 * 6);
             let score = |j: usize| -> f64 {
                 let dot = (0..6).map(|i| f64::from(q[row][hq + i] * k[j][hk + i])).sum::<f64>();
