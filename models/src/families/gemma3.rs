@@ -38,5 +38,4 @@ pub(super) static GEMMA3: Family = Family {
         .validate()
     },
     from_gguf: |config| DecoderSpec { qk_norm: true, ..from_gguf(&GEMMA3, config, 62)? }.validate(),
-    ..Family::BASE
 };
