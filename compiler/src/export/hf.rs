@@ -243,6 +243,8 @@ fn config(model: &Model, special: Special, path: &Path) -> Result<Value, HfError
         "tie_word_embeddings": spec.tied_embeddings,
         "bos_token_id": special.bos,
         "eos_token_id": special.eos,
+        // Left out, it would be a number of the family's own vocabulary.
+        "pad_token_id": special.pad,
     });
     particular(spec, &mut document);
     let read = (family.from_hf)(&JsonConfig(document.clone()))

@@ -1,5 +1,9 @@
 //! Gemma 3, its language model: Gemma 2 without soft caps, with normalized heads of queries and keys, a
 //! window in five layers of six, and a rotary base of their own for these.
+//!
+//! llama.cpp scales scores by the head's width, except in the model of 62 layers, and takes a pattern of
+//! windows only as a period. Our files say both where they differ (`attention.scale`, a list as
+//! `attention.sliding_window_pattern`); this runtime reads it, llama.cpp answers as if it were not there.
 
 use super::gemma2::{from_gguf, from_hf};
 use super::{Family, GEMMA_TENSORS, hf};

@@ -1,7 +1,7 @@
 //! Whole models through a file and back, and files that appear whole or not at all.
 
 use candle_core::{Device, Tensor};
-use edge_models::Role;
+use edge_models::{Activation, DecoderSpec, LayerSet, Role, Rope, family_by_gguf_name};
 use edge_runtime::format::{DType, Gguf};
 use edge_runtime::kernels::dequantize_row;
 
@@ -65,6 +65,44 @@ fn f32_comes_back_bit_for_bit() {
     assert_eq!(back.weights.iter().count(), model.weights.iter().count());
     for (role, layer, _) in model.weights.iter() {
         assert_eq!(values(&back, role, layer), values(&model, role, layer), "{role:?} {layer}");
+    }
+}
+
+/// Layers with and without windows in an order that no period gives, and fused tensors of one type.
+#[test]
+fn windows_and_fused_tensors_come_back() {
+    let plain = model();
+    let gemma = DecoderSpec {
+        family: family_by_gguf_name("gemma3").unwrap(),
+        layers: 4,
+        activation: Activation::GeluTanh,
+        qk_norm: true,
+        post_norms: true,
+        embedding_scale: 8.0,
+        window: 8,
+        local: LayerSet::periodic(9, 6).select(&[0, 5, 6, 7]),
+        local_rope: Some(Rope { theta: 5_000.0, ..plain.spec.rope }),
+        attn_scale: Some(0.125),
+        ..plain.spec
+    };
+    let phi =
+        DecoderSpec { family: family_by_gguf_name("phi3").unwrap(), tied_embeddings: false, ..plain.spec };
+    for spec in [gemma, phi] {
+        let weights = initialize(&spec, 5).unwrap();
+        let model = Model { spec, weights, ..plain.clone() };
+        let bytes = export_to_vec(&model, Mix::F32).unwrap();
+        let back = teacher::from_gguf(&Gguf::parse(&bytes).unwrap(), "memory".as_ref()).unwrap();
+        assert_eq!(back.spec, spec);
+        for (role, layer, _) in model.weights.iter() {
+            assert_eq!(values(&back, role, layer), values(&model, role, layer), "{role:?} {layer}");
+        }
+        let bytes = export_to_vec(&model, Mix::Q4_0).unwrap();
+        let back = teacher::from_gguf(&Gguf::parse(&bytes).unwrap(), "memory".as_ref()).unwrap();
+        for (role, layer, _) in model.weights.iter() {
+            let (found, expected) = (values(&back, role, layer), values(&model, role, layer));
+            let largest = expected.iter().fold(0.0, |max: f32, v| max.max(v.abs()));
+            assert!(found.iter().zip(&expected).all(|(x, y)| (x - y).abs() <= largest / 7.0), "{role:?}");
+        }
     }
 }
 
