@@ -153,7 +153,7 @@ fn swiglu_lanes<S: Simd>(s: S, gate: S::F, up: S::F) -> S::F {
 #[inline(always)]
 fn geglu_lanes<S: Simd>(s: S, gate: S::F, up: S::F) -> S::F {
     /// `2 sqrt(2 / pi)`.
-    const SLOPE: f32 = 1.595_769;
+    const SLOPE: f32 = 1.595_769_2;
     let square = s.mul(gate, gate);
     let inner = s.add(s.splat(1.0), s.mul(s.splat(0.044_715), square));
     let twice = s.mul(s.mul(s.splat(SLOPE), gate), inner);

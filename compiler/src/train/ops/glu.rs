@@ -40,7 +40,7 @@ fn silu(x: f32) -> (f32, f32) {
 #[inline(always)]
 fn gelu_tanh(x: f32) -> (f32, f32) {
     /// `2 sqrt(2 / pi)`.
-    const SLOPE: f32 = 1.595_769;
+    const SLOPE: f32 = 1.595_769_2;
     const CUBE: f32 = 0.044_715;
     let (line, square) = (SLOPE * x, x * x);
     (sigmoid(line * (1.0 + CUBE * square)), line * (1.0 + 3.0 * CUBE * square))

@@ -56,7 +56,7 @@ fn dequantization_refuses_other_lengths() {
 #[test]
 fn results_are_the_same_on_every_machine() {
     // FNV-1a over the bits of products, norm, activation and attention.
-    const EXPECTED: u64 = 0xff58_6ea2_04dd_dab0;
+    const EXPECTED: u64 = 0x7e36_4eae_0e76_2058;
     for kernels in Kernels::available() {
         let mut random = Random(7);
         let mut results = Vec::new();
