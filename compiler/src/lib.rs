@@ -7,6 +7,7 @@ pub mod bundle;
 pub mod demo;
 pub mod export;
 pub mod model;
+pub mod pack;
 pub mod pipeline;
 pub mod profile;
 pub mod quantize;

@@ -103,7 +103,7 @@ impl Vocabulary {
 }
 
 /// A metadata value that no longer needs the file. Widths of integers beyond 32 bits are kept.
-fn owned(value: &Value<'_>) -> MetaValue {
+pub(crate) fn owned(value: &Value<'_>) -> MetaValue {
     match *value {
         Value::Uint(value) => u32::try_from(value).map_or(MetaValue::U64(value), MetaValue::U32),
         Value::Int(value) => i32::try_from(value).map_or(MetaValue::I64(value), MetaValue::I32),

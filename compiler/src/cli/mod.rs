@@ -11,6 +11,7 @@ mod generate;
 mod inspect;
 mod logits;
 mod output;
+mod pack;
 mod pretrain;
 mod progress;
 mod quantize;
@@ -37,6 +38,8 @@ enum Command {
     Quantize(quantize::Arguments),
     /// Write a model folder in an open format.
     Export(export::Arguments),
+    /// Lay a model's weights out for a target's kernels.
+    Pack(pack::Arguments),
     /// Build the device library for a target.
     Bundle(bundle::Arguments),
     /// Continue a prompt.
@@ -65,7 +68,7 @@ struct EngineArguments {
     /// Threads [default: one for each core]
     #[arg(short, long, value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
-    /// Kernel table: generic, avx2, neon [default: the best that this CPU has]
+    /// Kernel table: generic, avx2, avx512, neon, dotprod, i8mm [default: the best that this CPU has]
     #[arg(long)]
     kernels: Option<String>,
 }
@@ -89,6 +92,7 @@ pub fn run() -> anyhow::Result<()> {
         Command::Distill(arguments) => distill::run(arguments),
         Command::Quantize(arguments) => quantize::run(&arguments),
         Command::Export(arguments) => export::run(&arguments),
+        Command::Pack(arguments) => pack::run(&arguments),
         Command::Bundle(arguments) => bundle::run(&arguments),
         Command::Run(arguments) => generate::run(&arguments),
         Command::Chat(arguments) => generate::chat(&arguments),

@@ -4,7 +4,9 @@
 //! file; afterwards look-ups walk it again but can no longer fail. It never trusts a count: each entry
 //! must be paid for with bytes that are really there, so the walk ends with the file.
 
-use super::DType;
+use super::edgepack::{self, PACK_HEADER_BYTES};
+use super::tiles::tiled_bytes;
+use super::{DType, Layout};
 use crate::{Code, Error, Result};
 use edge_models::Config;
 
@@ -25,6 +27,8 @@ pub struct Gguf<'a> {
     tensor_start: usize,
     data_start: usize,
     alignment: usize,
+    /// SHA-256 of the file that a pack was made from.
+    packed_from: Option<&'a [u8; 32]>,
 }
 
 /// Kind of a metadata value. The numbers are GGUF's.
@@ -79,8 +83,10 @@ pub struct TensorInfo<'a> {
     pub name: &'a str,
     /// GGUF's number of the type.
     pub type_id: u32,
-    /// The type, if it is one that is read here.
+    /// The type, if it is one that is read here and its rows follow one another.
     pub dtype: Option<DType>,
+    /// The type, if the rows are in tiles.
+    pub tiles: Option<DType>,
     /// Elements along each axis, fastest first; unused axes are 1.
     pub dims: [u64; 4],
     /// Number of axes that the file names.
@@ -92,6 +98,15 @@ pub struct TensorInfo<'a> {
 }
 
 impl TensorInfo<'_> {
+    /// The type and how the rows lie; `None` for a type that is not read here.
+    pub fn weights(&self) -> Option<(DType, Layout)> {
+        match (self.dtype, self.tiles) {
+            (Some(dtype), _) => Some((dtype, Layout::Rows)),
+            (None, Some(dtype)) => Some((dtype, Layout::Tiles)),
+            (None, None) => None,
+        }
+    }
+
     /// Elements in a row.
     pub fn cols(&self) -> usize {
         self.dims[0] as usize
@@ -315,11 +330,21 @@ impl<'a> Array<'a> {
 }
 
 impl<'a> Gguf<'a> {
-    /// Checks a whole file. Afterwards every look-up is safe.
+    /// Checks a whole file, a GGUF or a pack. Afterwards every look-up is safe.
     ///
     /// # Errors
     /// The first thing that is wrong, with its byte offset.
     pub fn parse(bytes: &'a [u8]) -> Result<Self> {
+        match edgepack::open(bytes)? {
+            None => Self::parse_gguf(bytes, None),
+            Some((source, body)) => Self::parse_gguf(body, Some(source)).map_err(|error| Error {
+                at: error.at.map(|at| at + PACK_HEADER_BYTES as u64),
+                ..error
+            }),
+        }
+    }
+
+    fn parse_gguf(bytes: &'a [u8], packed_from: Option<&'a [u8; 32]>) -> Result<Self> {
         let mut cursor = Cursor { bytes, at: 0 };
         let magic = cursor.u32()?;
         if magic != MAGIC {
@@ -341,6 +366,7 @@ impl<'a> Gguf<'a> {
             tensor_start: 0,
             data_start: 0,
             alignment: 32,
+            packed_from,
         };
         for _ in 0..kv_count {
             let at = cursor.at;
@@ -381,7 +407,12 @@ impl<'a> Gguf<'a> {
         self.version
     }
 
-    /// The whole file.
+    /// SHA-256 of the file that this pack was made from; `None` for a GGUF file.
+    pub fn packed_from(&self) -> Option<&'a [u8; 32]> {
+        self.packed_from
+    }
+
+    /// The whole GGUF file; in a pack, what follows its header.
     pub fn bytes(&self) -> &'a [u8] {
         self.bytes
     }
@@ -432,6 +463,7 @@ impl<'a> Gguf<'a> {
     fn locate(&self, header: &TensorHeader<'a>) -> Result<TensorInfo<'a>> {
         let error = |code| Error::new(code, header.name);
         let dtype = DType::from_gguf(header.type_id);
+        let tiles = self.packed_from.and_then(|_| edgepack::tiled_type(header.type_id));
         let mut elements: u64 = 1;
         for dim in header.dims {
             elements = match elements.checked_mul(dim) {
@@ -442,9 +474,17 @@ impl<'a> Gguf<'a> {
         if !header.offset.is_multiple_of(self.alignment as u64) {
             return Err(error(Code::BadAlignment).found(header.offset, self.alignment as u64));
         }
-        let size = match dtype {
-            None => 0,
-            Some(dtype) => {
+        let size = match (dtype, tiles) {
+            (None, None) => 0,
+            (None, Some(dtype)) => {
+                let rows = usize::try_from(elements / header.dims[0]);
+                let cols = usize::try_from(header.dims[0]);
+                match rows.ok().zip(cols.ok()).and_then(|(rows, cols)| tiled_bytes(dtype, rows, cols)) {
+                    Some(bytes) => bytes as u64,
+                    None => return Err(error(Code::BadShape).found(header.dims[0], dtype.block_len() as u64)),
+                }
+            }
+            (Some(dtype), _) => {
                 let block = dtype.block_len() as u64;
                 if !header.dims[0].is_multiple_of(block) {
                     return Err(error(Code::BadShape)
@@ -463,6 +503,7 @@ impl<'a> Gguf<'a> {
                 name: header.name,
                 type_id: header.type_id,
                 dtype,
+                tiles,
                 dims: header.dims,
                 n_dims: header.n_dims,
                 offset: start as usize,

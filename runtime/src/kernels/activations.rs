@@ -2,10 +2,15 @@
 //!
 //! There is one quantized form for all weight types: blocks of 32 values, each with a scale `max|x| / 127`
 //! and the integers `q = round(x / scale)` within ±127. The sum of a block's integers is kept too, because
-//! a weight `d * q + m` needs it. Rows are padded with zero blocks to a whole number of 8 blocks (the
-//! vector width of all kernels), and blocks are stored in pairs, first halves before second halves:
-//! `[even 0..16, odd 0..16, even 16..32, odd 16..32]`, the order in which nibbles come out of the weights.
+//! a weight `d * q + m` needs it. Only the order depends on how the weights lie.
+//!
+//! For weights in rows, activations are padded with zero blocks to a whole number of 8 blocks (the vector
+//! width of all kernels), and blocks are stored in pairs, first halves before second halves:
+//! `[even 0..16, odd 0..16, even 16..32, odd 16..32]`, the order in which nibbles come out of the weights. For
+//! weights in tiles, see [`super::tiles`].
 
+use crate::format::Layout;
+use super::tiles::{TileActs, padded_tokens};
 use crate::{Code, Error, Result};
 
 /// Values in a block.
@@ -37,9 +42,11 @@ pub struct Activations<'a> {
     tokens: usize,
     cols: usize,
     values: &'a [f32],
-    quants: &'a [[i8; GROUP_LEN]],
-    scales: &'a [[f32; GROUP]],
-    sums: &'a [[f32; GROUP]],
+    quants: &'a [i8],
+    scales: &'a [f32],
+    sums: &'a [f32],
+    /// The weights that the quantized twin is ordered for; `None` without one.
+    order: Option<Layout>,
 }
 
 /// The quantized twin of one row, in groups of 8 blocks.
@@ -56,7 +63,7 @@ pub(crate) struct QuantizedRow<'a> {
 impl<'a> ActivationsMut<'a> {
     /// `f32` elements that one row of `cols` values needs.
     pub const fn floats_per_token(cols: usize) -> usize {
-        cols.saturating_add(2 * padded_blocks(cols))
+        cols.saturating_add(3 * padded_blocks(cols))
     }
 
     /// `i8` elements that one row of `cols` values needs.
@@ -64,14 +71,20 @@ impl<'a> ActivationsMut<'a> {
         padded_blocks(cols).saturating_mul(BLOCK)
     }
 
+    /// Rows that a batch of `tokens` needs room for: quantized twins may have tokens side by side.
+    pub const fn padded_tokens(tokens: usize) -> usize {
+        padded_tokens(tokens)
+    }
+
     /// `tokens` rows of `cols` values in the front of the two buffers. What the buffers hold stays: the values
     /// are the first `tokens * cols` floats, row after row.
     ///
     /// # Errors
-    /// [`Code::BufferTooSmall`] if a buffer holds less than `tokens` times what one token needs.
+    /// [`Code::BufferTooSmall`] if a buffer holds less than [`Self::padded_tokens`] times what one token
+    /// needs.
     pub fn new(tokens: usize, cols: usize, floats: &'a mut [f32], quants: &'a mut [i8]) -> Result<Self> {
-        let blocks = padded_blocks(cols);
-        let check = |what, held: usize, per_token: usize| match per_token.checked_mul(tokens) {
+        let (blocks, rows) = (padded_blocks(cols), padded_tokens(tokens));
+        let check = |what, held: usize, per_token: usize| match per_token.checked_mul(rows) {
             Some(needed) if needed <= held => Ok(()),
             needed => Err(Error::new(Code::BufferTooSmall, what)
                 .found(held as u64, needed.unwrap_or(usize::MAX) as u64)),
@@ -79,9 +92,9 @@ impl<'a> ActivationsMut<'a> {
         check("activations", floats.len(), Self::floats_per_token(cols))?;
         check("quantized activations", quants.len(), Self::quants_per_token(cols))?;
         let (values, rest) = floats.split_at_mut(tokens * cols);
-        let (scales, rest) = rest.split_at_mut(tokens * blocks);
-        let sums = &mut rest[..tokens * blocks];
-        let quants = &mut quants[..tokens * blocks * BLOCK];
+        let (scales, rest) = rest.split_at_mut(rows * blocks);
+        let sums = &mut rest[..2 * rows * blocks];
+        let quants = &mut quants[..rows * blocks * BLOCK];
         Ok(Self { tokens, cols, values, quants, scales, sums })
     }
 
@@ -113,17 +126,14 @@ impl<'a> ActivationsMut<'a> {
     /// The rows without a quantized twin: enough for float weights, refused by quantized ones.
     pub fn unquantized(&self) -> Activations<'_> {
         let (tokens, cols) = (self.tokens, self.cols);
-        Activations { tokens, cols, values: self.values, quants: &[], scales: &[], sums: &[] }
+        Activations { tokens, cols, values: self.values, quants: &[], scales: &[], sums: &[], order: None }
     }
 
-    /// The rows and their twin, once a kernel has filled it.
-    pub(super) fn quantized(&self) -> Activations<'_> {
-        Activations {
-            quants: self.quants.as_chunks().0,
-            scales: self.scales.as_chunks().0,
-            sums: self.sums.as_chunks().0,
-            ..self.unquantized()
-        }
+    /// The rows and their twin, once a kernel has filled it for weights that lie as `layout` says.
+    pub(super) fn quantized(&self, layout: Layout) -> Activations<'_> {
+        // A width that is not a multiple of 32 has no twin.
+        let order = (self.tokens == 0 || !self.quants.is_empty()).then_some(layout);
+        Activations { quants: self.quants, scales: self.scales, sums: self.sums, order, ..self.unquantized() }
     }
 }
 
@@ -143,9 +153,9 @@ impl<'a> Activations<'a> {
         self.values
     }
 
-    /// Whether quantized weights can be multiplied with these rows.
-    pub fn is_quantized(&self) -> bool {
-        self.tokens == 0 || !self.quants.is_empty()
+    /// How quantized weights must lie that can be multiplied with these rows; `None` if none can.
+    pub fn quantized_for(&self) -> Option<Layout> {
+        self.order
     }
 
     /// The values of one row.
@@ -160,9 +170,25 @@ impl<'a> Activations<'a> {
         let groups = padded_blocks(self.cols) / GROUP;
         let range = token * groups..(token + 1) * groups;
         QuantizedRow {
-            quants: &self.quants[range.clone()],
-            scales: &self.scales[range.clone()],
-            sums: &self.sums[range],
+            quants: &self.quants.as_chunks().0[range.clone()],
+            scales: &self.scales.as_chunks().0[range.clone()],
+            sums: &self.sums.as_chunks().0[range],
+        }
+    }
+
+    /// The quantized twin for weights in tiles.
+    pub(crate) fn tile_acts(&self) -> TileActs<'a> {
+        let blocks = self.cols / BLOCK;
+        let len = padded_tokens(self.tokens) * blocks;
+        // `tiles::quantize` puts half sums behind as many sums as there are scales.
+        let (sums, halves) = self.sums.split_at(self.scales.len());
+        TileActs {
+            tokens: self.tokens,
+            blocks,
+            quants: &self.quants[..len * BLOCK],
+            scales: &self.scales[..len],
+            sums: &sums[..len],
+            halves: &halves[..len],
         }
     }
 }

@@ -2,8 +2,8 @@
 
 use super::activations::{Activations, ActivationsMut};
 use super::attention::{Cache, KeyValues, Scores};
-use super::matmul::{self, Matrix, RowsKernel};
-use crate::format::DType;
+use super::matmul::{self, Matrix, Product, RowsKernel, RowsKernels, TileKernels};
+use crate::format::{DType, Layout};
 use crate::workers::Workers;
 use crate::{Result, kernels::generic};
 use edge_models::RopePairing;
@@ -14,35 +14,49 @@ use edge_models::RopePairing;
 /// is never reached.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Features {
+    /// x86-64: AVX2, FMA and F16C.
     avx2: bool,
+    /// x86-64: AVX-512 F, BW, VL and VNNI besides.
+    avx512: bool,
+    /// 64-bit ARM: FEAT_DotProd.
+    dotprod: bool,
+    /// 64-bit ARM: FEAT_I8MM besides.
+    i8mm: bool,
 }
 
 impl Features {
     /// Nothing beyond the build's baseline.
-    pub const NONE: Self = Self { avx2: false };
+    pub const NONE: Self = Self { avx2: false, avx512: false, dotprod: false, i8mm: false };
 
-    /// What this CPU and its operating system offer.
+    /// What this CPU and its operating system offer. On 64-bit ARM only an operating system can tell, and the
+    /// answer is [`Features::NONE`]: see [`Features::from_hwcap`].
     pub fn detect() -> Self {
         #[cfg(target_arch = "x86_64")]
-        return Self { avx2: super::x86_64::has_avx2() };
-        #[cfg(not(target_arch = "x86_64"))]
+        let (avx2, avx512) = super::x86_64::features();
+        #[cfg(target_arch = "x86_64")]
+        return Self { avx2, avx512, ..Self::NONE };
+        #[cfg(all(target_arch = "aarch64", feature = "std"))]
+        return Self {
+            dotprod: std::arch::is_aarch64_feature_detected!("dotprod"),
+            i8mm: std::arch::is_aarch64_feature_detected!("dotprod")
+                && std::arch::is_aarch64_feature_detected!("i8mm"),
+            ..Self::NONE
+        };
+        #[cfg(not(any(target_arch = "x86_64", all(target_arch = "aarch64", feature = "std"))))]
         Self::NONE
     }
-}
 
-/// One kernel for each weight type.
-pub(super) struct RowsKernels {
-    pub f32: RowsKernel,
-    pub f16: RowsKernel,
-    pub bf16: RowsKernel,
-    pub q8_0: RowsKernel,
-    pub q4_0: RowsKernel,
-    pub q4_1: RowsKernel,
-    pub q5_0: RowsKernel,
-    pub q5_1: RowsKernel,
-    pub q4_k: RowsKernel,
-    pub q5_k: RowsKernel,
-    pub q6_k: RowsKernel,
+    /// What Linux or Android say of a 64-bit ARM CPU: `getauxval(AT_HWCAP)` and `getauxval(AT_HWCAP2)`
+    /// (Linux `arch/arm64/include/uapi/asm/hwcap.h`).
+    ///
+    /// # Safety
+    /// The numbers must be those of the CPU that kernels will run on, or have fewer bits set.
+    pub unsafe fn from_hwcap(hwcap: u64, hwcap2: u64) -> Self {
+        const ASIMDDP: u64 = 1 << 20;
+        const I8MM: u64 = 1 << 13;
+        let dotprod = hwcap & ASIMDDP != 0;
+        Self { dotprod, i8mm: dotprod && hwcap2 & I8MM != 0, ..Self::NONE }
+    }
 }
 
 /// The kernels of one instruction set.
@@ -52,6 +66,7 @@ pub(super) struct RowsKernels {
 pub struct Kernels {
     pub(super) name: &'static str,
     pub(super) quantize: unsafe fn(&mut ActivationsMut),
+    pub(super) quantize_tiles: unsafe fn(&mut ActivationsMut),
     pub(super) dot: unsafe fn(&[f32], &[f32]) -> f32,
     pub(super) axpy: unsafe fn(f32, &[f32], &mut [f32]),
     pub(super) rms_norm: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
@@ -62,7 +77,8 @@ pub struct Kernels {
     pub(super) rope: unsafe fn(&mut [f32], &[f32], &[f32], RopePairing),
     pub(super) attend_half: unsafe fn(&[f32], Cache<u16>, usize, Scores, &mut [f32]),
     pub(super) attend_full: unsafe fn(&[f32], Cache<f32>, usize, Scores, &mut [f32]),
-    pub(super) rows: RowsKernels,
+    pub(super) rows: &'static RowsKernels,
+    pub(super) tiles: &'static TileKernels,
 }
 
 impl core::fmt::Debug for Kernels {
@@ -79,25 +95,34 @@ impl Kernels {
 
     /// The fastest kernels for a CPU with `features`.
     pub fn select(features: Features) -> &'static Self {
+        Self::for_features(features).next().unwrap_or(Self::generic())
+    }
+
+    /// All tables that this build has and a CPU with `features` can run, the fastest first.
+    fn for_features(features: Features) -> impl Iterator<Item = &'static Self> {
         #[cfg(target_arch = "x86_64")]
-        if features.avx2 {
-            return &super::x86_64::avx2::TABLE;
-        }
+        let tables = [
+            features.avx512.then_some(&super::x86_64::avx512::TABLE),
+            features.avx2.then_some(&super::x86_64::avx2::TABLE),
+        ];
         #[cfg(all(target_arch = "aarch64", target_feature = "neon"))]
-        if features == Features::NONE {
-            return &super::aarch64::neon::TABLE;
-        }
+        let tables = [
+            features.i8mm.then_some(&super::aarch64::i8mm::TABLE),
+            features.dotprod.then_some(&super::aarch64::dotprod::TABLE),
+            Some(&super::aarch64::neon::TABLE),
+        ];
+        #[cfg(not(any(target_arch = "x86_64", all(target_arch = "aarch64", target_feature = "neon"))))]
+        let tables: [Option<&'static Self>; 0] = [];
         let _ = features;
-        Self::generic()
+        tables.into_iter().flatten().chain(core::iter::once(Self::generic()))
     }
 
     /// All tables that this build has and this CPU can run, the fastest first.
     pub fn available() -> impl Iterator<Item = &'static Self> {
-        let (fastest, generic) = (Self::select(Features::detect()), Self::generic());
-        core::iter::once(fastest).chain((fastest.name != generic.name).then_some(generic))
+        Self::for_features(Features::detect())
     }
 
-    /// The table called `generic`, `avx2` or `neon`; `None` if this build or this CPU has none.
+    /// The table of that name; `None` if this build or this CPU has none.
     pub fn by_name(name: &str) -> Option<&'static Self> {
         Self::available().find(|kernels| kernels.name == name)
     }
@@ -107,18 +132,24 @@ impl Kernels {
         self.name
     }
 
-    /// Fills the quantized twin of all rows; nothing to do for a width that is not a multiple of 32.
-    pub fn quantize<'a>(&self, acts: &'a mut ActivationsMut) -> Activations<'a> {
+    /// Fills the quantized twin of all rows for weights that lie as `layout` says; nothing to do for a width
+    /// that is not a multiple of 32.
+    pub fn quantize<'a>(&self, acts: &'a mut ActivationsMut, layout: Layout) -> Activations<'a> {
+        let quantize = match layout {
+            Layout::Rows => self.quantize,
+            Layout::Tiles => self.quantize_tiles,
+        };
         // SAFETY: whoever holds this table has a CPU that can run it.
-        unsafe { (self.quantize)(acts) }
-        acts.quantized()
+        unsafe { quantize(acts) }
+        acts.quantized(layout)
     }
 
     /// `out[token][row] = weight[row] . acts[token]`; the rows are shared among `workers`.
     ///
     /// # Errors
     /// [`Code::WrongShape`](crate::Code::WrongShape) if the widths differ or `out` is not `[tokens, rows]`;
-    /// [`Code::BadArgument`](crate::Code::BadArgument) if the weights are quantized and `acts` are not.
+    /// [`Code::BadArgument`](crate::Code::BadArgument) if the weights are quantized and `acts` are not, or
+    /// for weights that lie otherwise.
     pub fn matmul(
         &self,
         workers: &dyn Workers,
@@ -126,21 +157,49 @@ impl Kernels {
         acts: &Activations,
         out: &mut [f32],
     ) -> Result<()> {
-        let kernel = match weight.dtype() {
-            DType::F32 => self.rows.f32,
-            DType::F16 => self.rows.f16,
-            DType::BF16 => self.rows.bf16,
-            DType::Q8_0 => self.rows.q8_0,
-            DType::Q4_0 => self.rows.q4_0,
-            DType::Q4_1 => self.rows.q4_1,
-            DType::Q5_0 => self.rows.q5_0,
-            DType::Q5_1 => self.rows.q5_1,
-            DType::Q4K => self.rows.q4_k,
-            DType::Q5K => self.rows.q5_k,
-            DType::Q6K => self.rows.q6_k,
-        };
+        self.matmuls(workers, acts, [(weight, out)])
+    }
+
+    /// [`Kernels::matmul`] of several matrices with the same activations, as one job: threads meet once.
+    ///
+    /// # Errors
+    /// As [`Kernels::matmul`].
+    pub fn matmuls<const N: usize>(
+        &self,
+        workers: &dyn Workers,
+        acts: &Activations,
+        products: [(&Matrix, &mut [f32]); N],
+    ) -> Result<()> {
+        let products =
+            products.map(|(weight, out)| Product { kernel: self.kernel(weight), weight, out });
         // SAFETY: whoever holds this table has a CPU that can run it.
-        unsafe { matmul::run(kernel, workers, weight, acts, out) }
+        unsafe { matmul::run(workers, acts, products) }
+    }
+
+    /// The kernel for a matrix.
+    fn kernel(&self, weight: &Matrix) -> RowsKernel {
+        let (rows, tiles) = (self.rows, self.tiles);
+        match (weight.dtype(), weight.layout()) {
+            (DType::F32, _) => rows.f32,
+            (DType::F16, _) => rows.f16,
+            (DType::BF16, _) => rows.bf16,
+            (DType::Q8_0, Layout::Rows) => rows.q8_0,
+            (DType::Q4_0, Layout::Rows) => rows.q4_0,
+            (DType::Q4_1, Layout::Rows) => rows.q4_1,
+            (DType::Q5_0, Layout::Rows) => rows.q5_0,
+            (DType::Q5_1, Layout::Rows) => rows.q5_1,
+            (DType::Q4K, Layout::Rows) => rows.q4_k,
+            (DType::Q5K, Layout::Rows) => rows.q5_k,
+            (DType::Q6K, Layout::Rows) => rows.q6_k,
+            (DType::Q8_0, Layout::Tiles) => tiles.q8_0,
+            (DType::Q4_0, Layout::Tiles) => tiles.q4_0,
+            (DType::Q4_1, Layout::Tiles) => tiles.q4_1,
+            (DType::Q5_0, Layout::Tiles) => tiles.q5_0,
+            (DType::Q5_1, Layout::Tiles) => tiles.q5_1,
+            (DType::Q4K, Layout::Tiles) => tiles.q4_k,
+            (DType::Q5K, Layout::Tiles) => tiles.q5_k,
+            (DType::Q6K, Layout::Tiles) => tiles.q6_k,
+        }
     }
 
     /// The dot product of `x` and `y`; of slices that differ in length the shorter one counts, here and below.

@@ -3,7 +3,7 @@
 //! A dot product has 16 running sums (element `i` goes to sum `i % 16`), which are added pairwise at the
 //! end; a row whose length is not a multiple of 16 counts as padded with zeros.
 
-use super::activations::{ActivationsMut, BLOCK};
+use super::activations::{ActivationsMut, BLOCK, GROUP};
 use super::exp::exp_lanes;
 use super::simd::Simd;
 use crate::format::f16_to_f32;
@@ -142,22 +142,36 @@ fn times_sigmoid<S: Simd>(s: S, x: S::F, y: S::F) -> S::F {
     s.div(x, s.add(s.splat(1.0), exp))
 }
 
-/// `gate / (1 + exp(-gate)) * up`, eight lanes.
-#[inline(always)]
-fn swiglu_lanes<S: Simd>(s: S, gate: S::F, up: S::F) -> S::F {
-    s.mul(times_sigmoid(s, gate, gate), up)
+/// How a gate and what it lets through become one. A trait, not a function that is handed on: shims of functions
+/// are compiled without the features of the instruction set, and intrinsics are not inlined into them.
+trait Gate {
+    /// Eight results.
+    fn lanes<S: Simd>(s: S, gate: S::F, up: S::F) -> S::F;
 }
 
-/// `gate / (1 + exp(-2u)) * up` with `u = sqrt(2 / pi) * (gate + 0.044715 gate^3)`, eight lanes; that is
-/// `gate / 2 * (1 + tanh(u)) * up`.
-#[inline(always)]
-fn geglu_lanes<S: Simd>(s: S, gate: S::F, up: S::F) -> S::F {
-    /// `2 sqrt(2 / pi)`.
-    const SLOPE: f32 = 1.595_769_2;
-    let square = s.mul(gate, gate);
-    let inner = s.add(s.splat(1.0), s.mul(s.splat(0.044_715), square));
-    let twice = s.mul(s.mul(s.splat(SLOPE), gate), inner);
-    s.mul(times_sigmoid(s, gate, twice), up)
+struct Swiglu;
+struct Geglu;
+
+impl Gate for Swiglu {
+    /// `gate / (1 + exp(-gate)) * up`.
+    #[inline(always)]
+    fn lanes<S: Simd>(s: S, gate: S::F, up: S::F) -> S::F {
+        s.mul(times_sigmoid(s, gate, gate), up)
+    }
+}
+
+impl Gate for Geglu {
+    /// `gate / (1 + exp(-2u)) * up` with `u = sqrt(2 / pi) * (gate + 0.044715 gate^3)`; that is
+    /// `gate / 2 * (1 + tanh(u)) * up`.
+    #[inline(always)]
+    fn lanes<S: Simd>(s: S, gate: S::F, up: S::F) -> S::F {
+        /// `2 sqrt(2 / pi)`.
+        const SLOPE: f32 = 1.595_769_2;
+        let square = s.mul(gate, gate);
+        let inner = s.add(s.splat(1.0), s.mul(s.splat(0.044_715), square));
+        let twice = s.mul(s.mul(s.splat(SLOPE), gate), inner);
+        s.mul(times_sigmoid(s, gate, twice), up)
+    }
 }
 
 /// `cap * tanh(x / cap)` as `cap - 2 cap / (1 + exp(2 x / cap))`, eight lanes.
@@ -183,30 +197,30 @@ pub(crate) fn soft_cap<S: Simd>(s: S, x: &mut [f32], cap: f32) {
 /// `gate = gate * sigmoid(gate) * up`.
 #[inline(always)]
 pub(crate) fn swiglu<S: Simd>(s: S, gate: &mut [f32], up: &[f32]) {
-    gated(s, gate, up, swiglu_lanes);
+    gated::<S, Swiglu>(s, gate, up);
 }
 
 /// `gate = gelu(gate) * up` with the approximation by tanh.
 #[inline(always)]
 pub(crate) fn geglu<S: Simd>(s: S, gate: &mut [f32], up: &[f32]) {
-    gated(s, gate, up, geglu_lanes);
+    gated::<S, Geglu>(s, gate, up);
 }
 
 /// `gate = lanes(gate, up)`.
 #[inline(always)]
-fn gated<S: Simd>(s: S, gate: &mut [f32], up: &[f32], lanes: impl Fn(S, S::F, S::F) -> S::F) {
+fn gated<S: Simd, G: Gate>(s: S, gate: &mut [f32], up: &[f32]) {
     let len = gate.len().min(up.len());
     let (gate, gate_rest) = gate[..len].as_chunks_mut::<8>();
     let (up, up_rest) = up[..len].as_chunks::<8>();
     for (gate, up) in gate.iter_mut().zip(up) {
-        s.store(lanes(s, s.load(gate), s.load(up)), gate);
+        s.store(G::lanes(s, s.load(gate), s.load(up)), gate);
     }
     let (mut gates, mut ups) = ([0.0; 8], [0.0; 8]);
     for (i, (gate, up)) in gate_rest.iter().zip(up_rest).enumerate() {
         (gates[i], ups[i]) = (*gate, *up);
     }
     let (last, ups) = (s.load(&gates), s.load(&ups));
-    s.store(lanes(s, last, ups), &mut gates);
+    s.store(G::lanes(s, last, ups), &mut gates);
     for (gate, result) in gate_rest.iter_mut().zip(gates) {
         *gate = result;
     }
@@ -245,7 +259,7 @@ pub(crate) fn quantize<S: Simd>(s: S, acts: &mut ActivationsMut) {
     if tokens == 0 || acts.scales.is_empty() {
         return;
     }
-    let padded = acts.scales.len() / tokens;
+    let padded = (cols / BLOCK).next_multiple_of(GROUP);
     acts.scales.fill(0.0);
     acts.sums.fill(0.0);
     for token in 0..tokens {
@@ -279,7 +293,7 @@ fn round_to_half_precision(x: f32) -> f32 {
 
 /// The scale and the two halves of one block.
 #[inline(always)]
-fn quantize_block<S: Simd>(s: S, values: &[f32; BLOCK]) -> (f32, [[i8; 16]; 2]) {
+pub(super) fn quantize_block<S: Simd>(s: S, values: &[f32; BLOCK]) -> (f32, [[i8; 16]; 2]) {
     let ([a, b], _) = values.as_chunks::<16>() else { return (0.0, [[0; 16]; 2]) };
     let ([a, b], [c, d]) = (load16(s, a), load16(s, b));
     let peak = f32::from_bits(s.peak([a, b, c, d]));

@@ -11,7 +11,9 @@ use super::blocks::{Format, Group};
 use super::float::load16;
 use super::output::{Columns, Output};
 use super::simd::Simd;
-use crate::format::DType;
+use super::tiles::dequantize_tile_row;
+use super::dequantize_row;
+use crate::format::{DType, Geometry, Layout, TILE_ROWS as ROWS};
 use crate::workers::Workers;
 use crate::{Code, Error, Result};
 
@@ -26,9 +28,11 @@ const WORTH_SHARING: usize = 1 << 15;
 #[derive(Clone, Copy, Debug)]
 pub struct Matrix<'a> {
     dtype: DType,
+    layout: Layout,
     rows: usize,
     cols: usize,
-    row_bytes: usize,
+    /// Bytes of a row, or of a tile.
+    unit_bytes: usize,
     data: &'a [u8],
 }
 
@@ -39,7 +43,23 @@ impl<'a> Matrix<'a> {
     /// [`Code::WrongShape`] if a row is empty or not a whole number of blocks, or if `data` has not exactly
     /// the bytes of all rows.
     pub fn new(dtype: DType, rows: usize, cols: usize, data: &'a [u8]) -> Result<Self> {
-        let row_bytes = match dtype.row_bytes(cols) {
+        Self::with(Layout::Rows, dtype, rows, cols, data)
+    }
+
+    /// `rows` rows of `cols` elements of `dtype`, laid out as `layout` says.
+    ///
+    /// # Errors
+    /// As [`Matrix::new`]; [`Code::UnsupportedType`] for tiles of a floating-point type.
+    pub fn with(layout: Layout, dtype: DType, rows: usize, cols: usize, data: &'a [u8]) -> Result<Self> {
+        let (unit_bytes, units) = match layout {
+            Layout::Rows => (dtype.row_bytes(cols), rows),
+            Layout::Tiles => {
+                let geometry = Geometry::of(dtype)
+                    .ok_or_else(|| Error::new(Code::UnsupportedType, dtype.name()).hint("in tiles"))?;
+                (geometry.tile_bytes(cols), rows.div_ceil(ROWS))
+            }
+        };
+        let unit_bytes = match unit_bytes {
             Some(bytes) if bytes > 0 => bytes,
             _ => {
                 return Err(
@@ -47,8 +67,8 @@ impl<'a> Matrix<'a> {
                 );
             }
         };
-        match row_bytes.checked_mul(rows) {
-            Some(bytes) if bytes == data.len() => Ok(Self { dtype, rows, cols, row_bytes, data }),
+        match unit_bytes.checked_mul(units) {
+            Some(bytes) if bytes == data.len() => Ok(Self { dtype, layout, rows, cols, unit_bytes, data }),
             bytes => Err(Error::new(Code::WrongShape, dtype.name())
                 .found(data.len() as u64, bytes.unwrap_or(usize::MAX) as u64)
                 .hint("bytes of a weight matrix")),
@@ -58,6 +78,11 @@ impl<'a> Matrix<'a> {
     /// How the elements are stored.
     pub fn dtype(&self) -> DType {
         self.dtype
+    }
+
+    /// How the rows lie.
+    pub fn layout(&self) -> Layout {
+        self.layout
     }
 
     /// Number of rows, the outputs.
@@ -70,57 +95,125 @@ impl<'a> Matrix<'a> {
         self.cols
     }
 
-    /// The bytes of one row; `None` beyond the last.
+    /// Decodes row `row` to `out`, which is as long as a row.
+    ///
+    /// # Errors
+    /// [`Code::WrongShape`] if it is not, or there is no such row.
+    pub fn dequantize(&self, row: usize, out: &mut [f32]) -> Result<()> {
+        if row >= self.rows || out.len() != self.cols {
+            return Err(Error::new(Code::WrongShape, self.dtype.name()).found(row as u64, self.rows as u64));
+        }
+        match self.layout {
+            Layout::Rows => dequantize_row(self.dtype, self.row(row).unwrap_or(&[]), out),
+            Layout::Tiles => dequantize_tile_row(self.dtype, self.data, row, out),
+        }
+    }
+
+    /// The bytes of one row; `None` beyond the last, and in tiles.
     #[inline]
-    pub fn row(&self, row: usize) -> Option<&'a [u8]> {
-        if row < self.rows { self.data.get(row * self.row_bytes..)?.get(..self.row_bytes) } else { None }
+    pub(crate) fn row(&self, row: usize) -> Option<&'a [u8]> {
+        if row < self.rows && self.layout == Layout::Rows {
+            self.data.get(row * self.unit_bytes..)?.get(..self.unit_bytes)
+        } else {
+            None
+        }
+    }
+
+    /// Factors and quants of the tile that `row` is in; `None` beyond the last, and in rows.
+    #[inline(always)]
+    pub(crate) fn tile(&self, row: usize, geometry: Geometry) -> Option<(&'a [u8], &'a [[u8; 64]])> {
+        if self.layout != Layout::Tiles {
+            return None;
+        }
+        let tile = self.data.get(row / ROWS * self.unit_bytes..)?.get(..self.unit_bytes)?;
+        let (factors, quants) = tile.split_at_checked(geometry.quants_at(self.cols)?)?;
+        Some((factors, quants.as_chunks().0))
     }
 
     /// Rows whose weights stay in the cache, at least 1.
     fn rows_in_cache(&self) -> usize {
-        (WEIGHT_BYTES / self.row_bytes).max(1)
+        (WEIGHT_BYTES / self.unit_bytes).max(1)
     }
 }
 
 /// One kernel: computes the rows of one part for all tokens.
 pub(crate) type RowsKernel = unsafe fn(&Matrix, &Activations, &mut Columns);
 
-/// Checks the shapes and runs `kernel` over all rows on all threads.
+/// One kernel for each weight type.
+pub(crate) struct RowsKernels {
+    pub f32: RowsKernel,
+    pub f16: RowsKernel,
+    pub bf16: RowsKernel,
+    pub q8_0: RowsKernel,
+    pub q4_0: RowsKernel,
+    pub q4_1: RowsKernel,
+    pub q5_0: RowsKernel,
+    pub q5_1: RowsKernel,
+    pub q4_k: RowsKernel,
+    pub q5_k: RowsKernel,
+    pub q6_k: RowsKernel,
+}
+
+/// One kernel for each quantized type in tiles.
+pub(crate) struct TileKernels {
+    pub q8_0: RowsKernel,
+    pub q4_0: RowsKernel,
+    pub q4_1: RowsKernel,
+    pub q5_0: RowsKernel,
+    pub q5_1: RowsKernel,
+    pub q4_k: RowsKernel,
+    pub q5_k: RowsKernel,
+    pub q6_k: RowsKernel,
+}
+
+/// A weight matrix, the kernel for it, and where the product goes, `[tokens, rows]`.
+pub(crate) struct Product<'p, 'a> {
+    pub kernel: RowsKernel,
+    pub weight: &'p Matrix<'a>,
+    pub out: &'p mut [f32],
+}
+
+/// Checks the shapes and computes all products of `acts`, their rows shared among all threads.
 ///
 /// # Safety
-/// The CPU must be able to run `kernel`.
-pub(crate) unsafe fn run(
-    kernel: RowsKernel,
+/// The CPU must be able to run the kernels.
+pub(crate) unsafe fn run<const N: usize>(
     workers: &dyn Workers,
-    weight: &Matrix,
     acts: &Activations,
-    out: &mut [f32],
+    products: [Product; N],
 ) -> Result<()> {
-    let (tokens, len) = (acts.tokens(), out.len());
-    if weight.cols != acts.cols() {
-        return Err(Error::new(Code::WrongShape, "matmul").found(acts.cols() as u64, weight.cols as u64));
+    let tokens = acts.tokens();
+    let mut work = 0usize;
+    for Product { weight, out, .. } in &products {
+        if weight.cols != acts.cols() {
+            return Err(Error::new(Code::WrongShape, "matmul").found(acts.cols() as u64, weight.cols as u64));
+        }
+        if !weight.dtype.is_float() && acts.quantized_for() != Some(weight.layout) {
+            return Err(Error::new(Code::BadArgument, "matmul")
+                .hint("quantized weights need activations quantized for their layout"));
+        }
+        let expected = tokens.saturating_mul(weight.rows);
+        if out.len() != expected {
+            return Err(
+                Error::new(Code::WrongShape, "matmul output").found(out.len() as u64, expected as u64)
+            );
+        }
+        work = work.saturating_add(expected.saturating_mul(weight.cols));
     }
-    if !weight.dtype.is_float() && !acts.is_quantized() {
-        return Err(
-            Error::new(Code::BadArgument, "matmul").hint("quantized weights need quantized activations")
-        );
-    }
-    let threads = if tokens.saturating_mul(weight.rows).saturating_mul(weight.cols) < WORTH_SHARING {
-        1
-    } else {
-        workers.count().max(1)
-    };
+    let threads = if work < WORTH_SHARING { 1 } else { workers.count().max(1) };
     // Several parts a thread, so that a thread that was held up leaves work to the others.
     let parts = if threads == 1 { 1 } else { threads * 4 };
-    let step = weight.rows.div_ceil(parts).max(1);
-    let Some(output) = Output::new(out, tokens, weight.rows, step) else {
-        let expected = tokens.saturating_mul(weight.rows) as u64;
-        return Err(Error::new(Code::WrongShape, "matmul output").found(len as u64, expected));
-    };
+    let shared = products.map(|Product { kernel, weight, out }| {
+        let step = weight.rows.div_ceil(parts).next_multiple_of(ROWS);
+        (kernel, weight, Output::new(out, tokens, weight.rows, step))
+    });
     let job = |_: usize| {
-        while let Some(mut part) = output.take() {
-            // SAFETY: the caller's promise.
-            unsafe { kernel(weight, acts, &mut part) }
+        for (kernel, weight, output) in &shared {
+            // The lengths were checked, so every product has its output.
+            while let Some(mut part) = output.as_ref().and_then(Output::take) {
+                // SAFETY: the caller's promise.
+                unsafe { kernel(weight, acts, &mut part) }
+            }
         }
     };
     if threads > 1 {

@@ -17,6 +17,7 @@ mod matmul;
 mod output;
 mod simd;
 mod table;
+mod tiles;
 
 #[cfg(all(target_arch = "aarch64", target_feature = "neon"))]
 mod aarch64;
@@ -29,6 +30,7 @@ pub use dispatch::{Features, Kernels};
 pub use exp::exp;
 pub use generic::dequantize_row;
 pub use matmul::Matrix;
+pub use tiles::pack_tiles;
 
 #[cfg(test)]
 mod tests;

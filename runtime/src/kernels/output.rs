@@ -71,6 +71,38 @@ impl Columns<'_> {
             unsafe { self.start.add(token * self.stride + row).write(value) }
         }
     }
+
+    /// The elements of `token` from row `first` on, at most `N`; none outside this part.
+    #[inline(always)]
+    fn rows_mut<const N: usize>(&mut self, token: usize, first: usize) -> &mut [f32] {
+        if token < self.tokens && self.rows.contains(&first) {
+            let len = N.min(self.rows.end - first);
+            // SAFETY: `first + len <= rows.end <= stride`, so the elements lie within the row of `token`, which is
+            // within the buffer that `Output` borrows mutably for as long as this lives. No other `Columns` has
+            // these rows, and `self` is borrowed mutably for as long as the slice lives. The buffer was
+            // a slice of `f32` and stays initialized.
+            unsafe { core::slice::from_raw_parts_mut(self.start.add(token * self.stride + first), len) }
+        } else {
+            &mut []
+        }
+    }
+
+    /// Writes the elements of `token` from row `first` on, as far as they are in this part.
+    #[inline(always)]
+    pub fn set_rows<const N: usize>(&mut self, token: usize, first: usize, values: &[f32; N]) {
+        let to = self.rows_mut::<N>(token, first);
+        match to.as_mut_array() {
+            Some(to) => *to = *values,
+            None => to.copy_from_slice(&values[..to.len()]),
+        }
+    }
+
+    /// Reads the elements of `token` from row `first` on, as far as they are in this part.
+    #[inline(always)]
+    pub fn get_rows<const N: usize>(&mut self, token: usize, first: usize, values: &mut [f32; N]) {
+        let from = self.rows_mut::<N>(token, first);
+        values[..from.len()].copy_from_slice(from);
+    }
 }
 
 #[cfg(test)]

@@ -6,12 +6,13 @@ macro_rules! kernel_table {
         use $crate::kernels::activations::{Activations, ActivationsMut};
         use $crate::kernels::output::Columns;
         use $crate::kernels::matmul::{self, Matrix};
-        use $crate::kernels::{attention, blocks, dispatch, float};
+        use $crate::kernels::{attention, blocks, dispatch, float, tiles};
         use edge_models::RopePairing;
 
         $crate::kernels::table::entries! {
             [$token, $(#[$features])*]
             fn quantize(acts: &mut ActivationsMut) = float::quantize;
+            fn quantize_tiles(acts: &mut ActivationsMut) = tiles::quantize;
             fn dot(x: &[f32], y: &[f32]) -> f32 = float::dot;
             fn axpy(a: f32, x: &[f32], y: &mut [f32]) = float::axpy;
             fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) = float::rms_norm;
@@ -40,13 +41,43 @@ macro_rules! kernel_table {
         /// The kernels of this instruction set, for CPUs that have it.
         pub(crate) static TABLE: dispatch::Kernels = dispatch::Kernels {
             name: $name,
-            quantize, dot, axpy, rms_norm, rms_norm_in_place, swiglu, geglu, soft_cap, rope,
+            quantize, quantize_tiles, dot, axpy, rms_norm, rms_norm_in_place, swiglu, geglu, soft_cap, rope,
             attend_half, attend_full,
-            rows: dispatch::RowsKernels {
+            rows: &matmul::RowsKernels {
                 f32: f32_rows, f16: f16_rows, bf16: bf16_rows,
                 q8_0: q8_0_rows, q4_0: q4_0_rows, q4_1: q4_1_rows, q5_0: q5_0_rows, q5_1: q5_1_rows,
                 q4_k: q4_k_rows, q5_k: q5_k_rows, q6_k: q6_k_rows,
             },
+            tiles: &TILES,
+        };
+
+        $crate::kernels::table::tile_table! { $token, $(#[$features])* }
+    };
+}
+
+/// Defines `TILES`, the kernels for weights in tiles.
+macro_rules! tile_table {
+    ($token:expr, $(#[$features:meta])*) => {
+        $crate::kernels::table::tile_entries! {
+            [$token, $(#[$features])*]
+            q8_0 Q8_0, q4_0 Q4_0, q4_1 Q4_1, q5_0 Q5_0, q5_1 Q5_1, q4_k Q4K, q5_k Q5K, q6_k Q6K,
+        }
+    };
+}
+
+/// One function for each quantized type, and the table of them.
+macro_rules! tile_entries {
+    ([$token:expr, $($features:tt)*] $($name:ident $format:ident,)*) => {
+        pub(crate) static TILES: $crate::kernels::matmul::TileKernels = {
+            use $crate::kernels::activations::Activations;
+            use $crate::kernels::matmul::Matrix;
+            use $crate::kernels::output::Columns;
+            use $crate::kernels::tiles;
+            $crate::kernels::table::entries! {
+                [$token, $($features)*]
+                $(fn $name(w: &Matrix, x: &Activations, out: &mut Columns) = tiles::multiply::<_, tiles::$format>;)*
+            }
+            $crate::kernels::matmul::TileKernels { $($name,)* }
         };
     };
 }
@@ -64,4 +95,4 @@ macro_rules! entries {
     };
 }
 
-pub(crate) use {entries, kernel_table};
+pub(crate) use {entries, kernel_table, tile_entries, tile_table};

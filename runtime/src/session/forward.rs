@@ -25,7 +25,7 @@ pub(super) struct Buffers<'a> {
     /// The gate, later the input of the down projection.
     pub(super) wide: &'a mut [f32],
     pub(super) wide_quants: &'a mut [i8],
-    /// Queries; what a block adds to the residual stream; the up projection.
+    /// Queries, keys and values; what a block adds to the residual stream; the up projection.
     pub(super) outputs: &'a mut [f32],
 }
 
@@ -59,14 +59,21 @@ impl Step<'_> {
         let input = self.quantize(&mut input, &[&layer.q.weight, &layer.k.weight, &layer.v.weight]);
 
         let new = self.position * spec.kv_width();
-        let fresh = &mut outputs[..n * spec.kv_width()];
-        self.linear(&layer.k, &input, fresh)?;
-        self.place(fresh, spec.kv_width(), layer.k_norm, angles);
-        cache.store(Part::Keys, new, fresh);
-        self.linear(&layer.v, &input, fresh)?;
-        cache.store(Part::Values, new, fresh);
-        let queries = &mut outputs[..n * spec.q_width()];
-        self.linear(&layer.q, &input, queries)?;
+        let (queries, rest) = outputs.split_at_mut(n * spec.q_width());
+        let (keys, rest) = rest.split_at_mut(n * spec.kv_width());
+        let values = &mut rest[..n * spec.kv_width()];
+        let products = [
+            (&layer.q.weight, &mut *queries),
+            (&layer.k.weight, &mut *keys),
+            (&layer.v.weight, &mut *values),
+        ];
+        self.kernels.matmuls(self.workers, &input, products)?;
+        self.add_bias(&layer.q, queries);
+        self.add_bias(&layer.k, keys);
+        self.add_bias(&layer.v, values);
+        self.place(keys, spec.kv_width(), layer.k_norm, angles);
+        cache.store(Part::Keys, new, keys);
+        cache.store(Part::Values, new, values);
         self.place(queries, spec.q_width(), layer.q_norm, angles);
         cache.round(queries);
 
@@ -90,8 +97,8 @@ impl Step<'_> {
 
         let mut inner = ActivationsMut::new(n, spec.ffn, wide, wide_quants)?;
         let up = &mut outputs[..n * spec.ffn];
-        self.matmul(&layer.gate, &input, inner.values_mut())?;
-        self.matmul(&layer.up, &input, up)?;
+        let products = [(&layer.gate, inner.values_mut()), (&layer.up, &mut *up)];
+        self.kernels.matmuls(self.workers, &input, products)?;
         let up = &*up;
         self.rows(inner.values_mut(), spec.ffn, 16, &|token, gate| {
             let up = &up[token * spec.ffn..][..spec.ffn];
@@ -186,12 +193,17 @@ impl Step<'_> {
     /// `out = weight x + bias`.
     fn linear(&self, linear: &Linear, x: &Activations, out: &mut [f32]) -> Result<()> {
         self.matmul(&linear.weight, x, out)?;
+        self.add_bias(linear, out);
+        Ok(())
+    }
+
+    /// `out += bias`, `[tokens, outputs]`.
+    fn add_bias(&self, linear: &Linear, out: &mut [f32]) {
         if !linear.bias.is_empty() {
             for row in out.chunks_exact_mut(linear.bias.len()) {
                 self.kernels.axpy(1.0, linear.bias, row);
             }
         }
-        Ok(())
     }
 
     fn matmul(&self, weight: &Matrix, x: &Activations, out: &mut [f32]) -> Result<()> {
@@ -200,10 +212,10 @@ impl Step<'_> {
 
     /// The activations as `weights` need them: quantized, unless all of these are floats.
     fn quantize<'x>(&self, x: &'x mut ActivationsMut, weights: &[&Matrix]) -> Activations<'x> {
-        if weights.iter().all(|weight| weight.dtype().is_float()) {
-            x.unquantized()
-        } else {
-            self.kernels.quantize(x)
+        // Matrices that share an input lie alike: they are packed together or not at all.
+        match weights.iter().find(|weight| !weight.dtype().is_float()) {
+            Some(weight) => self.kernels.quantize(x, weight.layout()),
+            None => x.unquantized(),
         }
     }
 

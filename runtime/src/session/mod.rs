@@ -17,7 +17,7 @@ pub use plan::{Limits, Plan};
 pub use sampler::{Sampler, SamplerConfig, argmax};
 
 use crate::format::Gguf;
-use crate::kernels::{Kernels, dequantize_row};
+use crate::kernels::Kernels;
 use crate::workers::Workers;
 use crate::{Code, Error, Result};
 use arena::Arena;
@@ -200,8 +200,7 @@ impl<'a> Session<'a> {
             angles.fill(self.position, tokens.len());
         }
         for (token, row) in tokens.iter().zip(buffers.residual.chunks_exact_mut(spec.hidden)) {
-            let bytes = model.embedding.row(*token as usize).unwrap_or(&[]);
-            dequantize_row(model.embedding.dtype(), bytes, row)?;
+            model.embedding.dequantize(*token as usize, row)?;
             if spec.embedding_scale != 1.0 {
                 row.iter_mut().for_each(|x| *x *= spec.embedding_scale);
             }

@@ -68,6 +68,7 @@ impl Sizes {
     fn new(spec: &DecoderSpec, limits: &Limits, cache_type: DType) -> Option<Self> {
         let (hidden, q_width, ffn) = (spec.hidden, spec.q_width(), spec.ffn);
         let batch = |per_token: usize| per_token.checked_mul(limits.batch);
+        let rows = |per_token: usize| per_token.checked_mul(ActivationsMut::padded_tokens(limits.batch));
         let floats = ActivationsMut::floats_per_token;
         let quants = ActivationsMut::quants_per_token;
         Some(Self {
@@ -77,11 +78,11 @@ impl Sizes {
             cache: spec.kv_width().checked_mul(limits.context)?.checked_mul(spec.layers)?,
             cache_type,
             residual: batch(hidden)?,
-            narrow: batch(floats(hidden).max(floats(q_width)))?,
-            narrow_quants: batch(quants(hidden).max(quants(q_width)))?,
-            wide: batch(floats(ffn))?,
-            wide_quants: batch(quants(ffn))?,
-            outputs: batch(q_width.max(hidden).max(ffn))?,
+            narrow: rows(floats(hidden).max(floats(q_width)))?,
+            narrow_quants: rows(quants(hidden).max(quants(q_width)))?,
+            wide: rows(floats(ffn))?,
+            wide_quants: rows(quants(ffn))?,
+            outputs: batch((q_width + 2 * spec.kv_width()).max(hidden).max(ffn))?,
             angles: batch(spec.rope_dims / 2)?,
             logits: spec.vocab.checked_mul(limits.logits_rows)?,
         })

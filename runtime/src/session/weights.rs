@@ -2,7 +2,7 @@
 
 use super::arena::Arena;
 use super::rope::Frequencies;
-use crate::format::{DType, Gguf, GgufConfig, TensorInfo};
+use crate::format::{DType, Gguf, GgufConfig, Layout, TILE_ROWS, TensorInfo};
 use crate::kernels::{Matrix, dequantize_row};
 use crate::{Code, Error, Name, Result};
 use edge_models::{DecoderSpec, NameBuf, Role, SpecError, TensorRow, family_by_gguf_name};
@@ -137,15 +137,15 @@ impl<'a> Weights<'_, 'a> {
         })
     }
 
-    /// The tensor of `role` in `layer`, with its type; of a fused tensor the rows of that role.
-    fn get(&self, role: Role, layer: usize) -> Result<(TensorInfo<'a>, DType)> {
+    /// The tensor of `role` in `layer`, with its type and layout; of a fused tensor the rows of that role.
+    fn get(&self, role: Role, layer: usize) -> Result<(TensorInfo<'a>, DType, Layout)> {
         let Some(row) = self.spec.family.tensor(role) else {
             return Err(Error::new(Code::MissingTensor, "").hint("the family has no such tensor"));
         };
         let name = NameBuf::new(row.gguf, layer);
         let info =
             self.file.tensor(name.as_str()).ok_or_else(|| Error::new(Code::MissingTensor, name.as_str()))?;
-        let dtype = info.dtype.ok_or_else(|| {
+        let (dtype, layout) = info.weights().ok_or_else(|| {
             Error::new(Code::UnsupportedType, info.name).at(info.offset).found(u64::from(info.type_id), 0)
         })?;
         // `Gguf` bounds the product of all axes, so these cannot overflow.
@@ -156,11 +156,22 @@ impl<'a> Weights<'_, 'a> {
                 return Err(Error::new(Code::WrongShape, info.name).found(found, expected as u64).hint(hint));
             }
         }
-        // All rows have as many bytes, and their number is the one that the shape was just found to have.
-        let row_bytes = info.data.len() / expected[0];
+        // All rows, or tiles of rows, have as many bytes, and their number follows from the shape that was
+        // just found.
+        let rows_of_unit = match layout {
+            Layout::Rows => 1,
+            Layout::Tiles => TILE_ROWS,
+        };
+        let unit_bytes = info.data.len() / expected[0].div_ceil(rows_of_unit);
         let span = row.span(self.spec);
-        let data = &info.data[span.start * row_bytes..span.end * row_bytes];
-        Ok((TensorInfo { data, ..info }, dtype))
+        if !span.start.is_multiple_of(rows_of_unit) {
+            return Err(Error::new(Code::Unsupported, info.name)
+                .found(span.start as u64, rows_of_unit as u64)
+                .hint("a part of a fused tensor starts within a tile"));
+        }
+        let units = span.start / rows_of_unit..span.end.div_ceil(rows_of_unit);
+        let data = &info.data[units.start * unit_bytes..units.end * unit_bytes];
+        Ok((TensorInfo { data, ..info }, dtype, layout))
     }
 
     /// The type of the embedding table, and nearly always the widest of the file.
@@ -170,15 +181,15 @@ impl<'a> Weights<'_, 'a> {
 
     /// The matrix of `role` in `layer`, in the file's bytes.
     fn matrix(&self, role: Role, layer: usize) -> Result<Matrix<'a>> {
-        let (info, dtype) = self.get(role, layer)?;
+        let (info, dtype, layout) = self.get(role, layer)?;
         let [rows, cols] = role.shape(self.spec);
-        Matrix::new(dtype, rows, cols, info.data)
+        Matrix::with(layout, dtype, rows, cols, info.data)
             .map_err(|error| Error { name: Name::new(info.name), ..error })
     }
 
     /// Decodes the vector of `role` in `layer`.
     fn vector(&self, role: Role, layer: usize, out: &mut [f32]) -> Result<()> {
-        let (info, dtype) = self.get(role, layer)?;
+        let (info, dtype, _) = self.get(role, layer)?;
         dequantize_row(dtype, info.data, out).map_err(|error| Error { name: Name::new(info.name), ..error })
     }
 

@@ -13,8 +13,9 @@ use edge_runtime::format::{DType, ValueType};
 use super::MetaValue;
 
 const VERSION: u32 = 3;
-/// Every tensor starts at a multiple of this many bytes (GGUF's default).
+/// Every tensor starts at a multiple of this many bytes, where nothing else is said (GGUF's default).
 const ALIGNMENT: u64 = 32;
+const ALIGNMENT_KEY: &str = "general.alignment";
 /// Longest key of an entry and longest name of a tensor, in bytes (GGUF specification; ggml's limit).
 const MAX_KEY: usize = 65_535;
 const MAX_TENSOR_NAME: usize = 63;
@@ -116,24 +117,46 @@ enum Source<'a> {
 struct TensorEntry<'a> {
     name: String,
     dims: Vec<u64>,
-    dtype: DType,
+    type_id: u32,
     bytes: u64,
     source: Source<'a>,
 }
 
 /// A GGUF file being put together: metadata and tensors, in the order in which they are added.
-#[derive(Default)]
 pub struct GgufWriter<'a> {
+    alignment: u64,
     metadata: Vec<u8>,
     metadata_count: u64,
     tensors: Vec<TensorEntry<'a>>,
     names: HashSet<String>,
 }
 
+impl Default for GgufWriter<'_> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl<'a> GgufWriter<'a> {
     /// An empty file.
     pub fn new() -> Self {
-        Self::default()
+        Self {
+            alignment: ALIGNMENT,
+            metadata: Vec::new(),
+            metadata_count: 0,
+            tensors: Vec::new(),
+            names: HashSet::new(),
+        }
+    }
+
+    /// An empty file whose tensors start at multiples of `alignment` bytes, which its first entry says.
+    ///
+    /// # Errors
+    /// As [`GgufWriter::meta`].
+    pub fn aligned(alignment: u32) -> Result<Self, GgufWriteError> {
+        let mut writer = Self { alignment: alignment.into(), ..Self::new() };
+        writer.meta(ALIGNMENT_KEY, &MetaValue::U32(alignment))?;
+        Ok(writer)
     }
 
     /// Adds a metadata entry.
@@ -167,7 +190,7 @@ impl<'a> GgufWriter<'a> {
         if bytes.len() as u64 != expected {
             return Err(GgufWriteError::Size { name: name.into(), found: bytes.len() as u64, expected });
         }
-        self.push(name, dims, dtype, expected, Source::Bytes(bytes))
+        self.push(name, dims, dtype as u32, expected, Source::Bytes(bytes))
     }
 
     /// Adds a tensor whose bytes `produce` makes when the file is written.
@@ -183,19 +206,35 @@ impl<'a> GgufWriter<'a> {
         produce: impl Fn(&mut dyn Write) -> io::Result<()> + 'a,
     ) -> Result<(), GgufWriteError> {
         let bytes = tensor_bytes(name, dims, dtype)?;
-        self.push(name, dims, dtype, bytes, Source::Producer(Box::new(produce)))
+        self.push(name, dims, dtype as u32, bytes, Source::Producer(Box::new(produce)))
+    }
+
+    /// Adds a tensor of a type that is not GGUF's, with the number `type_id` and `bytes` bytes, which
+    /// `produce` makes when the file is written.
+    ///
+    /// # Errors
+    /// [`GgufWriteError::Duplicate`] or [`GgufWriteError::NameLength`].
+    pub fn private_tensor(
+        &mut self,
+        name: &str,
+        dims: &[u64],
+        type_id: u32,
+        bytes: u64,
+        produce: impl Fn(&mut dyn Write) -> io::Result<()> + 'a,
+    ) -> Result<(), GgufWriteError> {
+        self.push(name, dims, type_id, bytes, Source::Producer(Box::new(produce)))
     }
 
     fn push(
         &mut self,
         name: &str,
         dims: &[u64],
-        dtype: DType,
+        type_id: u32,
         bytes: u64,
         source: Source<'a>,
     ) -> Result<(), GgufWriteError> {
         self.claim(name, MAX_TENSOR_NAME)?;
-        self.tensors.push(TensorEntry { name: name.into(), dims: dims.to_vec(), dtype, bytes, source });
+        self.tensors.push(TensorEntry { name: name.into(), dims: dims.to_vec(), type_id, bytes, source });
         Ok(())
     }
 
@@ -207,6 +246,12 @@ impl<'a> GgufWriter<'a> {
             return Err(GgufWriteError::Duplicate { name: name.into() });
         }
         Ok(())
+    }
+
+    /// Bytes of the whole file.
+    pub fn file_bytes(&self) -> u64 {
+        let data = self.tensors.iter().map(|tensor| tensor.bytes.next_multiple_of(self.alignment));
+        self.header().len() as u64 + data.sum::<u64>()
     }
 
     /// Bytes of the tensors' data, without padding.
@@ -227,11 +272,11 @@ impl<'a> GgufWriter<'a> {
             put_bytes(&mut out, tensor.name.as_bytes());
             put_u32(&mut out, tensor.dims.len() as u32);
             tensor.dims.iter().for_each(|dim| put_u64(&mut out, *dim));
-            put_u32(&mut out, tensor.dtype as u32);
+            put_u32(&mut out, tensor.type_id);
             put_u64(&mut out, offset);
-            offset += tensor.bytes.next_multiple_of(ALIGNMENT);
+            offset += tensor.bytes.next_multiple_of(self.alignment);
         }
-        out.resize(out.len().next_multiple_of(ALIGNMENT as usize), 0);
+        out.resize(out.len().next_multiple_of(self.alignment as usize), 0);
         out
     }
 
@@ -251,8 +296,8 @@ impl<'a> GgufWriter<'a> {
                 Source::Producer(produce) => produce(&mut counted)?,
             }
             counted.finish()?;
-            let padded = tensor.bytes.next_multiple_of(ALIGNMENT);
-            out.write_all(&[0; ALIGNMENT as usize][..(padded - tensor.bytes) as usize])?;
+            let padded = tensor.bytes.next_multiple_of(self.alignment);
+            out.write_all(&vec![0; (padded - tensor.bytes) as usize])?;
             total += padded;
         }
         Ok(total)

@@ -198,7 +198,7 @@ proptest! {
         for kernels in Kernels::available() {
             let mut batch = Batch::new(tokens, cols, &values);
             let mut rows = batch.rows();
-            let acts = kernels.quantize(&mut rows);
+            let acts = kernels.quantize(&mut rows, Layout::Rows);
             for token in 0..tokens {
                 let row = acts.quantized_row(token);
                 let quants = row.quants.as_flattened();
@@ -269,7 +269,7 @@ fn values_that_are_not_finite_poison_their_block() {
             values[40] = bad;
             let mut batch = Batch::new(1, 64, &values);
             let mut rows = batch.rows();
-            let row = kernels.quantize(&mut rows).quantized_row(0);
+            let row = kernels.quantize(&mut rows, Layout::Rows).quantized_row(0);
             assert_eq!(row.scales[0][0], f16_to_f32(f32_to_f16(1.0 / 127.0)));
             assert!(row.scales[0][1].is_nan());
         }

@@ -66,7 +66,7 @@ fn results_are_the_same_on_every_machine() {
             let weight = Matrix::new(dtype, 9, cols, &weights).unwrap();
             let mut batch = Batch::new(5, cols, &random.floats(5 * cols));
             let mut rows = batch.rows();
-            results.extend(matmul(kernels, &weight, &kernels.quantize(&mut rows)));
+            results.extend(matmul(kernels, &weight, &kernels.quantize(&mut rows, Layout::Rows)));
         }
         let (x, y) = (random.floats(300), random.floats(300));
         let mut out = vec![0.0; 300];

@@ -4,7 +4,7 @@ use super::*;
 use crate::Code;
 use crate::kernels::dequantize_row;
 use crate::workers::Workers;
-use std::format;
+
 use std::thread;
 
 /// What a product must be near: the exact sum over the quantized activations, and the sum of magnitudes that
@@ -47,7 +47,7 @@ fn check(dtype: DType, rows: usize, tokens: usize, cols: usize, shift: usize, se
     let values = random.floats(tokens * cols);
     let mut batch = Batch::new(tokens, cols, &values);
     let mut acts = batch.rows();
-    let acts = Kernels::generic().quantize(&mut acts);
+    let acts = Kernels::generic().quantize(&mut acts, Layout::Rows);
     let expected = matmul(Kernels::generic(), &weight, &acts);
     for (found, (exact, magnitude)) in expected.iter().zip(reference(&weight, &acts)) {
         let error = (f64::from(*found) - exact).abs();
@@ -57,7 +57,7 @@ fn check(dtype: DType, rows: usize, tokens: usize, cols: usize, shift: usize, se
         let what = format!("{} {} {rows}x{cols}, {tokens} tokens", kernels.name(), dtype.name());
         let mut batch = Batch::new(tokens, cols, &values);
         let mut acts = batch.rows();
-        assert_same(&matmul(kernels, &weight, &kernels.quantize(&mut acts)), &expected, &what);
+        assert_same(&matmul(kernels, &weight, &kernels.quantize(&mut acts, Layout::Rows)), &expected, &what);
     }
 }
 
@@ -91,11 +91,11 @@ proptest! {
         }
         let mut batch = Batch::new(tokens, cols, &values);
         let mut acts = batch.rows();
-        let expected = matmul(Kernels::generic(), &weight, &Kernels::generic().quantize(&mut acts));
+        let expected = matmul(Kernels::generic(), &weight, &Kernels::generic().quantize(&mut acts, Layout::Rows));
         for kernels in Kernels::available() {
             let mut batch = Batch::new(tokens, cols, &values);
             let mut acts = batch.rows();
-            assert_same(&matmul(kernels, &weight, &kernels.quantize(&mut acts)), &expected, dtype.name());
+            assert_same(&matmul(kernels, &weight, &kernels.quantize(&mut acts, Layout::Rows)), &expected, dtype.name());
         }
     }
 }
@@ -112,7 +112,7 @@ fn extreme_integers_do_not_overflow() {
                 let weight = Matrix::new(dtype, 1, 512, &weights).unwrap();
                 let mut batch = Batch::new(1, 512, &[sign; 512]);
                 let mut rows = batch.rows();
-                let acts = Kernels::generic().quantize(&mut rows);
+                let acts = Kernels::generic().quantize(&mut rows, Layout::Rows);
                 let (exact, magnitude) = reference(&weight, &acts)[0];
                 for kernels in Kernels::available() {
                     let found = f64::from(matmul(kernels, &weight, &acts)[0]);
@@ -152,7 +152,7 @@ fn results_do_not_depend_on_batch_or_threads() {
         for kernels in Kernels::available() {
             let mut batch = Batch::new(tokens, cols, &values);
             let mut acts = batch.rows();
-            let acts = kernels.quantize(&mut acts);
+            let acts = kernels.quantize(&mut acts, Layout::Rows);
             let expected = matmul(kernels, &weight, &acts);
             for workers in [Threads(2, 2), Threads(7, 7), Threads(2, 9), Threads(4, 1), Threads(3, 0)] {
                 let mut out = vec![f32::NAN; tokens * rows];
@@ -162,7 +162,7 @@ fn results_do_not_depend_on_batch_or_threads() {
             for token in 0..tokens {
                 let mut batch = Batch::new(1, cols, &values[token * cols..][..cols]);
                 let mut acts = batch.rows();
-                let alone = matmul(kernels, &weight, &kernels.quantize(&mut acts));
+                let alone = matmul(kernels, &weight, &kernels.quantize(&mut acts, Layout::Rows));
                 assert_same(&alone, &expected[token * rows..][..rows], dtype.name());
             }
         }
@@ -185,10 +185,10 @@ fn wrong_shapes_are_refused() {
         kernels.matmul(&crate::workers::Single, &weight, acts, &mut vec![0.0; len]).map_err(|e| e.code)
     };
     let (mut narrow, mut right) = (Batch::new(3, 32, &[0.0; 96]), Batch::new(3, 64, &[0.0; 192]));
-    assert_eq!(run(&kernels.quantize(&mut narrow.rows()), 6), Err(Code::WrongShape));
+    assert_eq!(run(&kernels.quantize(&mut narrow.rows(), Layout::Rows), 6), Err(Code::WrongShape));
     assert_eq!(run(&right.rows().unquantized(), 6), Err(Code::BadArgument));
-    assert_eq!(run(&kernels.quantize(&mut right.rows()), 5), Err(Code::WrongShape));
-    assert_eq!(run(&kernels.quantize(&mut right.rows()), 6), Ok(()));
+    assert_eq!(run(&kernels.quantize(&mut right.rows(), Layout::Rows), 5), Err(Code::WrongShape));
+    assert_eq!(run(&kernels.quantize(&mut right.rows(), Layout::Rows), 6), Ok(()));
 
     let (mut floats, mut quants) = ([0.0; 40], [0; 256]);
     assert!(ActivationsMut::new(1, 24, &mut floats, &mut quants).is_ok());

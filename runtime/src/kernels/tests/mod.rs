@@ -5,10 +5,12 @@ extern crate std;
 mod float;
 mod golden;
 mod matmul;
+mod tiles;
 
 use super::{Activations, ActivationsMut, Kernels, KeyValues, Matrix};
-use crate::format::{DType, f16_to_f32, f32_to_f16};
+use crate::format::{DType, Layout, f16_to_f32, f32_to_f16};
 use proptest::prelude::*;
+use std::format;
 use std::vec;
 use std::vec::Vec;
 
@@ -23,9 +25,9 @@ pub struct Batch {
 impl Batch {
     pub fn new(tokens: usize, cols: usize, values: &[f32]) -> Self {
         // What the buffers hold before must not matter.
-        let mut floats = vec![f32::NAN; tokens * ActivationsMut::floats_per_token(cols)];
+        let mut floats = vec![f32::NAN; ActivationsMut::padded_tokens(tokens) * ActivationsMut::floats_per_token(cols)];
         floats[..tokens * cols].copy_from_slice(values);
-        let quants = vec![77; tokens * ActivationsMut::quants_per_token(cols)];
+        let quants = vec![77; ActivationsMut::padded_tokens(tokens) * ActivationsMut::quants_per_token(cols)];
         Self { tokens, cols, floats, quants }
     }
 

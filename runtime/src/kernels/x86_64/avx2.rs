@@ -1,4 +1,4 @@
-//! AVX2 and F16C.
+//! AVX2, FMA and F16C.
 //!
 //! Bytes are multiplied with `vpmaddubsw`, whose first operand is unsigned: small weights go there as they
 //! are, signed ones as magnitudes with their sign moved to the activation, which is never -128. Two products
@@ -7,13 +7,13 @@
 use crate::kernels::simd::Simd;
 use core::arch::x86_64::*;
 
-/// Proof that the CPU has AVX2 and F16C.
+/// Proof that the CPU has AVX2, FMA and F16C.
 #[derive(Clone, Copy)]
 pub(crate) struct Avx2(());
 
 impl Avx2 {
     /// # Safety
-    /// The CPU must have AVX2 and F16C.
+    /// The CPU must have AVX2, FMA and F16C.
     #[inline(always)]
     unsafe fn assume() -> Self {
         Self(())
@@ -290,7 +290,7 @@ impl Simd for Avx2 {
 
 crate::kernels::table::kernel_table!(
     "avx2",
-    // SAFETY: these functions are compiled for AVX2 and F16C, so whoever calls one has promised them.
+    // SAFETY: these functions are compiled for AVX2, FMA and F16C, so whoever calls one has promised them.
     unsafe { Avx2::assume() },
-    #[target_feature(enable = "avx2,f16c")]
+    #[target_feature(enable = "avx2,f16c,fma")]
 );

@@ -1,0 +1,128 @@
+//! From a GGUF file to a pack: the same weights, laid out ahead of time as kernels read them.
+//!
+//! Nothing is quantized here and nothing is lost: a pack holds the integers and factors of its source. Only
+//! quantized matrices move; vectors and floating-point matrices stay as they are.
+
+use std::collections::HashSet;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use edge_models::NameBuf;
+use edge_runtime::format::{
+    DType, Gguf, TILE_ROWS, TensorInfo, Value, pack_header, tiled_bytes, tiled_type_id,
+};
+use edge_runtime::kernels::pack_tiles;
+use edge_runtime::session::{Limits, Plan};
+use sha2::{Digest, Sha256};
+
+use crate::atomic;
+use crate::export::gguf::{GgufWriteError, GgufWriter};
+use crate::model::owned;
+use crate::profile::ModelFile;
+
+/// Tensors start at multiples of this: a cache line, and a register of any kernel.
+const ALIGNMENT: u32 = 64;
+
+/// Why a file cannot be packed.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum PackError {
+    /// The runtime cannot run the file.
+    #[error("{path}: {reason}", path = .0.display(), reason = .1)]
+    Refused(PathBuf, Box<edge_runtime::Error>),
+    /// It is a pack already.
+    #[error("{path}: is a pack already; pack the GGUF file that it was made from", path = .0.display())]
+    Packed(PathBuf),
+    /// The pack cannot be put together.
+    #[error("{path}: {reason}", path = .0.display(), reason = .1)]
+    Layout(PathBuf, GgufWriteError),
+    /// The pack cannot be written.
+    #[error("{path}: {reason}", path = .0.display(), reason = .1)]
+    Io(PathBuf, io::Error),
+}
+
+/// What was packed.
+#[derive(Clone, Copy, Debug)]
+pub struct PackReport {
+    /// Bytes of the pack.
+    pub bytes: u64,
+    /// Matrices in tiles.
+    pub tiled: usize,
+    /// Quantized matrices left in rows: parts of fused ones that do not start at a tile.
+    pub left: usize,
+}
+
+/// Packs `source` to the file `out`.
+///
+/// # Errors
+/// See [`PackError`]; then nothing is left behind.
+pub fn pack(source: &ModelFile, out: &Path) -> Result<PackReport, PackError> {
+    let refused = |error| PackError::Refused(source.path().into(), Box::new(error));
+    let file = Gguf::parse(source.bytes()).map_err(refused)?;
+    if file.packed_from().is_some() {
+        return Err(PackError::Packed(source.path().into()));
+    }
+    let limits = Limits { context: 1, batch: 1, logits_rows: 1, workers: 1 };
+    let plan = Plan::new(&file, limits).map_err(refused)?;
+    let (body, tiled, left) =
+        body(&file, &plan).map_err(|error| PackError::Layout(out.into(), error))?;
+    let header = pack_header(&Sha256::digest(source.bytes()).into(), body.file_bytes());
+    let mut bytes = header.len() as u64;
+    atomic::write(out, |file| {
+        file.write_all(&header)?;
+        bytes += body.write_to(file)?;
+        Ok(())
+    })
+    .map_err(|error| PackError::Io(out.into(), error))?;
+    Ok(PackReport { bytes, tiled, left })
+}
+
+/// The GGUF file inside the pack, and how many quantized matrices are in tiles and in rows.
+fn body<'a>(file: &Gguf<'a>, plan: &Plan) -> Result<(GgufWriter<'a>, usize, usize), GgufWriteError> {
+    let mut writer = GgufWriter::aligned(ALIGNMENT)?;
+    // Look-ups walk the entries: long lists go last.
+    let entries = || file.metadata().filter(|(key, _)| *key != "general.alignment");
+    let is_list = |value: &Value| value.as_array().is_some();
+    for (key, value) in entries().filter(|(_, value)| !is_list(value)) {
+        writer.meta(key, &owned(&value))?;
+    }
+    for (key, value) in entries().filter(|(_, value)| is_list(value)) {
+        writer.meta(key, &owned(&value))?;
+    }
+    let unaligned = parts_within_tiles(plan);
+    let (mut tiled, mut left) = (0, 0);
+    for tensor in file.tensors() {
+        let dims = &tensor.dims[..tensor.n_dims];
+        let Some(dtype) = tensor.dtype else { continue };
+        match tiled_bytes(dtype, tensor.rows(), tensor.cols()) {
+            Some(bytes) if !unaligned.contains(tensor.name) && tensor.rows() > 1 => {
+                tiled += 1;
+                let produce = move |out: &mut dyn Write| write_tiles(&tensor, dtype, out);
+                writer.private_tensor(tensor.name, dims, tiled_type_id(dtype), bytes as u64, produce)?;
+            }
+            bytes => {
+                left += usize::from(bytes.is_some());
+                writer.tensor(tensor.name, dims, dtype, tensor.data)?;
+            }
+        }
+    }
+    Ok((writer, tiled, left))
+}
+
+/// Names of fused tensors with a part that starts within a tile.
+fn parts_within_tiles(plan: &Plan) -> HashSet<String> {
+    let spec = plan.spec();
+    let rows = spec.family.tensors.iter().filter(|row| row.role.required(spec));
+    let within = rows.filter(|row| !row.span(spec).start.is_multiple_of(TILE_ROWS));
+    within
+        .flat_map(|row| (0..spec.layers).map(|layer| NameBuf::new(row.gguf, layer).as_str().to_owned()))
+        .collect()
+}
+
+fn write_tiles(tensor: &TensorInfo<'_>, dtype: DType, out: &mut dyn Write) -> io::Result<()> {
+    let (rows, cols) = (tensor.rows(), tensor.cols());
+    let mut tiles = vec![0; tiled_bytes(dtype, rows, cols).unwrap_or(0)];
+    pack_tiles(dtype, rows, cols, tensor.data, &mut tiles)
+        .map_err(|error| io::Error::other(format!("tensor `{}`: {error}", tensor.name)))?;
+    out.write_all(&tiles)
+}

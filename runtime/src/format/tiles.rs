@@ -1,0 +1,117 @@
+//! Matrices in tiles of sixteen rows, the layout of weights in a pack.
+//!
+//! A matrix is its tiles one after another; a last tile that has fewer rows is filled with rows of zeros.
+//! A tile is a multiple of 64 bytes, in three parts:
+//!
+//! 1. **Factors**, row beside row: for types with blocks of 32, sixteen half-precision scales a block, and
+//!    with a minimum sixteen of these behind them; for super-blocks of 256, sixteen half-precision `d`
+//!    (and sixteen `dmin`) a super-block, then for each of its 8 blocks sixteen scales of a byte (and
+//!    sixteen minimums), or two times sixteen for Q6_K.
+//! 2. **Padding** to a multiple of 64 bytes.
+//! 3. **Quants**: for each block of 32 columns, vectors of 64 bytes in which byte `4 * row + j` belongs to
+//!    that row. With eight bits, vector `g` holds columns `4 * g + j`. With fewer, vector `g` of four
+//!    holds columns `4 * g + j` in its low nibbles and `16 + 4 * g + j` in its high ones; a fifth bit
+//!    of column group `g` is bit `g` of one more vector; the upper two bits of Q6_K's groups `4 * p + i` are
+//!    bits `2 * i` of vector `p` of two more.
+//!
+//! Quants are as in the file: `q` of `d * (q - bias)`, unsigned, or signed for Q8_0.
+
+use super::DType;
+
+/// How a matrix lies in its bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// Row after row, as in GGUF.
+    Rows,
+    /// Tiles of sixteen rows, as in a pack.
+    Tiles,
+}
+
+/// Rows of a tile.
+pub const TILE_ROWS: usize = 16;
+const ROWS: usize = TILE_ROWS;
+/// Columns of a block.
+const BLOCK: usize = 32;
+/// Tiles and their quants start at multiples of this.
+const ALIGN: usize = 64;
+
+/// How the factors of a type are stored.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Factors {
+    /// A half-precision scale a block.
+    Scale,
+    /// A half-precision scale and a minimum a block.
+    ScaleMin,
+    /// Super-blocks: `d`, `dmin`, and a byte of each for every block.
+    Super,
+    /// Super-blocks: `d` and two signed bytes a block.
+    SuperHalves,
+}
+
+impl Factors {
+    /// Blocks that share half-precision factors.
+    pub const fn blocks(self) -> usize {
+        match self {
+            Self::Scale | Self::ScaleMin => 1,
+            Self::Super | Self::SuperHalves => 8,
+        }
+    }
+
+    /// Bytes of the factors of [`Factors::blocks`] blocks.
+    pub const fn bytes(self) -> usize {
+        match self {
+            Self::Scale => 2 * ROWS,
+            Self::ScaleMin => 4 * ROWS,
+            Self::Super => 4 * ROWS + 8 * 2 * ROWS,
+            Self::SuperHalves => 2 * ROWS + 8 * 2 * ROWS,
+        }
+    }
+}
+
+/// The shape of a type's tiles.
+#[derive(Clone, Copy)]
+pub(crate) struct Geometry {
+    /// How factors are stored.
+    pub factors: Factors,
+    /// Vectors of 64 bytes that hold the quants of a block.
+    pub vectors: usize,
+}
+
+impl Geometry {
+    /// `None` for floating-point types, which stay rows.
+    pub const fn of(dtype: DType) -> Option<Self> {
+        let (factors, vectors) = match dtype {
+            DType::F32 | DType::F16 | DType::BF16 => return None,
+            DType::Q8_0 => (Factors::Scale, 8),
+            DType::Q4_0 => (Factors::Scale, 4),
+            DType::Q4_1 => (Factors::ScaleMin, 4),
+            DType::Q5_0 => (Factors::Scale, 5),
+            DType::Q5_1 => (Factors::ScaleMin, 5),
+            DType::Q4K => (Factors::Super, 4),
+            DType::Q5K => (Factors::Super, 5),
+            DType::Q6K => (Factors::SuperHalves, 6),
+        };
+        Some(Self { factors, vectors })
+    }
+
+    /// Byte at which a tile's quants start; `None` if `cols` is not a whole number of (super-)blocks or
+    /// beyond the address space.
+    pub fn quants_at(self, cols: usize) -> Option<usize> {
+        if !cols.is_multiple_of(BLOCK * self.factors.blocks()) {
+            return None;
+        }
+        let shares = cols / BLOCK / self.factors.blocks();
+        shares.checked_mul(self.factors.bytes())?.checked_next_multiple_of(ALIGN)
+    }
+
+    /// Bytes of a tile; `None` as for [`Geometry::quants_at`].
+    pub fn tile_bytes(self, cols: usize) -> Option<usize> {
+        (cols / BLOCK).checked_mul(self.vectors * 64)?.checked_add(self.quants_at(cols)?)
+    }
+}
+
+/// Bytes of a matrix in tiles; `None` for a type that is not tiled, a row that is not a whole number of blocks,
+/// or a size beyond the address space.
+pub fn tiled_bytes(dtype: DType, rows: usize, cols: usize) -> Option<usize> {
+    Geometry::of(dtype)?.tile_bytes(cols)?.checked_mul(rows.div_ceil(ROWS))
+}

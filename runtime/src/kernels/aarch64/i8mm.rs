@@ -1,0 +1,184 @@
+//! Integer matrix multiplication (Armv8.6 FEAT_I8MM) beside the dot product extension: Cortex-A510, A710,
+//! X2, Neoverse V1, N2 and later.
+//!
+//! Decode is the dot product's; prefill multiplies eight columns of two rows with those of two tokens in one
+//! instruction.
+
+use super::dotprod::Dotprod;
+use super::rows16::{F, W, neon, shared_lanes};
+use crate::kernels::tiles::{Format, Lanes, Panel, Quad, SIDE};
+use core::arch::aarch64::*;
+use core::arch::asm;
+
+/// Proof that the CPU has both extensions.
+#[derive(Clone, Copy)]
+pub(crate) struct I8mm(Dotprod);
+
+impl I8mm {
+    /// # Safety
+    /// The CPU must have the dot product and the integer matrix multiplication extension.
+    #[inline(always)]
+    unsafe fn assume() -> Self {
+        // SAFETY: the caller's promise.
+        Self(unsafe { Dotprod::assume() })
+    }
+
+    /// Adds `w a^T` to `sums`, all two by two: the weights of two rows and the activations of two tokens.
+    #[inline(always)]
+    fn smmla(self, mut sums: int32x4_t, w: uint8x16_t, a: int8x16_t) -> int32x4_t {
+        // SAFETY: an `I8mm` exists, so the CPU has the instruction; it touches no memory and no flags.
+        unsafe {
+            asm!(
+                "smmla {sums:v}.4s, {w:v}.16b, {a:v}.16b",
+                sums = inout(vreg) sums,
+                w = in(vreg) w,
+                a = in(vreg) a,
+                options(pure, nomem, nostack, preserves_flags),
+            );
+        }
+        sums
+    }
+
+    /// Adds the products of eight rows, from row `8 * half` on, with four tokens.
+    #[inline(always)]
+    fn eight_rows<T: Format>(self, panel: &Panel, acts: Quad, half: usize, out: &mut [[f32; 16]; SIDE]) {
+        neon!({
+            // sums[i][j] has rows 2i and 2i + 1 of tokens 2j and 2j + 1: [row, token] = 00, 01, 10, 11.
+            let mut sums = [[vdupq_n_f32(0.0); 2]; 4];
+            for i in 0..2 {
+                for j in 0..2 {
+                    let even = vld1q_f32(out[2 * j].as_ptr().add(8 * half + 4 * i));
+                    let odd = vld1q_f32(out[2 * j + 1].as_ptr().add(8 * half + 4 * i));
+                    sums[2 * i][j] = vzip1q_f32(even, odd);
+                    sums[2 * i + 1][j] = vzip2q_f32(even, odd);
+                }
+            }
+            let weights = panel.weights[..panel.blocks].iter().zip(&panel.scales).zip(&panel.mins);
+            let numbers = acts.scales.iter().zip(acts.sums);
+            for ((((weights, scales), mins), quants), (scale_a, sum_a)) in
+                weights.zip(acts.quants).zip(numbers)
+            {
+                let scale_a = vld1q_f32(scale_a.as_ptr());
+                let tokens = pairs(scale_a);
+                for segment in 0..T::SEGMENTS {
+                    let octets = 4 / T::SEGMENTS;
+                    let mut p = [[vdupq_n_s32(0); 2]; 4];
+                    for octet in segment * octets..(segment + 1) * octets {
+                        let a = quants[octet].as_ptr();
+                        let a = [vld1q_s8(a), vld1q_s8(a.add(16))];
+                        // `keep` put the eight pairs of rows one after another.
+                        let w = weights[octet][half].as_ptr();
+                        for i in 0..4 {
+                            let w = vld1q_u8(w.add(16 * i));
+                            p[i][0] = self.smmla(p[i][0], w, a[0]);
+                            p[i][1] = self.smmla(p[i][1], w, a[1]);
+                        }
+                    }
+                    let scale = scales[segment].as_ptr().add(8 * half);
+                    for i in 0..2 {
+                        let rows = vld1q_f32(scale.add(4 * i));
+                        for (k, rows) in [vzip1q_f32(rows, rows), vzip2q_f32(rows, rows)].into_iter().enumerate() {
+                            for j in 0..2 {
+                                let integers = vcvtq_f32_s32(p[2 * i + k][j]);
+                                let scale = vmulq_f32(rows, tokens[j]);
+                                sums[2 * i + k][j] = vfmaq_f32(sums[2 * i + k][j], integers, scale);
+                            }
+                        }
+                    }
+                }
+                if T::MINS {
+                    let tokens = pairs(vmulq_f32(vcvtq_f32_s32(vld1q_s32(sum_a.as_ptr().cast())), scale_a));
+                    for i in 0..2 {
+                        let rows = vld1q_f32(mins.as_ptr().add(8 * half + 4 * i));
+                        for (k, rows) in [vzip1q_f32(rows, rows), vzip2q_f32(rows, rows)].into_iter().enumerate() {
+                            for j in 0..2 {
+                                sums[2 * i + k][j] = vfmaq_f32(sums[2 * i + k][j], rows, tokens[j]);
+                            }
+                        }
+                    }
+                }
+            }
+            for i in 0..2 {
+                for j in 0..2 {
+                    let (first, second) = (sums[2 * i][j], sums[2 * i + 1][j]);
+                    vst1q_f32(out[2 * j].as_mut_ptr().add(8 * half + 4 * i), vuzp1q_f32(first, second));
+                    vst1q_f32(out[2 * j + 1].as_mut_ptr().add(8 * half + 4 * i), vuzp2q_f32(first, second));
+                }
+            }
+        });
+    }
+}
+
+/// Numbers of four tokens as those of the first two, twice, and of the last two, twice.
+#[inline(always)]
+fn pairs(x: float32x4_t) -> [float32x4_t; 2] {
+    neon!([vcombine_f32(vget_low_f32(x), vget_low_f32(x)), vcombine_f32(vget_high_f32(x), vget_high_f32(x))])
+}
+
+impl Lanes for I8mm {
+    type W = W;
+    type A = int8x16_t;
+    type P = [int32x4_t; 4];
+    type F = F;
+
+    shared_lanes!();
+
+    #[inline(always)]
+    fn start(self, bias: i32) -> [int32x4_t; 4] {
+        self.0.start(bias)
+    }
+
+    #[inline(always)]
+    fn dot<const LANE: i32>(self, p: [int32x4_t; 4], w: W, a: int8x16_t) -> [int32x4_t; 4] {
+        self.0.dot::<LANE>(p, w, a)
+    }
+
+    #[inline(always)]
+    fn dot_wide<const LANE: i32>(self, p: [int32x4_t; 4], w: W, a: int8x16_t) -> [int32x4_t; 4] {
+        self.0.dot::<LANE>(p, w, a)
+    }
+
+    #[inline(always)]
+    fn finish(self, p: [int32x4_t; 4], bias: i32) -> F {
+        self.0.finish(p, bias)
+    }
+
+    #[inline(always)]
+    fn finish_wide(self, p: [int32x4_t; 4], bias: i32) -> F {
+        self.0.finish(p, bias)
+    }
+
+    /// Eight columns of rows 0 and 1, of rows 2 and 3, and so on.
+    #[inline(always)]
+    fn keep(self, w: [W; 2], bias: i32, to: &mut [[u8; 64]; 2]) {
+        neon!({
+            let bias = vdupq_n_u8(bias as u8);
+            let to = to.as_flattened_mut().as_mut_ptr();
+            for (i, (even, odd)) in w[0].into_iter().zip(w[1]).enumerate() {
+                let even = vreinterpretq_u32_u8(vsubq_u8(even, bias));
+                let odd = vreinterpretq_u32_u8(vsubq_u8(odd, bias));
+                vst1q_u8(to.add(32 * i), vreinterpretq_u8_u32(vzip1q_u32(even, odd)));
+                vst1q_u8(to.add(32 * i + 16), vreinterpretq_u8_u32(vzip2q_u32(even, odd)));
+            }
+        });
+    }
+
+    #[inline(always)]
+    fn multiply_quad<T: Format>(self, panel: &Panel, acts: Quad, out: &mut [[f32; 16]; SIDE]) {
+        self.eight_rows::<T>(panel, acts, 0, out);
+        self.eight_rows::<T>(panel, acts, 1, out);
+    }
+}
+
+crate::kernels::table::tile_table! {
+    // SAFETY: these functions are compiled for both extensions, so whoever calls one has promised them.
+    unsafe { I8mm::assume() },
+    #[target_feature(enable = "dotprod,i8mm")]
+}
+
+/// The kernels of this instruction set: those of NEON, and tiles.
+pub(crate) static TABLE: crate::kernels::dispatch::Kernels = crate::kernels::dispatch::Kernels {
+    name: "i8mm",
+    tiles: &TILES,
+    ..super::neon::TABLE
+};

@@ -1,0 +1,142 @@
+//! How each quantized type comes out of its tiles.
+
+use super::lanes::Lanes;
+use crate::format::{DType, Factors, Geometry, TILE_ROWS as ROWS};
+
+/// A quantized type, laid out in tiles.
+pub(crate) trait Format {
+    /// The type.
+    const DTYPE: DType;
+    /// Where things are.
+    const GEOMETRY: Geometry = match Geometry::of(Self::DTYPE) {
+        Some(geometry) => geometry,
+        None => panic!("not a quantized type"),
+    };
+    /// A weight is `scale * (q - BIAS)`, plus the minimum.
+    const BIAS: i32;
+    /// Whether weights do not fit `0..64`.
+    const WIDE: bool = false;
+    /// Segments of a block, each with a scale of its own.
+    const SEGMENTS: usize = 1;
+    /// Whether there are minimums.
+    const MINS: bool = matches!(Self::GEOMETRY.factors, Factors::ScaleMin | Factors::Super);
+
+    /// The weights of columns `4 * G..4 * G + 4` of the block whose vectors are `quants`.
+    fn group<S: Lanes, const G: usize>(s: S, quants: &[[u8; 64]]) -> S::W;
+}
+
+/// What is taken off a weight of type `W` as [`Format::group`] gives it.
+pub(crate) const fn bias<S: Lanes, W: Format>() -> i32 {
+    if W::WIDE { W::BIAS + S::SIGNED_BIAS } else { W::BIAS }
+}
+
+/// The vector at `index`.
+#[inline(always)]
+fn vector<S: Lanes>(s: S, quants: &[[u8; 64]], index: usize) -> S::W {
+    s.bytes(&quants[index])
+}
+
+/// Nibbles of column group `G`.
+#[inline(always)]
+fn nibbles<S: Lanes, const G: usize>(s: S, quants: &[[u8; 64]]) -> S::W {
+    if G < 4 { s.low(vector(s, quants, G)) } else { s.high(vector(s, quants, G - 4)) }
+}
+
+/// Nibbles of column group `G` and their fifth bits.
+#[inline(always)]
+fn five_bits<S: Lanes, const G: usize>(s: S, quants: &[[u8; 64]]) -> S::W {
+    let (w, bits) = (nibbles::<S, G>(s, quants), vector(s, quants, 4));
+    // Bit G becomes bit 4.
+    match G {
+        0 => s.insert::<4, 0>(w, bits, 16),
+        1 => s.insert::<3, 0>(w, bits, 16),
+        2 => s.insert::<2, 0>(w, bits, 16),
+        3 => s.insert::<1, 0>(w, bits, 16),
+        4 => s.insert::<0, 0>(w, bits, 16),
+        5 => s.insert::<0, 1>(w, bits, 16),
+        6 => s.insert::<0, 2>(w, bits, 16),
+        _ => s.insert::<0, 3>(w, bits, 16),
+    }
+}
+
+/// Nibbles of column group `G` and their upper two bits.
+#[inline(always)]
+fn six_bits<S: Lanes, const G: usize>(s: S, quants: &[[u8; 64]]) -> S::W {
+    let (w, bits) = (nibbles::<S, G>(s, quants), vector(s, quants, 4 + G / 4));
+    // Bits 2 * (G % 4) and the next become bits 4 and 5.
+    match G % 4 {
+        0 => s.insert::<4, 0>(w, bits, 48),
+        1 => s.insert::<2, 0>(w, bits, 48),
+        2 => s.insert::<0, 0>(w, bits, 48),
+        _ => s.insert::<0, 2>(w, bits, 48),
+    }
+}
+
+/// Implements [`Format`].
+macro_rules! format {
+    ($name:ident, $dtype:ident, bias $bias:literal, $group:ident $(, $item:item)*) => {
+        #[doc = concat!("Tiles of ", stringify!($name), ".")]
+        pub(crate) struct $name;
+
+        impl Format for $name {
+            const DTYPE: DType = DType::$dtype;
+            const BIAS: i32 = $bias;
+            $($item)*
+
+            #[inline(always)]
+            fn group<S: Lanes, const G: usize>(s: S, quants: &[[u8; 64]]) -> S::W {
+                $group::<S, G>(s, quants)
+            }
+        }
+    };
+}
+
+/// Bytes of column group `G`.
+#[inline(always)]
+fn whole_bytes<S: Lanes, const G: usize>(s: S, quants: &[[u8; 64]]) -> S::W {
+    s.signed(vector(s, quants, G))
+}
+
+format!(Q8_0, Q8_0, bias 0, whole_bytes, const WIDE: bool = true;);
+format!(Q4_0, Q4_0, bias 8, nibbles);
+format!(Q4_1, Q4_1, bias 0, nibbles);
+format!(Q5_0, Q5_0, bias 16, five_bits);
+format!(Q5_1, Q5_1, bias 0, five_bits);
+format!(Q4K, Q4K, bias 0, nibbles);
+format!(Q5K, Q5K, bias 0, five_bits);
+format!(Q6K, Q6K, bias 32, six_bits, const SEGMENTS: usize = 2;);
+
+/// The sixteen numbers of `N / 16` bytes each at `at`.
+#[inline(always)]
+fn part<const N: usize>(bytes: &[u8], at: usize) -> &[u8; N] {
+    bytes[at..][..N].as_array().unwrap_or(&[0; N])
+}
+
+/// Scales and minimums of segment `segment` of block `block`, from a tile's factors. Minimums are those to be
+/// added, 0 if there are none.
+#[inline(always)]
+pub(crate) fn scales<S: Lanes, W: Format>(
+    s: S,
+    factors: &[u8],
+    block: usize,
+    segment: usize,
+) -> (S::F, S::F) {
+    let kind = W::GEOMETRY.factors;
+    let at = block / kind.blocks() * kind.bytes();
+    let halves = |at| s.halves(part(factors, at));
+    let within = block % kind.blocks() * 2 * ROWS;
+    match kind {
+        Factors::Scale => (halves(at), s.splat(0.0)),
+        Factors::ScaleMin => (halves(at), halves(at + 2 * ROWS)),
+        Factors::Super => {
+            let bytes = at + 4 * ROWS + within;
+            let scale = s.mul(halves(at), s.unsigned_bytes(part(factors, bytes)));
+            let min = s.mul(halves(at + 2 * ROWS), s.unsigned_bytes(part(factors, bytes + ROWS)));
+            (scale, s.mul(min, s.splat(-1.0)))
+        }
+        Factors::SuperHalves => {
+            let bytes = at + 2 * ROWS + within + segment * ROWS;
+            (s.mul(halves(at), s.signed_bytes(part(factors, bytes))), s.splat(0.0))
+        }
+    }
+}
