@@ -1,18 +1,19 @@
 //! Matrices in tiles of sixteen rows, the layout of weights in a pack.
 //!
 //! A matrix is its tiles one after another; a last tile that has fewer rows is filled with rows of zeros.
-//! A tile is a multiple of 64 bytes, in three parts:
+//! A tile is read from its first byte to its last: shares of 2 blocks of 32 columns (of 8, for types with
+//! super-blocks of 256), each a multiple of 64 bytes. A last share that has fewer blocks is filled with
+//! zeros. A share has two parts:
 //!
-//! 1. **Factors**, row beside row: for types with blocks of 32, sixteen half-precision scales a block, and
-//!    with a minimum sixteen of these behind them; for super-blocks of 256, sixteen half-precision `d`
-//!    (and sixteen `dmin`) a super-block, then for each of its 8 blocks sixteen scales of a byte (and
-//!    sixteen minimums), or two times sixteen for Q6_K.
-//! 2. **Padding** to a multiple of 64 bytes.
-//! 3. **Quants**: for each block of 32 columns, vectors of 64 bytes in which byte `4 * row + j` belongs to
-//!    that row. With eight bits, vector `g` holds columns `4 * g + j`. With fewer, vector `g` of four
-//!    holds columns `4 * g + j` in its low nibbles and `16 + 4 * g + j` in its high ones; a fifth bit
-//!    of column group `g` is bit `g` of one more vector; the upper two bits of Q6_K's groups `4 * p + i` are
-//!    bits `2 * i` of vector `p` of two more.
+//! 1. **Factors**, row beside row. For each block sixteen half-precision scales and, where the type has them,
+//!    sixteen minimums. For super-blocks sixteen half-precision `d` (and sixteen `dmin`), then for each of the
+//!    8 blocks sixteen scales of a byte (and sixteen minimums); two times sixteen scales for Q6_K. Padded to
+//!    64 bytes.
+//! 2. **Quants**: for each block, vectors of 64 bytes in which byte `4 * row + j` belongs to that row. With eight
+//!    bits, vector `g` holds columns `4 * g + j`. With fewer, vector `g` of four holds columns `4 * g + j` in
+//!    its low nibbles and `16 + 4 * g + j` in its high ones; a fifth bit of column group `g` is bit `g` of
+//!    one more vector; the upper two bits of Q6_K's groups `4 * p + i` are bits `2 * i` of vector `p` of two
+//!    more.
 //!
 //! Quants are as in the file: `q` of `d * (q - bias)`, unsigned, or signed for Q8_0.
 
@@ -32,7 +33,7 @@ pub const TILE_ROWS: usize = 16;
 const ROWS: usize = TILE_ROWS;
 /// Columns of a block.
 const BLOCK: usize = 32;
-/// Tiles and their quants start at multiples of this.
+/// Shares and their quants start at multiples of this.
 const ALIGN: usize = 64;
 
 /// How the factors of a type are stored.
@@ -49,22 +50,23 @@ pub(crate) enum Factors {
 }
 
 impl Factors {
-    /// Blocks that share half-precision factors.
+    /// Blocks of a share.
     pub const fn blocks(self) -> usize {
         match self {
-            Self::Scale | Self::ScaleMin => 1,
+            Self::Scale | Self::ScaleMin => 2,
             Self::Super | Self::SuperHalves => 8,
         }
     }
 
-    /// Bytes of the factors of [`Factors::blocks`] blocks.
+    /// Bytes of the factors of a share.
     pub const fn bytes(self) -> usize {
-        match self {
-            Self::Scale => 2 * ROWS,
-            Self::ScaleMin => 4 * ROWS,
+        let bytes = match self {
+            Self::Scale => 2 * 2 * ROWS,
+            Self::ScaleMin => 2 * 4 * ROWS,
             Self::Super => 4 * ROWS + 8 * 2 * ROWS,
             Self::SuperHalves => 2 * ROWS + 8 * 2 * ROWS,
-        }
+        };
+        bytes.next_multiple_of(ALIGN)
     }
 }
 
@@ -94,19 +96,21 @@ impl Geometry {
         Some(Self { factors, vectors })
     }
 
-    /// Byte at which a tile's quants start; `None` if `cols` is not a whole number of (super-)blocks or
-    /// beyond the address space.
-    pub fn quants_at(self, cols: usize) -> Option<usize> {
-        if !cols.is_multiple_of(BLOCK * self.factors.blocks()) {
-            return None;
-        }
-        let shares = cols / BLOCK / self.factors.blocks();
-        shares.checked_mul(self.factors.bytes())?.checked_next_multiple_of(ALIGN)
+    /// Bytes of a share.
+    pub const fn share_bytes(self) -> usize {
+        self.factors.bytes() + self.factors.blocks() * self.vectors * 64
     }
 
-    /// Bytes of a tile; `None` as for [`Geometry::quants_at`].
+    /// Bytes of a tile; `None` if `cols` is not a whole number of (super-)blocks or beyond the address space.
     pub fn tile_bytes(self, cols: usize) -> Option<usize> {
-        (cols / BLOCK).checked_mul(self.vectors * 64)?.checked_add(self.quants_at(cols)?)
+        let whole = match self.factors {
+            Factors::Scale | Factors::ScaleMin => BLOCK,
+            Factors::Super | Factors::SuperHalves => BLOCK * self.factors.blocks(),
+        };
+        if !cols.is_multiple_of(whole) {
+            return None;
+        }
+        (cols / BLOCK).div_ceil(self.factors.blocks()).checked_mul(self.share_bytes())
     }
 }
 

@@ -119,15 +119,14 @@ impl<'a> Matrix<'a> {
         }
     }
 
-    /// Factors and quants of the tile that `row` is in; `None` beyond the last, and in rows.
+    /// The shares of the tile that `row` is in; `None` beyond the last, and in rows.
     #[inline(always)]
-    pub(crate) fn tile(&self, row: usize, geometry: Geometry) -> Option<(&'a [u8], &'a [[u8; 64]])> {
-        if self.layout != Layout::Tiles {
-            return None;
+    pub(crate) fn tile(&self, row: usize) -> Option<&'a [u8]> {
+        if self.layout == Layout::Tiles {
+            self.data.get(row / ROWS * self.unit_bytes..)?.get(..self.unit_bytes)
+        } else {
+            None
         }
-        let tile = self.data.get(row / ROWS * self.unit_bytes..)?.get(..self.unit_bytes)?;
-        let (factors, quants) = tile.split_at_checked(geometry.quants_at(self.cols)?)?;
-        Some((factors, quants.as_chunks().0))
     }
 
     /// Rows whose weights stay in the cache, at least 1.
@@ -201,11 +200,8 @@ pub(crate) unsafe fn run<const N: usize>(
         work = work.saturating_add(expected.saturating_mul(weight.cols));
     }
     let threads = if work < WORTH_SHARING { 1 } else { workers.count().max(1) };
-    // Several parts a thread, so that a thread that was held up leaves work to the others.
-    let parts = if threads == 1 { 1 } else { threads * 4 };
     let shared = products.map(|Product { kernel, weight, out }| {
-        let step = weight.rows.div_ceil(parts).next_multiple_of(ROWS);
-        (kernel, weight, Output::new(out, tokens, weight.rows, step))
+        (kernel, weight, Output::new(out, tokens, weight.rows, ROWS, threads))
     });
     let job = |_: usize| {
         for (kernel, weight, output) in &shared {

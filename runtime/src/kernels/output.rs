@@ -7,12 +7,19 @@ use core::marker::PhantomData;
 use core::ops::Range;
 use core::sync::atomic::{AtomicUsize, Ordering};
 
-/// A `[tokens, rows]` buffer that is shared in parts of `step` rows.
+/// A `[tokens, rows]` buffer that is shared among `threads` threads in parts of a multiple of `unit` rows.
+///
+/// Each thread's first part is large, because memory is fastest in long runs; the last ones are small, so that
+/// a thread that was held up leaves work to the others (as in guided self-scheduling: Polychronopoulos and
+/// Kuck 1987).
 pub(crate) struct Output<'a> {
     start: *mut f32,
     tokens: usize,
     rows: usize,
-    step: usize,
+    unit: usize,
+    threads: usize,
+    /// Rows of each thread's first part.
+    first: usize,
     next: AtomicUsize,
     buffer: PhantomData<&'a mut [f32]>,
 }
@@ -31,13 +38,22 @@ pub(crate) struct Columns<'a> {
 }
 
 impl<'a> Output<'a> {
-    /// Shares `buffer`, which must have `tokens * rows` elements, in parts of `step` rows (at least 1).
-    pub fn new(buffer: &'a mut [f32], tokens: usize, rows: usize, step: usize) -> Option<Self> {
-        if tokens.checked_mul(rows) != Some(buffer.len()) || step == 0 {
+    /// Shares `buffer`, which must have `tokens * rows` elements; `unit` and `threads` are at least 1.
+    pub fn new(
+        buffer: &'a mut [f32],
+        tokens: usize,
+        rows: usize,
+        unit: usize,
+        threads: usize,
+    ) -> Option<Self> {
+        if tokens.checked_mul(rows) != Some(buffer.len()) || unit == 0 || threads == 0 {
             return None;
         }
-        let next = AtomicUsize::new(0);
-        Some(Self { start: buffer.as_mut_ptr(), tokens, rows, step, next, buffer: PhantomData })
+        // One token has little to compute for what it reads; the more tokens, the less a run of memory matters.
+        let first = if tokens == 1 { rows / 16 * 15 / threads } else { rows / 2 / threads };
+        let first = (first / unit).max(1) * unit;
+        let (start, next) = (buffer.as_mut_ptr(), AtomicUsize::new(0));
+        Some(Self { start, tokens, rows, unit, threads, first, next, buffer: PhantomData })
     }
 
     /// The next part that nobody has; `None` once all are taken.
@@ -45,11 +61,20 @@ impl<'a> Output<'a> {
     /// Threads take parts instead of computing their share from their number, so that a broken
     /// implementation of `Workers` can lose time but never make two threads write one element.
     pub fn take(&self) -> Option<Columns<'_>> {
-        // Looking first keeps the counter from ever wrapping: it ends at most one per thread beyond the last.
-        let remain = |part: usize| part.checked_mul(self.step).filter(|start| *start < self.rows);
-        remain(self.next.load(Ordering::Relaxed))?;
-        let start = remain(self.next.fetch_add(1, Ordering::Relaxed))?;
-        let rows = start..self.rows.min(start.saturating_add(self.step));
+        let part = |start: usize| {
+            let left = self.rows.checked_sub(start).filter(|left| *left > 0)?;
+            let len = match self.threads {
+                1 => left,
+                threads if start < threads * self.first => self.first,
+                threads => (left / (2 * threads)).next_multiple_of(self.unit).max(self.unit),
+            };
+            Some(len.min(left))
+        };
+        let start = self.next.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |start| {
+            part(start).map(|len| start + len)
+        });
+        let start = start.ok()?;
+        let rows = start..start + part(start)?;
         Some(Columns { start: self.start, tokens: self.tokens, stride: self.rows, rows, output: PhantomData })
     }
 }
@@ -112,7 +137,7 @@ mod tests {
     #[test]
     fn every_row_is_taken_once() {
         let mut buffer = [0.0; 3 * 10];
-        let output = Output::new(&mut buffer, 3, 10, 4).unwrap();
+        let output = Output::new(&mut buffer, 3, 10, 2, 2).unwrap();
         while let Some(mut part) = output.take() {
             for row in part.rows() {
                 for token in 0..3 {
@@ -128,8 +153,8 @@ mod tests {
 
     #[test]
     fn refuses_a_buffer_of_another_size() {
-        assert!(Output::new(&mut [0.0; 29], 3, 10, 4).is_none());
-        assert!(Output::new(&mut [], usize::MAX, 2, 4).is_none());
-        assert!(Output::new(&mut [0.0; 2], 1, 2, 0).is_none());
+        assert!(Output::new(&mut [0.0; 29], 3, 10, 4, 1).is_none());
+        assert!(Output::new(&mut [], usize::MAX, 2, 4, 1).is_none());
+        assert!(Output::new(&mut [0.0; 2], 1, 2, 0, 1).is_none());
     }
 }

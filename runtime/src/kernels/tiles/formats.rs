@@ -112,31 +112,30 @@ fn part<const N: usize>(bytes: &[u8], at: usize) -> &[u8; N] {
     bytes[at..][..N].as_array().unwrap_or(&[0; N])
 }
 
-/// Scales and minimums of segment `segment` of block `block`, from a tile's factors. Minimums are those to be
-/// added, 0 if there are none.
+/// Scales and minimums of segment `segment` of block `block` of a share, from its factors. Minimums are those to
+/// be added, 0 if there are none.
 #[inline(always)]
-pub(crate) fn scales<S: Lanes, W: Format>(
-    s: S,
-    factors: &[u8],
-    block: usize,
-    segment: usize,
-) -> (S::F, S::F) {
-    let kind = W::GEOMETRY.factors;
-    let at = block / kind.blocks() * kind.bytes();
+pub(crate) fn scales<S: Lanes, W: Format>(s: S, factors: &[u8], block: usize, segment: usize) -> (S::F, S::F) {
     let halves = |at| s.halves(part(factors, at));
-    let within = block % kind.blocks() * 2 * ROWS;
-    match kind {
-        Factors::Scale => (halves(at), s.splat(0.0)),
-        Factors::ScaleMin => (halves(at), halves(at + 2 * ROWS)),
+    match W::GEOMETRY.factors {
+        Factors::Scale => (halves(block * 2 * ROWS), s.splat(0.0)),
+        Factors::ScaleMin => (halves(block * 4 * ROWS), halves(block * 4 * ROWS + 2 * ROWS)),
         Factors::Super => {
-            let bytes = at + 4 * ROWS + within;
-            let scale = s.mul(halves(at), s.unsigned_bytes(part(factors, bytes)));
-            let min = s.mul(halves(at + 2 * ROWS), s.unsigned_bytes(part(factors, bytes + ROWS)));
+            let bytes = 4 * ROWS + block * 2 * ROWS;
+            let scale = s.mul(halves(0), s.unsigned_bytes(part(factors, bytes)));
+            let min = s.mul(halves(2 * ROWS), s.unsigned_bytes(part(factors, bytes + ROWS)));
             (scale, s.mul(min, s.splat(-1.0)))
         }
         Factors::SuperHalves => {
-            let bytes = at + 2 * ROWS + within + segment * ROWS;
-            (s.mul(halves(at), s.signed_bytes(part(factors, bytes))), s.splat(0.0))
+            let bytes = 2 * ROWS + block * 2 * ROWS + segment * ROWS;
+            (s.mul(halves(0), s.signed_bytes(part(factors, bytes))), s.splat(0.0))
         }
     }
+}
+
+/// Factors and quants of a share.
+#[inline(always)]
+pub(crate) fn split<W: Format>(share: &[u8]) -> (&[u8], &[[u8; 64]]) {
+    let (factors, quants) = share.split_at(W::GEOMETRY.factors.bytes());
+    (factors, quants.as_chunks().0)
 }

@@ -5,14 +5,14 @@
 //! formed in the same order as alone.
 
 use super::activations::{Quad, SIDE, TileActs, integer};
-use super::formats::{Format, bias, scales};
+use super::formats::{Format, bias, scales, split};
 use super::gemv::{dot, finish};
 use super::lanes::Lanes;
 use crate::format::TILE_ROWS as ROWS;
 use crate::kernels::matmul::Matrix;
 use crate::kernels::output::Columns;
 
-/// Blocks of a panel.
+/// Blocks of a panel, a whole number of shares.
 pub(crate) const BLOCKS: usize = 16;
 
 /// The unpacked weights of one tile.
@@ -36,30 +36,29 @@ impl Panel {
         mins: [[0.0; ROWS]; BLOCKS],
     };
 
-    /// Unpacks blocks `first..first + count` of a tile.
+    /// Unpacks blocks `first..first + count` of a tile, whole shares from the first on.
     #[inline(always)]
-    fn fill<S: Lanes, W: Format>(
-        &mut self,
-        s: S,
-        factors: &[u8],
-        quants: &[[u8; 64]],
-        first: usize,
-        count: usize,
-    ) {
+    fn fill<S: Lanes, W: Format>(&mut self, s: S, shares: &[u8], first: usize, count: usize) {
+        let n = W::GEOMETRY.factors.blocks();
         self.blocks = count;
-        let vectors = quants.chunks_exact(W::GEOMETRY.vectors).skip(first);
-        for (block, quants) in vectors.take(count).enumerate() {
-            let bias = bias::<S, W>();
-            let [a, b, c, d] = &mut self.weights[block];
-            s.keep([W::group::<S, 0>(s, quants), W::group::<S, 1>(s, quants)], bias, a);
-            s.keep([W::group::<S, 2>(s, quants), W::group::<S, 3>(s, quants)], bias, b);
-            s.keep([W::group::<S, 4>(s, quants), W::group::<S, 5>(s, quants)], bias, c);
-            s.keep([W::group::<S, 6>(s, quants), W::group::<S, 7>(s, quants)], bias, d);
-            for segment in 0..W::SEGMENTS {
-                let (scale, min) = scales::<S, W>(s, factors, first + block, segment);
-                s.store(scale, &mut self.scales[block][segment]);
-                if W::MINS {
-                    s.store(min, &mut self.mins[block]);
+        let shares = shares.chunks_exact(W::GEOMETRY.share_bytes()).skip(first / n);
+        for (index, share) in shares.take(count.div_ceil(n)).enumerate() {
+            let (factors, quants) = split::<W>(share);
+            for (i, quants) in quants.chunks_exact(W::GEOMETRY.vectors).enumerate() {
+                // Blocks behind the last, which a last share may have, are filled and never read.
+                let block = index * n + i;
+                let bias = bias::<S, W>();
+                let [a, b, c, d] = &mut self.weights[block];
+                s.keep([W::group::<S, 0>(s, quants), W::group::<S, 1>(s, quants)], bias, a);
+                s.keep([W::group::<S, 2>(s, quants), W::group::<S, 3>(s, quants)], bias, b);
+                s.keep([W::group::<S, 4>(s, quants), W::group::<S, 5>(s, quants)], bias, c);
+                s.keep([W::group::<S, 6>(s, quants), W::group::<S, 7>(s, quants)], bias, d);
+                for segment in 0..W::SEGMENTS {
+                    let (scale, min) = scales::<S, W>(s, factors, i, segment);
+                    s.store(scale, &mut self.scales[block][segment]);
+                    if W::MINS {
+                        s.store(min, &mut self.mins[block]);
+                    }
                 }
             }
         }
@@ -72,10 +71,10 @@ pub(crate) fn many_tokens<S: Lanes, W: Format>(s: S, weight: &Matrix, acts: &Til
     let rows = out.rows();
     let mut panel = Panel::EMPTY;
     for row in rows.step_by(ROWS) {
-        let Some((factors, quants)) = weight.tile(row, W::GEOMETRY) else { return };
+        let Some(shares) = weight.tile(row) else { return };
         for first in (0..acts.blocks).step_by(BLOCKS) {
             let count = BLOCKS.min(acts.blocks - first);
-            panel.fill::<S, W>(s, factors, quants, first, count);
+            panel.fill::<S, W>(s, shares, first, count);
             for quad in 0..acts.tokens.div_ceil(SIDE) {
                 let mut sums = [[0.0; ROWS]; SIDE];
                 if first > 0 {

@@ -1,64 +1,76 @@
 //! One token: decode.
 
 use super::activations::{TileActs, integer};
-use super::formats::{Format, bias, scales};
+use super::formats::{Format, bias, scales, split};
 use super::lanes::Lanes;
 use crate::format::TILE_ROWS as ROWS;
 use crate::kernels::activations::BLOCK;
 use crate::kernels::matmul::Matrix;
 use crate::kernels::output::Columns;
 
-/// Bytes from the weights at work to those that are asked for: hardware that prefetches starts anew on every
-/// page and for every tile.
-const AHEAD: usize = 4096;
-
 /// The rows of one part, for one token.
 #[inline(always)]
 pub(crate) fn one_token<S: Lanes, W: Format>(s: S, weight: &Matrix, acts: &TileActs, out: &mut Columns) {
     let rows = out.rows();
     for first in rows.step_by(ROWS) {
-        let Some((factors, quants)) = weight.tile(first, W::GEOMETRY) else { return };
+        let Some(shares) = weight.tile(first) else { return };
         let mut sums = [0.0; ROWS];
-        s.store(tile::<S, W>(s, factors, quants, acts), &mut sums);
+        s.store(tile::<S, W>(s, shares, acts), &mut sums);
         out.set_rows(0, first, &sums);
     }
 }
 
 /// The products of a tile's rows with the token.
 #[inline(always)]
-fn tile<S: Lanes, W: Format>(s: S, factors: &[u8], quants: &[[u8; 64]], acts: &TileActs) -> S::F {
+fn tile<S: Lanes, W: Format>(s: S, shares: &[u8], acts: &TileActs) -> S::F {
     let mut out = s.splat(0.0);
-    let vectors = quants.chunks_exact(W::GEOMETRY.vectors);
     let integers = acts.quants.as_chunks::<BLOCK>().0;
-    let numbers = acts.scales.iter().zip(acts.sums).zip(acts.halves);
-    for (block, ((quants, a), ((scale_a, sum), half))) in vectors.zip(integers).zip(numbers).enumerate() {
-        let ([a0, a1], _) = a.as_chunks::<16>() else { break };
-        let (a0, a1) = (s.activations(a0), s.activations(a1));
-        let (sum, half) = (integer(*sum), integer(*half));
-        for vector in quants {
-            s.prefetch(vector.as_ptr().wrapping_add(AHEAD));
+    let mut numbers = integers.iter().zip(acts.scales).zip(acts.sums).zip(acts.halves);
+    for share in shares.chunks_exact(W::GEOMETRY.share_bytes()) {
+        let (factors, quants) = split::<W>(share);
+        // A last share may have more blocks than the token.
+        let blocks = quants.chunks_exact(W::GEOMETRY.vectors).zip(&mut numbers);
+        for (block, (quants, (((a, scale_a), sum), half))) in blocks.enumerate() {
+            out = add_block::<S, W>(s, factors, block, quants, a, [*scale_a, *sum, *half], out);
         }
-        if W::SEGMENTS == 1 {
-            let start = -bias::<S, W>() * sum;
-            let p = whole_block::<S, W>(s, s.start(start), quants, a0, a1);
-            let (scale, min) = scales::<S, W>(s, factors, block, 0);
-            out = s.fma(finish::<S, W>(s, p, start), s.mul(scale, s.splat(*scale_a)), out);
-            if W::MINS {
-                out = s.fma(min, s.splat(sum as f32 * scale_a), out);
-            }
+    }
+    out
+}
+
+/// Adds the products of one block of a share; the numbers are those of the token's block.
+#[inline(always)]
+fn add_block<S: Lanes, W: Format>(
+    s: S,
+    factors: &[u8],
+    block: usize,
+    quants: &[[u8; 64]],
+    a: &[i8; BLOCK],
+    [scale_a, sum, half]: [f32; 3],
+    mut out: S::F,
+) -> S::F {
+    let (sum, half) = (integer(sum), integer(half));
+    let ([a0, a1], _) = a.as_chunks::<16>() else { return out };
+    let (a0, a1) = (s.activations(a0), s.activations(a1));
+    if W::SEGMENTS == 1 {
+        let start = -bias::<S, W>() * sum;
+        let p = whole_block::<S, W>(s, s.start(start), quants, a0, a1);
+        let (scale, min) = scales::<S, W>(s, factors, block, 0);
+        out = s.fma(finish::<S, W>(s, p, start), s.mul(scale, s.splat(scale_a)), out);
+        if W::MINS {
+            out = s.fma(min, s.splat(sum as f32 * scale_a), out);
+        }
+        return out;
+    }
+    for (segment, a, sum) in [(0, a0, half), (1, a1, sum - half)] {
+        let start = -bias::<S, W>() * sum;
+        let p = s.start(start);
+        let p = if segment == 0 {
+            half_block::<S, W, false>(s, p, quants, a)
         } else {
-            for (segment, a, sum) in [(0, a0, half), (1, a1, sum - half)] {
-                let start = -bias::<S, W>() * sum;
-                let p = s.start(start);
-                let p = if segment == 0 {
-                    half_block::<S, W, false>(s, p, quants, a)
-                } else {
-                    half_block::<S, W, true>(s, p, quants, a)
-                };
-                let (scale, _) = scales::<S, W>(s, factors, block, segment);
-                out = s.fma(finish::<S, W>(s, p, start), s.mul(scale, s.splat(*scale_a)), out);
-            }
-        }
+            half_block::<S, W, true>(s, p, quants, a)
+        };
+        let (scale, _) = scales::<S, W>(s, factors, block, segment);
+        out = s.fma(finish::<S, W>(s, p, start), s.mul(scale, s.splat(scale_a)), out);
     }
     out
 }

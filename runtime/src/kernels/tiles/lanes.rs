@@ -22,11 +22,6 @@ pub(crate) trait Lanes: Copy {
     /// Whether panels keep quants with their bias taken off; else the products of the bias are.
     const PANEL_WITHOUT_BIAS: bool;
 
-    /// Asks for the memory at `at`, which may lie anywhere, before it is needed.
-    #[inline(always)]
-    fn prefetch(self, at: *const u8) {
-        let _ = at;
-    }
     /// Four bytes for each row.
     fn bytes(self, w: &[u8; 64]) -> Self::W;
     /// The low nibbles.

@@ -29,21 +29,21 @@ pub fn pack_tiles(dtype: DType, rows: usize, cols: usize, from: &[u8], to: &mut 
         }
     }
     to.fill(0);
-    let (Some(tile_bytes), Some(quants_at)) = (geometry.tile_bytes(cols), geometry.quants_at(cols)) else {
+    let Some(tile_bytes) = geometry.tile_bytes(cols) else {
         return Err(Error::new(Code::WrongShape, dtype.name()));
     };
+    let (kind, vectors, blocks) = (geometry.factors, geometry.vectors * 64, dtype.block_len() / BLOCK);
     for (row, bytes) in from.chunks_exact(row_bytes).enumerate() {
         let tile = &mut to[row / ROWS * tile_bytes..][..tile_bytes];
-        let (factors, quants) = tile.split_at_mut(quants_at);
         let lane = row % ROWS;
         for (index, block) in bytes.chunks_exact(dtype.block_bytes()).enumerate() {
             let parts = Parts::read(dtype, block);
-            let share = &mut factors[index * geometry.factors.bytes()..][..geometry.factors.bytes()];
-            parts.write_factors(geometry.factors, share, lane);
-            let vectors = geometry.vectors * 64;
-            let blocks = dtype.block_len() / BLOCK;
-            for (at, q) in parts.quants[..blocks * BLOCK].as_chunks::<BLOCK>().0.iter().enumerate() {
-                let to = &mut quants[(index * blocks + at) * vectors..][..vectors];
+            let first = index * blocks;
+            let share = &mut tile[first / kind.blocks() * geometry.share_bytes()..][..geometry.share_bytes()];
+            let (factors, quants) = share.split_at_mut(kind.bytes());
+            parts.write_factors(kind, factors, first % kind.blocks(), lane);
+            for (i, q) in parts.quants[..blocks * BLOCK].as_chunks::<BLOCK>().0.iter().enumerate() {
+                let to = &mut quants[(first % kind.blocks() + i) * vectors..][..vectors];
                 write_quants(geometry.vectors, to, lane, q);
             }
         }
@@ -118,11 +118,11 @@ impl Parts {
         parts
     }
 
-    /// Writes the factors of one row into those of sixteen.
-    fn write_factors(&self, kind: Factors, to: &mut [u8], lane: usize) {
+    /// Writes the factors of one row, from block `block` of the share on, into those of sixteen.
+    fn write_factors(&self, kind: Factors, to: &mut [u8], block: usize, lane: usize) {
         let halves = if matches!(kind, Factors::ScaleMin | Factors::Super) { 2 } else { 1 };
         for (i, half) in self.halves[..halves].iter().enumerate() {
-            to[(i * ROWS + lane) * 2..][..2].copy_from_slice(half);
+            to[((block * halves + i) * ROWS + lane) * 2..][..2].copy_from_slice(half);
         }
         if matches!(kind, Factors::Super | Factors::SuperHalves) {
             for (i, byte) in self.bytes.as_flattened().iter().enumerate() {
@@ -168,12 +168,8 @@ fn write_quants(vectors: usize, to: &mut [u8], lane: usize, q: &[u8; BLOCK]) {
 pub fn dequantize_tile_row(dtype: DType, tiles: &[u8], row: usize, out: &mut [f32]) -> Result<()> {
     let geometry = Geometry::of(dtype).ok_or_else(|| Error::new(Code::UnsupportedType, dtype.name()))?;
     let wrong = || Error::new(Code::WrongShape, dtype.name()).found(row as u64, tiles.len() as u64);
-    let (Some(bytes), Some(quants_at)) = (geometry.tile_bytes(out.len()), geometry.quants_at(out.len()))
-    else {
-        return Err(wrong());
-    };
+    let Some(bytes) = geometry.tile_bytes(out.len()) else { return Err(wrong()) };
     let tile = tiles.chunks_exact(bytes.max(1)).nth(row / ROWS).ok_or_else(wrong)?;
-    let (factors, quants) = tile.split_at(quants_at);
     let (lane, kind, vectors) = (row % ROWS, geometry.factors, geometry.vectors * 64);
     let bias = match dtype {
         DType::Q4_0 => 8.0,
@@ -181,17 +177,19 @@ pub fn dequantize_tile_row(dtype: DType, tiles: &[u8], row: usize, out: &mut [f3
         DType::Q6K => 32.0,
         _ => 0.0,
     };
-    let blocks = out.as_chunks_mut::<BLOCK>().0.iter_mut().zip(quants.chunks_exact(vectors));
-    for (block, (out, quants)) in blocks.enumerate() {
-        let share = &factors[block / kind.blocks() * kind.bytes()..][..kind.bytes()];
+    for (index, out) in out.as_chunks_mut::<BLOCK>().0.iter_mut().enumerate() {
+        let share = &tile[index / kind.blocks() * geometry.share_bytes()..][..geometry.share_bytes()];
+        let (factors, quants) = share.split_at(kind.bytes());
+        let block = index % kind.blocks();
+        let quants = &quants[block * vectors..][..vectors];
         let half = |at: usize| {
             let at = (at * ROWS + lane) * 2;
-            f16_to_f32(u16::from_le_bytes([share[at], share[at + 1]]))
+            f16_to_f32(u16::from_le_bytes([factors[at], factors[at + 1]]))
         };
-        let byte = |halves: usize, at: usize| share[(2 * halves + block % 8 * 2 + at) * ROWS + lane];
+        let byte = |halves: usize, at: usize| factors[(2 * halves + block * 2 + at) * ROWS + lane];
         let [first, second, min] = match kind {
-            Factors::Scale => [half(0), half(0), 0.0],
-            Factors::ScaleMin => [half(0), half(0), half(1)],
+            Factors::Scale => [half(block), half(block), 0.0],
+            Factors::ScaleMin => [half(2 * block), half(2 * block), half(2 * block + 1)],
             Factors::Super => {
                 let scale = half(0) * f32::from(byte(2, 0));
                 [scale, scale, -(half(1) * f32::from(byte(2, 1)))]

@@ -36,11 +36,6 @@ impl Lanes for Avx2 {
     const PANEL_WITHOUT_BIAS: bool = false;
 
     #[inline(always)]
-    fn prefetch(self, at: *const u8) {
-        avx2!(_mm_prefetch::<_MM_HINT_T0>(at.cast()));
-    }
-
-    #[inline(always)]
     fn bytes(self, w: &[u8; 64]) -> W {
         avx2!([_mm256_loadu_si256(w.as_ptr().cast()), _mm256_loadu_si256(w.as_ptr().add(32).cast())])
     }

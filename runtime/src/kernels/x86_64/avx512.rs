@@ -37,11 +37,6 @@ impl Lanes for Avx512 {
     const PANEL_WITHOUT_BIAS: bool = false;
 
     #[inline(always)]
-    fn prefetch(self, at: *const u8) {
-        avx512!(_mm_prefetch::<_MM_HINT_T0>(at.cast()));
-    }
-
-    #[inline(always)]
     fn bytes(self, w: &[u8; 64]) -> __m512i {
         avx512!(_mm512_loadu_si512(w.as_ptr().cast()))
     }
