@@ -3,8 +3,56 @@
 use super::lanes::Lanes;
 use crate::format::{DType, Factors, Geometry, TILE_ROWS as ROWS};
 
+/// A share of a tile, of the size and shape that its type has (see [`Geometry`]).
+#[repr(C)]
+pub(crate) struct Share<const FACTORS: usize, const VECTORS: usize, const BLOCKS: usize> {
+    factors: [u8; FACTORS],
+    quants: [[[u8; 64]; VECTORS]; BLOCKS],
+}
+
+/// A share of any type.
+///
+/// # Safety
+/// Implementors consist of bytes alone and may lie at any address.
+pub(crate) unsafe trait AnyShare: Sized {
+    /// Blocks in it.
+    const BLOCKS: usize;
+    /// Its factors.
+    fn factors(&self) -> &[u8];
+    /// The vectors of a block.
+    fn quants(&self, block: usize) -> &[[u8; 64]];
+}
+
+// SAFETY: arrays of bytes one after another; `repr(C)` adds no padding between fields of alignment 1.
+unsafe impl<const FACTORS: usize, const VECTORS: usize, const BLOCKS: usize> AnyShare
+    for Share<FACTORS, VECTORS, BLOCKS>
+{
+    const BLOCKS: usize = BLOCKS;
+
+    #[inline(always)]
+    fn factors(&self) -> &[u8] {
+        &self.factors
+    }
+
+    #[inline(always)]
+    fn quants(&self, block: usize) -> &[[u8; 64]] {
+        &self.quants[block]
+    }
+}
+
+/// The shares that `bytes` consist of.
+#[inline(always)]
+pub(crate) fn shares<W: Format>(bytes: &[u8]) -> &[W::Share] {
+    const { assert!(size_of::<W::Share>() == W::GEOMETRY.share_bytes() && align_of::<W::Share>() == 1) }
+    // SAFETY: `AnyShare` promises bytes alone and any address; as many shares as whole ones fit into `bytes`,
+    // which is borrowed for as long as the result.
+    unsafe { core::slice::from_raw_parts(bytes.as_ptr().cast(), bytes.len() / size_of::<W::Share>()) }
+}
+
 /// A quantized type, laid out in tiles.
 pub(crate) trait Format {
+    /// A share of its tiles.
+    type Share: AnyShare;
     /// The type.
     const DTYPE: DType;
     /// Where things are.
@@ -74,11 +122,12 @@ fn six_bits<S: Lanes, const G: usize>(s: S, quants: &[[u8; 64]]) -> S::W {
 
 /// Implements [`Format`].
 macro_rules! format {
-    ($name:ident, $dtype:ident, bias $bias:literal, $group:ident $(, $item:item)*) => {
+    ($name:ident, $dtype:ident, $share:ty, bias $bias:literal, $group:ident $(, $item:item)*) => {
         #[doc = concat!("Tiles of ", stringify!($name), ".")]
         pub(crate) struct $name;
 
         impl Format for $name {
+            type Share = $share;
             const DTYPE: DType = DType::$dtype;
             const BIAS: i32 = $bias;
             $($item)*
@@ -97,14 +146,14 @@ fn whole_bytes<S: Lanes, const G: usize>(s: S, quants: &[[u8; 64]]) -> S::W {
     s.signed(vector(s, quants, G))
 }
 
-format!(Q8_0, Q8_0, bias 0, whole_bytes, const WIDE: bool = true;);
-format!(Q4_0, Q4_0, bias 8, nibbles);
-format!(Q4_1, Q4_1, bias 0, nibbles);
-format!(Q5_0, Q5_0, bias 16, five_bits);
-format!(Q5_1, Q5_1, bias 0, five_bits);
-format!(Q4K, Q4K, bias 0, nibbles);
-format!(Q5K, Q5K, bias 0, five_bits);
-format!(Q6K, Q6K, bias 32, six_bits, const SEGMENTS: usize = 2;);
+format!(Q8_0, Q8_0, Share<64, 8, 2>, bias 0, whole_bytes, const WIDE: bool = true;);
+format!(Q4_0, Q4_0, Share<64, 4, 2>, bias 8, nibbles);
+format!(Q4_1, Q4_1, Share<128, 4, 2>, bias 0, nibbles);
+format!(Q5_0, Q5_0, Share<64, 5, 2>, bias 16, five_bits);
+format!(Q5_1, Q5_1, Share<128, 5, 2>, bias 0, five_bits);
+format!(Q4K, Q4K, Share<320, 4, 8>, bias 0, nibbles);
+format!(Q5K, Q5K, Share<320, 5, 8>, bias 0, five_bits);
+format!(Q6K, Q6K, Share<320, 6, 8>, bias 32, six_bits, const SEGMENTS: usize = 2;);
 
 /// The sixteen numbers of `N / 16` bytes each at `at`.
 #[inline(always)]
@@ -131,11 +180,4 @@ pub(crate) fn scales<S: Lanes, W: Format>(s: S, factors: &[u8], block: usize, se
             (s.mul(halves(0), s.signed_bytes(part(factors, bytes))), s.splat(0.0))
         }
     }
-}
-
-/// Factors and quants of a share.
-#[inline(always)]
-pub(crate) fn split<W: Format>(share: &[u8]) -> (&[u8], &[[u8; 64]]) {
-    let (factors, quants) = share.split_at(W::GEOMETRY.factors.bytes());
-    (factors, quants.as_chunks().0)
 }

@@ -5,7 +5,7 @@
 //! formed in the same order as alone.
 
 use super::activations::{Quad, SIDE, TileActs, integer};
-use super::formats::{Format, bias, scales, split};
+use super::formats::{AnyShare, Format, bias, scales, shares};
 use super::gemv::{dot, finish};
 use super::lanes::Lanes;
 use crate::format::TILE_ROWS as ROWS;
@@ -38,15 +38,14 @@ impl Panel {
 
     /// Unpacks blocks `first..first + count` of a tile, whole shares from the first on.
     #[inline(always)]
-    fn fill<S: Lanes, W: Format>(&mut self, s: S, shares: &[u8], first: usize, count: usize) {
-        let n = W::GEOMETRY.factors.blocks();
+    fn fill<S: Lanes, W: Format>(&mut self, s: S, bytes: &[u8], first: usize, count: usize) {
+        let n = W::Share::BLOCKS;
         self.blocks = count;
-        let shares = shares.chunks_exact(W::GEOMETRY.share_bytes()).skip(first / n);
-        for (index, share) in shares.take(count.div_ceil(n)).enumerate() {
-            let (factors, quants) = split::<W>(share);
-            for (i, quants) in quants.chunks_exact(W::GEOMETRY.vectors).enumerate() {
+        for (index, share) in shares::<W>(bytes).iter().skip(first / n).take(count.div_ceil(n)).enumerate() {
+            for i in 0..n {
                 // Blocks behind the last, which a last share may have, are filled and never read.
                 let block = index * n + i;
+                let (factors, quants) = (share.factors(), share.quants(i));
                 let bias = bias::<S, W>();
                 let [a, b, c, d] = &mut self.weights[block];
                 s.keep([W::group::<S, 0>(s, quants), W::group::<S, 1>(s, quants)], bias, a);
@@ -71,10 +70,10 @@ pub(crate) fn many_tokens<S: Lanes, W: Format>(s: S, weight: &Matrix, acts: &Til
     let rows = out.rows();
     let mut panel = Panel::EMPTY;
     for row in rows.step_by(ROWS) {
-        let Some(shares) = weight.tile(row) else { return };
+        let Some(bytes) = weight.tile(row) else { return };
         for first in (0..acts.blocks).step_by(BLOCKS) {
             let count = BLOCKS.min(acts.blocks - first);
-            panel.fill::<S, W>(s, shares, first, count);
+            panel.fill::<S, W>(s, bytes, first, count);
             for quad in 0..acts.tokens.div_ceil(SIDE) {
                 let mut sums = [[0.0; ROWS]; SIDE];
                 if first > 0 {

@@ -1,7 +1,7 @@
 //! One token: decode.
 
 use super::activations::{TileActs, integer};
-use super::formats::{Format, bias, scales, split};
+use super::formats::{AnyShare, Format, bias, scales, shares};
 use super::lanes::Lanes;
 use crate::format::TILE_ROWS as ROWS;
 use crate::kernels::activations::BLOCK;
@@ -13,26 +13,36 @@ use crate::kernels::output::Columns;
 pub(crate) fn one_token<S: Lanes, W: Format>(s: S, weight: &Matrix, acts: &TileActs, out: &mut Columns) {
     let rows = out.rows();
     for first in rows.step_by(ROWS) {
-        let Some(shares) = weight.tile(first) else { return };
+        let Some(bytes) = weight.tile(first) else { return };
         let mut sums = [0.0; ROWS];
-        s.store(tile::<S, W>(s, shares, acts), &mut sums);
+        s.store(tile::<S, W>(s, bytes, acts), &mut sums);
         out.set_rows(0, first, &sums);
     }
 }
 
 /// The products of a tile's rows with the token.
 #[inline(always)]
-fn tile<S: Lanes, W: Format>(s: S, shares: &[u8], acts: &TileActs) -> S::F {
+fn tile<S: Lanes, W: Format>(s: S, bytes: &[u8], acts: &TileActs) -> S::F {
     let mut out = s.splat(0.0);
-    let integers = acts.quants.as_chunks::<BLOCK>().0;
-    let mut numbers = integers.iter().zip(acts.scales).zip(acts.sums).zip(acts.halves);
-    for share in shares.chunks_exact(W::GEOMETRY.share_bytes()) {
-        let (factors, quants) = split::<W>(share);
-        // A last share may have more blocks than the token.
-        let blocks = quants.chunks_exact(W::GEOMETRY.vectors).zip(&mut numbers);
-        for (block, (quants, (((a, scale_a), sum), half))) in blocks.enumerate() {
-            out = add_block::<S, W>(s, factors, block, quants, a, [*scale_a, *sum, *half], out);
+    let n = W::Share::BLOCKS;
+    let shares = shares::<W>(bytes);
+    let quants = acts.quants.as_chunks::<BLOCK>().0.chunks_exact(n);
+    let scales = acts.scales.chunks_exact(n);
+    let sums = acts.sums.chunks_exact(n).zip(acts.halves.chunks_exact(n));
+    for (share, ((a, scales), (sums, halves))) in shares.iter().zip(quants.zip(scales).zip(sums)) {
+        for i in 0..n {
+            out = add_block::<S, W>(s, share, i, &a[i], [scales[i], sums[i], halves[i]], out);
         }
+    }
+    // A last share may have one block more than the token; super-blocks are whole.
+    let whole = acts.blocks / n;
+    if n == 2
+        && acts.blocks % n == 1
+        && let Some(share) = shares.get(whole)
+        && let [.., a] = acts.quants.as_chunks().0
+        && let ([.., scale], [.., sum], [.., half]) = (acts.scales, acts.sums, acts.halves)
+    {
+        out = add_block::<S, W>(s, share, 0, a, [*scale, *sum, *half], out);
     }
     out
 }
@@ -41,13 +51,13 @@ fn tile<S: Lanes, W: Format>(s: S, shares: &[u8], acts: &TileActs) -> S::F {
 #[inline(always)]
 fn add_block<S: Lanes, W: Format>(
     s: S,
-    factors: &[u8],
+    share: &W::Share,
     block: usize,
-    quants: &[[u8; 64]],
     a: &[i8; BLOCK],
     [scale_a, sum, half]: [f32; 3],
     mut out: S::F,
 ) -> S::F {
+    let (factors, quants) = (share.factors(), share.quants(block));
     let (sum, half) = (integer(sum), integer(half));
     let ([a0, a1], _) = a.as_chunks::<16>() else { return out };
     let (a0, a1) = (s.activations(a0), s.activations(a1));
