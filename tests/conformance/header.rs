@@ -40,7 +40,10 @@ fn structs_and_numbers_are_the_same_in_c_and_rust() {
         };
     }
     same!(edge_error = EdgeError { code, message });
-    same!(edge_limits = EdgeLimits { context, batch, workers, text_bytes, cpu_features });
+    same!(
+        edge_limits =
+            EdgeLimits { context, batch, workers, text_bytes, cpu_features, adapters, adapter_rank }
+    );
     same!(
         edge_plan_info =
             EdgePlanInfo { arena_bytes, kv_bytes, context, vocabulary, text_bytes, has_tokenizer }

@@ -9,7 +9,8 @@ use edge_runtime::workers::Single;
 use edge_tests::TinyModel;
 
 const CONTEXT: usize = 24;
-const LIMITS: Limits = Limits { context: CONTEXT, batch: 8, logits_rows: 2, workers: 1 };
+const LIMITS: Limits =
+    Limits { context: CONTEXT, batch: 8, logits_rows: 2, workers: 1, adapters: 0, adapter_rank: 0 };
 /// The alignment that anything in the arena may need, and more.
 const OFFSETS: usize = 128;
 const GUARD: u8 = 0xA5;

@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::{Context, bail};
 use clap::Args;
 use edge_run::Engine;
-use edge_runtime::session::{Limits, Plan, Sampler, SamplerConfig, Session};
+use edge_runtime::session::{Sampler, SamplerConfig, Session};
 use edgec::profile;
 use edgec::text::{ChatTemplate, HostTokenizer, Message};
 
@@ -162,13 +162,12 @@ fn with_generator<T>(
     body: impl FnOnce(&mut Generator<'_>) -> anyhow::Result<T>,
 ) -> anyhow::Result<T> {
     const LONGEST_DEFAULT: usize = 4096;
-    let file = profile::open(model)?;
+    let (file, mut settings) = engine.open(model, 0)?;
     let gguf = file.parse()?;
     let tokenizer = HostTokenizer::from_gguf(&gguf).with_context(|| model.display().to_string())?;
-    let smallest = Limits { context: 1, batch: 1, logits_rows: 1, workers: 1 };
-    let own = Plan::new(&gguf, smallest).map_err(|error| file.refused(error))?.spec().context;
-    let context = sampling.context.unwrap_or(own.min(LONGEST_DEFAULT));
-    let mut engine = Engine::new(&file, engine.settings(context))?;
+    let own = profile::spec_of(&file)?.context;
+    settings.context = sampling.context.unwrap_or(own.min(LONGEST_DEFAULT));
+    let mut engine = Engine::new(&file, settings)?;
     let session = engine.session(&file)?;
     let vocab = session.spec().vocab;
     let mut generator = Generator {

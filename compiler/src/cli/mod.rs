@@ -17,9 +17,11 @@ mod quantize;
 mod targets;
 mod tokenize;
 
+use std::path::{Path, PathBuf};
+
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
-use edgec::profile::Settings;
+use edgec::profile::{self, Adapter, ModelFile, Settings};
 
 /// Distills a large language model into a small one, quantizes it, and bundles it for a device.
 #[derive(Parser)]
@@ -68,10 +70,19 @@ struct EngineArguments {
     /// Kernel table: generic, avx2, neon [default: the best that this CPU has]
     #[arg(long)]
     kernels: Option<String>,
+    /// LoRA adapter to run with: a GGUF file or PEFT's folder, perhaps with a scale; may be repeated
+    #[arg(long, value_name = "FILE[=SCALE]", value_parser = Adapter::argument)]
+    adapter: Vec<(PathBuf, f32)>,
 }
 
 impl EngineArguments {
-    /// Settings with room for `context` tokens.
+    /// A model with the adapters, and settings with room for `context` tokens.
+    fn open(&self, model: &Path, context: usize) -> anyhow::Result<(ModelFile, Settings)> {
+        let (file, adapters) = profile::open_with(model, &self.adapter)?;
+        Ok((file, Settings { adapters, ..self.settings(context) }))
+    }
+
+    /// Settings without adapters.
     fn settings(&self, context: usize) -> Settings {
         let default = Settings::new(context);
         Settings {

@@ -36,7 +36,7 @@ extern "C" {
 #endif
 
 /* Grows whenever a struct or the meaning of a function changes. Compare with edge_abi_version(). */
-#define EDGE_ABI_VERSION 1u
+#define EDGE_ABI_VERSION 2u
 
 /* Error numbers; functions return them negated. */
 enum {
@@ -85,6 +85,8 @@ typedef struct edge_limits {
   uint32_t workers;      /* threads, the calling one included; 0: 1 */
   uint32_t text_bytes;   /* longest text to be tokenized at once; 0: 4 for each token of context */
   uint64_t cpu_features; /* EDGE_CPU_ bits; 0: what every CPU of this architecture has */
+  uint32_t adapters;     /* slots for LoRA adapters; 0: none */
+  uint32_t adapter_rank; /* largest rank of an adapter, at most 256; read only if there are slots */
 } edge_limits;
 
 /* What a session will need. */
@@ -170,6 +172,20 @@ int32_t edge_position(edge_session *session);
 
 /* Drops all tokens from position `count` on, and the logits if there were any such. Returns 0. */
 int32_t edge_truncate(edge_session *session, size_t count);
+
+/* Puts a LoRA adapter (a GGUF file) into slot 0 to edge_limits.adapters - 1, in place of the one that is
+ * there. Tokens that are fed from now on are computed with it, times `scale`, besides the adapters of other
+ * slots; tokens in the context stay as they are. The file is copied: its bytes are not needed afterwards.
+ * One that does not fit the model is refused, and the slot stays as it was; after EDGE_E_OUT_OF_RANGE for a
+ * weight that is not finite it is empty. Returns 0. */
+int32_t edge_attach(edge_session *session, uint32_t slot, const void *adapter, size_t adapter_size,
+                    float scale);
+
+/* Changes what an adapter is multiplied by; 0 switches it off and costs nothing. Returns 0. */
+int32_t edge_set_adapter_scale(edge_session *session, uint32_t slot, float scale);
+
+/* Empties a slot. Returns 0. */
+int32_t edge_detach(edge_session *session, uint32_t slot);
 
 /* Sets how edge_next chooses, from a fresh seed. Null is greedy, as in the beginning. Returns 0. */
 int32_t edge_set_sampling(edge_session *session, const edge_sampling *sampling);

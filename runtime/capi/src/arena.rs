@@ -69,7 +69,14 @@ impl<'a> Layout<'a> {
         let file = Gguf::parse(model)?;
         let workers = limits.workers.max(1) as usize;
         let batch = if limits.batch == 0 { DEFAULT_BATCH } else { limits.batch as usize };
-        let wanted = Limits { context: limits.context as usize, batch, logits_rows: 1, workers };
+        let wanted = Limits {
+            context: limits.context as usize,
+            batch,
+            workers,
+            adapters: limits.adapters as usize,
+            adapter_rank: limits.adapter_rank as usize,
+            ..Limits::default()
+        };
         let plan = Plan::new(&file, wanted)?;
         let text_bytes = match limits.text_bytes {
             0 => plan.limits().context.saturating_mul(TEXT_BYTES_PER_TOKEN),

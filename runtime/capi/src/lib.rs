@@ -243,6 +243,57 @@ pub unsafe extern "C" fn edge_truncate(session: *mut EdgeSession, count: usize) 
     }
 }
 
+/// Puts an adapter into a slot.
+///
+/// # Safety
+/// Pointers are null or valid as `edge.h` says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn edge_attach(
+    session: *mut EdgeSession,
+    slot: u32,
+    adapter: *const c_void,
+    adapter_size: usize,
+    scale: f32,
+) -> i32 {
+    // SAFETY: the caller's promise for the session and the file.
+    unsafe {
+        on(session, |session| {
+            session.attach(slot, input(adapter.cast(), adapter_size, "adapter")?, scale)?;
+            Ok(0)
+        })
+    }
+}
+
+/// Changes what an adapter is multiplied by.
+///
+/// # Safety
+/// `session` is null or valid as `edge.h` says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn edge_set_adapter_scale(session: *mut EdgeSession, slot: u32, scale: f32) -> i32 {
+    // SAFETY: the caller's promise.
+    unsafe {
+        on(session, |session| {
+            session.set_adapter_scale(slot, scale)?;
+            Ok(0)
+        })
+    }
+}
+
+/// Empties a slot.
+///
+/// # Safety
+/// `session` is null or valid as `edge.h` says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn edge_detach(session: *mut EdgeSession, slot: u32) -> i32 {
+    // SAFETY: the caller's promise.
+    unsafe {
+        on(session, |session| {
+            session.detach(slot)?;
+            Ok(0)
+        })
+    }
+}
+
 /// Sets how tokens are chosen.
 ///
 /// # Safety

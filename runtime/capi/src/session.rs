@@ -3,6 +3,7 @@
 use crate::abi::{EdgeLimits, EdgeSampling, EdgeWorkers, negative};
 use crate::arena::{Layout, Parts};
 use crate::team::Team;
+use edge_runtime::format::Gguf;
 use edge_runtime::session::{Sampler, SamplerConfig, Session};
 use edge_runtime::tokenizer::{Encode, Tokenizer, Utf8Stream};
 use edge_runtime::{Code, Error, Result};
@@ -143,6 +144,18 @@ impl EdgeSession {
 
     pub(crate) fn truncate(&mut self, count: usize) {
         self.session.truncate(count);
+    }
+
+    pub(crate) fn attach(&mut self, slot: u32, adapter: &[u8], scale: f32) -> Result<()> {
+        self.session.attach(slot as usize, &Gguf::parse(adapter)?, scale)
+    }
+
+    pub(crate) fn set_adapter_scale(&mut self, slot: u32, scale: f32) -> Result<()> {
+        self.session.set_adapter_scale(slot as usize, scale)
+    }
+
+    pub(crate) fn detach(&mut self, slot: u32) -> Result<()> {
+        self.session.detach(slot as usize)
     }
 
     pub(crate) fn set_sampling(&mut self, sampling: &EdgeSampling) -> Result<()> {

@@ -8,7 +8,7 @@ use std::time::Instant;
 use edge_runtime::session::{Session, argmax};
 use serde::Serialize;
 
-use crate::engine::{Engine, Error, ModelFile, Settings, describe};
+use crate::engine::{Adapter, Engine, Error, ModelFile, Settings, describe};
 use crate::statistics::{Percentiles, Statistics};
 
 /// What is timed.
@@ -26,12 +26,14 @@ pub struct Options {
     pub repetitions: usize,
     /// Name of the kernels; `None` for the fastest.
     pub kernels: Option<String>,
+    /// Adapters at work meanwhile.
+    pub adapters: Vec<Adapter>,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        let Settings { threads, kernels, .. } = Settings::new(0);
-        Self { n_prompt: 512, n_gen: 128, n_batch: 512, threads, repetitions: 5, kernels }
+        let Settings { threads, kernels, adapters, .. } = Settings::new(0);
+        Self { n_prompt: 512, n_gen: 128, n_batch: 512, threads, repetitions: 5, kernels, adapters }
     }
 }
 
@@ -93,6 +95,7 @@ pub fn run(model: &ModelFile, options: &Options) -> Result<Vec<Test>, Error> {
         batch: options.n_batch.min(options.n_prompt.max(1)).max(1),
         threads: options.threads,
         kernels: options.kernels.clone(),
+        adapters: options.adapters.clone(),
         ..Settings::new(options.n_prompt.max(options.n_gen).max(1))
     };
     let mut engine = Engine::new(model, settings)?;

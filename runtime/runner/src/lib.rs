@@ -8,5 +8,5 @@ pub mod bench;
 mod engine;
 mod statistics;
 
-pub use engine::{Engine, Error, ModelFile, Settings};
+pub use engine::{Adapter, Engine, Error, ModelFile, Settings};
 pub use statistics::{Percentiles, Statistics};

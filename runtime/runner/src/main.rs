@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use edge_run::bench::{self, Options};
-use edge_run::{Engine, ModelFile, Settings};
+use edge_run::{Adapter, Engine, ModelFile, Settings};
 use edge_runtime::format::Gguf;
 use edge_runtime::session::argmax;
 use edge_runtime::tokenizer::{Encode, Tokenizer, Utf8Stream};
@@ -15,11 +15,13 @@ const HELP: &str = "\
 Runs and times a small language model.
 
 edge-run generate MODEL --prompt TEXT [--max-tokens N] [-t THREADS] [--kernels NAME] [--ids]
+                  [--adapter FILE[=SCALE]]...
     continues TEXT with the most likely tokens; --ids prints their numbers as a JSON array
 edge-run bench MODEL [-p N] [-n N] [-b N] [-r N] [-t THREADS] [--kernels NAME] [-o json|md]
+               [--adapter FILE[=SCALE]]...
     times a prompt of N tokens (512), N single tokens (128), each R times (5)
 
-MODEL is a GGUF file. NAME is generic, neon or avx2; by default the fastest.
+MODEL is a GGUF file, an adapter's FILE a GGUF LoRA for it. NAME is generic, neon or avx2; by default the fastest.
 ";
 
 fn main() -> std::process::ExitCode {
@@ -52,12 +54,13 @@ struct GenerateArguments {
     max_tokens: usize,
     threads: usize,
     kernels: Option<String>,
+    adapters: Vec<Adapter>,
     ids: bool,
 }
 
 impl GenerateArguments {
     fn parse(mut arguments: lexopt::Parser) -> Result<Self> {
-        let (mut model, mut prompt, mut kernels) = (None, None, None);
+        let (mut model, mut prompt, mut kernels, mut adapters) = (None, None, None, Vec::new());
         let (mut max_tokens, mut threads, mut ids) = (128, Options::default().threads, false);
         while let Some(argument) = arguments.next()? {
             match argument {
@@ -65,6 +68,7 @@ impl GenerateArguments {
                 Long("max-tokens") | Short('n') => max_tokens = arguments.value()?.parse()?,
                 Long("threads") | Short('t') => threads = arguments.value()?.parse()?,
                 Long("kernels") => kernels = Some(arguments.value()?.string()?),
+                Long("adapter") => adapters.push(adapter(&mut arguments)?),
                 Long("ids") => ids = true,
                 Value(path) if model.is_none() => model = Some(PathBuf::from(path)),
                 other => return Err(other.unexpected().into()),
@@ -72,8 +76,14 @@ impl GenerateArguments {
         }
         let model = model.context("MODEL is missing")?;
         let prompt = prompt.context("--prompt is missing")?;
-        Ok(Self { model, prompt, max_tokens, threads, kernels, ids })
+        Ok(Self { model, prompt, max_tokens, threads, kernels, adapters, ids })
     }
+}
+
+/// The value of `--adapter`.
+fn adapter(arguments: &mut lexopt::Parser) -> Result<Adapter> {
+    let (path, scale) = arguments.value()?.parse_with(Adapter::argument)?;
+    Ok(Adapter { file: ModelFile::open(&path)?.into(), scale })
 }
 
 /// Greedy continuation of a prompt.
@@ -88,6 +98,7 @@ fn generate(arguments: GenerateArguments) -> Result<()> {
         batch: prompt.len().clamp(1, 512),
         threads: arguments.threads,
         kernels: arguments.kernels,
+        adapters: arguments.adapters,
         ..Settings::new(prompt.len() + arguments.max_tokens)
     };
     let mut engine = Engine::new(&model, settings)?;
@@ -182,6 +193,7 @@ impl BenchArguments {
                 Short('r') => options.repetitions = arguments.value()?.parse()?,
                 Long("threads") | Short('t') => options.threads = arguments.value()?.parse()?,
                 Long("kernels") => options.kernels = Some(arguments.value()?.string()?),
+                Long("adapter") => options.adapters.push(adapter(&mut arguments)?),
                 Short('o') => {
                     json = arguments.value()?.parse_with(|format| match format {
                         "json" => Ok(true),

@@ -2,6 +2,7 @@
 
 use super::activations::{Activations, ActivationsMut};
 use super::attention::{Cache, KeyValues, Scores};
+use super::low_rank::LowRank;
 use super::matmul::{self, Matrix, RowsKernel};
 use crate::format::DType;
 use crate::workers::Workers;
@@ -62,6 +63,7 @@ pub struct Kernels {
     pub(super) rope: unsafe fn(&mut [f32], &[f32], &[f32], RopePairing),
     pub(super) attend_half: unsafe fn(&[f32], Cache<u16>, usize, Scores, &mut [f32]),
     pub(super) attend_full: unsafe fn(&[f32], Cache<f32>, usize, Scores, &mut [f32]),
+    pub(super) add_low_rank: unsafe fn(&LowRank, &[f32], &mut [f32]),
     pub(super) rows: RowsKernels,
 }
 
@@ -199,6 +201,12 @@ impl Kernels {
         debug_assert!(head.len() == 2 * cos.len() && head.len() == 2 * sin.len());
         // SAFETY: whoever holds this table has a CPU that can run it.
         unsafe { (self.rope)(head, cos, sin, pairing) }
+    }
+
+    /// `y += B u`; as many rows as `y` has.
+    pub(crate) fn add_low_rank(&self, b: &LowRank, u: &[f32], y: &mut [f32]) {
+        // SAFETY: whoever holds this table has a CPU that can run it.
+        unsafe { (self.add_low_rank)(b, u, y) }
     }
 
     /// `out = softmax(scores(q K^T)) V` of one query head over the first `len` cached positions. Position

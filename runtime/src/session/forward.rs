@@ -4,6 +4,7 @@
 //! are computed in the same order whatever the batch and the number of threads, so prefill and decode
 //! agree bit for bit.
 
+use super::adapters::{Adapters, Target};
 use super::cache::{LayerCache, Part};
 use super::rope::Angles;
 use super::weights::{Layer, Linear};
@@ -27,6 +28,7 @@ pub(super) struct Buffers<'a> {
     pub(super) wide_quants: &'a mut [i8],
     /// Queries; what a block adds to the residual stream; the up projection.
     pub(super) outputs: &'a mut [f32],
+    pub(super) adapters: Adapters<'a>,
 }
 
 /// One batch of tokens on its way through the layers.
@@ -39,6 +41,8 @@ pub(super) struct Step<'s> {
     pub(super) position: usize,
     /// Number of tokens, at most the batch.
     pub(super) tokens: usize,
+    /// The layer that the batch has come to.
+    pub(super) layer: usize,
 }
 
 impl Step<'_> {
@@ -52,7 +56,7 @@ impl Step<'_> {
         buffers: &mut Buffers,
     ) -> Result<()> {
         let (spec, n) = (self.spec, self.tokens);
-        let Buffers { residual, narrow, narrow_quants, outputs, .. } = buffers;
+        let Buffers { residual, narrow, narrow_quants, outputs, adapters, .. } = buffers;
         let residual = &mut residual[..n * spec.hidden];
         let mut input = ActivationsMut::new(n, spec.hidden, narrow, narrow_quants)?;
         self.norm(residual, layer.attn_norm, input.values_mut());
@@ -60,13 +64,13 @@ impl Step<'_> {
 
         let new = self.position * spec.kv_width();
         let fresh = &mut outputs[..n * spec.kv_width()];
-        self.linear(&layer.k, &input, fresh)?;
+        self.linear(&layer.k, &input, fresh, (Target::K, adapters))?;
         self.place(fresh, spec.kv_width(), layer.k_norm, angles);
         cache.store(Part::Keys, new, fresh);
-        self.linear(&layer.v, &input, fresh)?;
+        self.linear(&layer.v, &input, fresh, (Target::V, adapters))?;
         cache.store(Part::Values, new, fresh);
         let queries = &mut outputs[..n * spec.q_width()];
-        self.linear(&layer.q, &input, queries)?;
+        self.linear(&layer.q, &input, queries, (Target::Q, adapters))?;
         self.place(queries, spec.q_width(), layer.q_norm, angles);
         cache.round(queries);
 
@@ -74,7 +78,7 @@ impl Step<'_> {
         self.attend(layer.window, queries, &cache, attended.values_mut());
         let attended = self.quantize(&mut attended, &[&layer.attn_out.weight]);
         let added = &mut outputs[..n * spec.hidden];
-        self.linear(&layer.attn_out, &attended, added)?;
+        self.linear(&layer.attn_out, &attended, added, (Target::AttnOut, adapters))?;
         self.add(added, layer.attn_post_norm, residual);
         Ok(())
     }
@@ -82,7 +86,7 @@ impl Step<'_> {
     /// `residual += post_norm(down(activation(gate(x)) * up(x)))` with `x = norm(residual)`.
     pub(super) fn feed_forward(&self, layer: &Layer, buffers: &mut Buffers) -> Result<()> {
         let (spec, n) = (self.spec, self.tokens);
-        let Buffers { residual, narrow, narrow_quants, wide, wide_quants, outputs, .. } = buffers;
+        let Buffers { residual, narrow, narrow_quants, wide, wide_quants, outputs, adapters } = buffers;
         let residual = &mut residual[..n * spec.hidden];
         let mut input = ActivationsMut::new(n, spec.hidden, narrow, narrow_quants)?;
         self.norm(residual, layer.ffn_norm, input.values_mut());
@@ -90,8 +94,8 @@ impl Step<'_> {
 
         let mut inner = ActivationsMut::new(n, spec.ffn, wide, wide_quants)?;
         let up = &mut outputs[..n * spec.ffn];
-        self.matmul(&layer.gate, &input, inner.values_mut())?;
-        self.matmul(&layer.up, &input, up)?;
+        self.adapted(&layer.gate, &input, inner.values_mut(), (Target::Gate, adapters))?;
+        self.adapted(&layer.up, &input, up, (Target::Up, adapters))?;
         let up = &*up;
         self.rows(inner.values_mut(), spec.ffn, 16, &|token, gate| {
             let up = &up[token * spec.ffn..][..spec.ffn];
@@ -102,7 +106,7 @@ impl Step<'_> {
         });
         let inner = self.quantize(&mut inner, &[&layer.down]);
         let added = &mut outputs[..n * spec.hidden];
-        self.matmul(&layer.down, &inner, added)?;
+        self.adapted(&layer.down, &inner, added, (Target::Down, adapters))?;
         self.add(added, layer.ffn_post_norm, residual);
         Ok(())
     }
@@ -183,15 +187,33 @@ impl Step<'_> {
         });
     }
 
-    /// `out = weight x + bias`.
-    fn linear(&self, linear: &Linear, x: &Activations, out: &mut [f32]) -> Result<()> {
-        self.matmul(&linear.weight, x, out)?;
+    /// `out = weight x + bias`, and what adapters add.
+    fn linear(
+        &self,
+        linear: &Linear,
+        x: &Activations,
+        out: &mut [f32],
+        adapters: (Target, &mut Adapters),
+    ) -> Result<()> {
+        self.adapted(&linear.weight, x, out, adapters)?;
         if !linear.bias.is_empty() {
             for row in out.chunks_exact_mut(linear.bias.len()) {
                 self.kernels.axpy(1.0, linear.bias, row);
             }
         }
         Ok(())
+    }
+
+    /// `out = weight x`, and what adapters add.
+    fn adapted(
+        &self,
+        weight: &Matrix,
+        x: &Activations,
+        out: &mut [f32],
+        (target, adapters): (Target, &mut Adapters),
+    ) -> Result<()> {
+        self.matmul(weight, x, out)?;
+        adapters.apply(self.kernels, self.workers, (self.layer, target), weight, x, out)
     }
 
     fn matmul(&self, weight: &Matrix, x: &Activations, out: &mut [f32]) -> Result<()> {

@@ -5,6 +5,7 @@
 //! for more. Nothing here knows a model family (the specification does) or an instruction set (the
 //! kernels do), and nothing allocates.
 
+mod adapters;
 mod arena;
 mod cache;
 mod forward;
@@ -20,6 +21,7 @@ use crate::format::Gguf;
 use crate::kernels::{Kernels, dequantize_row};
 use crate::workers::Workers;
 use crate::{Code, Error, Result};
+use adapters::Adapters;
 use arena::Arena;
 use cache::Cache;
 use edge_models::DecoderSpec;
@@ -105,6 +107,7 @@ impl<'a> Session<'a> {
             wide: arena.take(sizes.wide)?,
             wide_quants: arena.take(sizes.wide_quants)?,
             outputs: arena.take(sizes.outputs)?,
+            adapters: Adapters::new(&mut arena, &sizes.adapters)?,
         };
         let logits = arena.take(sizes.logits)?;
         let (last_row, position) = (None, 0);
@@ -173,6 +176,36 @@ impl<'a> Session<'a> {
         }
     }
 
+    /// Puts the LoRA adapter in `file` into `slot`, in place of the one that is there; what tokens are fed from
+    /// now on is computed with it, times `scale`, besides those of other slots. Tokens that are in the
+    /// sequence stay as they were computed. `file` is copied and not needed afterwards.
+    ///
+    /// # Errors
+    /// What is wrong with the file or does not fit the model, with its key or tensor, or [`Code::OutOfRange`]
+    /// for a slot or a rank beyond the limits; then the slot stays as it was. It is empty after
+    /// [`Code::OutOfRange`] for an element that is not finite.
+    pub fn attach(&mut self, slot: usize, file: &Gguf<'_>, scale: f32) -> Result<()> {
+        // The outputs of a batch are as wide as the widest matrix, and nobody needs them between batches.
+        let Buffers { outputs, adapters, .. } = &mut self.buffers;
+        adapters.attach(slot, file, scale, &self.spec, self.model.layers, outputs)
+    }
+
+    /// Changes what an adapter is multiplied by; 0 switches it off without taking it out.
+    ///
+    /// # Errors
+    /// [`Code::OutOfRange`] for a slot beyond the limits, [`Code::BadArgument`] for a scale that is not finite.
+    pub fn set_adapter_scale(&mut self, slot: usize, scale: f32) -> Result<()> {
+        self.buffers.adapters.set_scale(slot, scale)
+    }
+
+    /// Empties a slot.
+    ///
+    /// # Errors
+    /// [`Code::OutOfRange`] for a slot beyond the limits.
+    pub fn detach(&mut self, slot: usize) -> Result<()> {
+        self.buffers.adapters.detach(slot)
+    }
+
     /// The model.
     pub fn spec(&self) -> &DecoderSpec {
         &self.spec
@@ -206,15 +239,16 @@ impl<'a> Session<'a> {
                 row.iter_mut().for_each(|x| *x *= spec.embedding_scale);
             }
         }
-        let step = Step {
-            spec,
-            kernels: self.kernels,
-            workers: self.workers,
-            position: self.position,
-            tokens: tokens.len(),
-        };
         for (index, layer) in model.layers.iter().enumerate() {
             let Some(angles) = &angles[layer.angles] else { continue };
+            let step = Step {
+                spec,
+                kernels: self.kernels,
+                workers: self.workers,
+                position: self.position,
+                tokens: tokens.len(),
+                layer: index,
+            };
             step.attention(layer, angles, cache.layer(index), buffers)?;
             step.feed_forward(layer, buffers)?;
         }
@@ -232,6 +266,7 @@ impl<'a> Session<'a> {
             workers: self.workers,
             position: self.position,
             tokens: count,
+            layer: spec.layers,
         };
         step.head(model.output_norm, &model.head, [first, count], buffers, logits)?;
         self.last_row = Some(count - 1);

@@ -1,10 +1,11 @@
 //! What a session will need, known before any memory is touched.
 
+use super::adapters::AdapterSizes;
 use super::arena::{SLACK, padded_bytes};
 use super::cache::Cache;
 use super::weights::{Layer, Weights, kinds_of_rope, read_spec};
 use crate::format::{DType, Gguf};
-use crate::kernels::ActivationsMut;
+use crate::kernels::{ActivationsMut, MAX_RANK};
 use crate::{Code, Error, Result};
 use edge_models::DecoderSpec;
 
@@ -21,6 +22,22 @@ pub struct Limits {
     pub logits_rows: usize,
     /// Most threads that will work, at least 1.
     pub workers: usize,
+    /// Slots for adapters that can be attached at the same time.
+    pub adapters: usize,
+    /// Largest rank of an adapter, 1 to 256; of no account without slots.
+    pub adapter_rank: usize,
+}
+
+impl Limits {
+    /// What `adapter_rank` may be at most.
+    pub const MAX_ADAPTER_RANK: usize = MAX_RANK;
+}
+
+impl Default for Limits {
+    /// What generation with one thread needs: the model's context, batches of 32, no adapters.
+    fn default() -> Self {
+        Self { context: 0, batch: 32, logits_rows: 1, workers: 1, adapters: 0, adapter_rank: 0 }
+    }
 }
 
 /// A model file that was found to be sound, and the memory that a session on it needs.
@@ -61,11 +78,12 @@ pub(super) struct Sizes {
     pub(super) angles: usize,
     /// Logits, `f32`.
     pub(super) logits: usize,
+    pub(super) adapters: AdapterSizes,
 }
 
 impl Sizes {
     /// `None` if a number is beyond the address space.
-    fn new(spec: &DecoderSpec, limits: &Limits, cache_type: DType) -> Option<Self> {
+    fn new(spec: &DecoderSpec, limits: &Limits, cache_type: DType, adapters: AdapterSizes) -> Option<Self> {
         let (hidden, q_width, ffn) = (spec.hidden, spec.q_width(), spec.ffn);
         let batch = |per_token: usize| per_token.checked_mul(limits.batch);
         let floats = ActivationsMut::floats_per_token;
@@ -84,6 +102,7 @@ impl Sizes {
             outputs: batch(q_width.max(hidden).max(ffn))?,
             angles: batch(spec.rope_dims / 2)?,
             logits: spec.vocab.checked_mul(limits.logits_rows)?,
+            adapters,
         })
     }
 
@@ -108,6 +127,7 @@ impl Sizes {
         for floats in floats {
             total = total.checked_add(padded_bytes::<f32>(floats)?)?;
         }
+        total = total.checked_add(self.adapters.arena_bytes()?)?;
         // No object can have more than isize::MAX bytes.
         total.checked_add(SLACK).filter(|total| isize::try_from(*total).is_ok())
     }
@@ -137,7 +157,8 @@ impl Plan {
         let context = if limits.context == 0 { spec.context } else { limits.context };
         let batch = limits.batch.min(context);
         let limits = Limits { context, batch, logits_rows: limits.logits_rows.min(batch), ..limits };
-        let sizes = Sizes::new(&spec, &limits, cache_type);
+        let adapters = AdapterSizes::new(&weights, limits.adapters, limits.adapter_rank, batch)?;
+        let sizes = adapters.and_then(|adapters| Sizes::new(&spec, &limits, cache_type, adapters));
         match sizes.and_then(|sizes| Some((sizes, sizes.arena_bytes(&spec)?))) {
             Some((sizes, arena_bytes)) => Ok(Self { spec, limits, sizes, arena_bytes }),
             None => Err(Error::new(Code::OutOfRange, "context")
@@ -149,6 +170,12 @@ impl Plan {
     /// Bytes that [`super::Session::new`] needs, wherever they start.
     pub fn arena_bytes(&self) -> usize {
         self.arena_bytes
+    }
+
+    /// Bytes of the arena that are slots of adapters.
+    pub fn adapter_bytes(&self) -> usize {
+        // Cannot overflow: it is part of `arena_bytes`.
+        self.sizes.adapters.arena_bytes().unwrap_or(0)
     }
 
     /// Bytes of the arena that are KV cache.

@@ -1,7 +1,7 @@
 //! Kernels on `f32` rows against formulas in double precision, and all tables against each other.
 
 use super::*;
-use crate::kernels::{Features, Scores, exp};
+use crate::kernels::{Features, LowRank, Precision, Scores, exp};
 use edge_models::RopePairing;
 
 /// Distance of two positive floats in units of the last place.
@@ -186,6 +186,48 @@ proptest! {
             let cache = KeyValues::Full { keys: &full[0], values: &full[1] };
             kernels.attention(&q, cache, stride, len, scale, &mut found);
             assert_same(&found, &expected, kernels.name());
+        }
+    }
+
+    #[test]
+    fn low_rank_updates(rows in 1..70usize, rank in 1..100usize, seed: u64) {
+        let mut random = Random(seed);
+        let (weights, u, before) = (random.floats(rows * rank), random.floats(rank), random.floats(rows));
+        for precision in [Precision::Exact, Precision::Integers] {
+            let mut data = vec![0xa5; LowRank::bytes(precision, rows, rank).unwrap()];
+            let row = &mut |row: usize, out: &mut [f32]| {
+                out.copy_from_slice(&weights[row * rank..][..rank]);
+                Ok(())
+            };
+            LowRank::pack(precision, [rows, rank], row, &mut data).unwrap();
+            let update = LowRank::new(precision, rows, rank, &data).unwrap();
+            let mut expected = before.clone();
+            Kernels::generic().add_low_rank(&update, &u, &mut expected);
+            for (index, found) in expected.iter().enumerate() {
+                let row = &weights[index * rank..][..rank];
+                let products = || row.iter().zip(&u).map(|(w, u)| f64::from(*w) * f64::from(*u));
+                let exact = f64::from(before[index]) + products().sum::<f64>();
+                let largest = |x: &[f32]| x.iter().fold(0f64, |m, x| m.max(f64::from(x.abs())));
+                let tolerance = match precision {
+                    Precision::Exact => 1e-5 * (1.0 + products().map(f64::abs).sum::<f64>()),
+                    // Half a step of either factor, for every product.
+                    Precision::Integers => rank as f64 * largest(row) * largest(&u) / 126.0 + 1e-6,
+                };
+                prop_assert!((f64::from(*found) - exact).abs() <= tolerance, "{} {}", found, exact);
+            }
+            for kernels in Kernels::available() {
+                let mut found = before.clone();
+                kernels.add_low_rank(&update, &u, &mut found);
+                assert_same(&found, &expected, kernels.name());
+            }
+            let mut poisoned = u.clone();
+            poisoned[rank - 1] = f32::NAN;
+            for kernels in Kernels::available() {
+                let mut found = before.clone();
+                kernels.add_low_rank(&update, &poisoned, &mut found);
+                prop_assert!(found.iter().all(|y| y.is_nan()));
+            }
+            prop_assert!(LowRank::new(precision, rows, rank, &data[1..]).is_err());
         }
     }
 
