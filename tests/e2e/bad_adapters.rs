@@ -70,7 +70,7 @@ fn what_is_wrong_is_said_and_the_slot_stays() {
     let good = TinyAdapter::gguf(3, RANK);
     session.attach(1, &Gguf::parse(&good).unwrap(), 1.0).unwrap();
     let say = |session: &mut Session<'_>| {
-        session.truncate(0);
+        session.truncate(0).unwrap();
         session.feed(&PROMPT).unwrap();
         session.logits().to_vec()
     };
@@ -124,7 +124,7 @@ fn an_element_that_is_no_number_empties_the_slot() {
     last_element(&mut bytes, f32::NAN);
     let error = session.attach(0, &Gguf::parse(&bytes).unwrap(), 1.0).unwrap_err();
     assert_eq!((error.code, error.name.as_str()), (Code::OutOfRange, "blk.1.ffn_down.weight.lora_b"));
-    session.truncate(0);
+    session.truncate(0).unwrap();
     session.feed(&PROMPT).unwrap();
     assert!(session.logits() == base);
 }

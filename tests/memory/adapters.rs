@@ -66,18 +66,18 @@ fn swap(kernels: &'static Kernels, workers: &dyn Workers, swaps: usize) {
     for round in 0..swaps {
         let which = round % 2;
         session.attach(0, &files[which], 1.0).unwrap();
-        session.truncate(0);
+        session.truncate(0).unwrap();
         session.feed(&PROMPT).unwrap();
         assert!(argmax(session.logits()) == expected[which].0 && session.logits() == expected[which].1);
     }
     // Switched off or taken out, it leaves the model as it was.
     session.set_adapter_scale(0, 0.0).unwrap();
-    session.truncate(0);
+    session.truncate(0).unwrap();
     session.feed(&PROMPT).unwrap();
     assert!(session.logits() == none.1);
     session.set_adapter_scale(0, 1.0).unwrap();
     session.detach(0).unwrap();
-    session.truncate(0);
+    session.truncate(0).unwrap();
     session.feed(&PROMPT).unwrap();
     assert!(session.logits() == none.1);
     // The cache of the tokens so far stays when an adapter comes.

@@ -49,6 +49,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         repetitions: arguments.repetitions,
         threads: settings.threads,
         kernels: settings.kernels,
+        cache: settings.cache,
         ..Options::default()
     };
     let mut tests = Vec::new();

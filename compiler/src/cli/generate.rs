@@ -92,7 +92,6 @@ struct Generator<'a> {
     session: Session<'a>,
     tokenizer: &'a HostTokenizer,
     sampler: Sampler,
-    history: Vec<u32>,
     scratch: Vec<u32>,
     logits: Vec<f32>,
 }
@@ -107,19 +106,17 @@ impl Generator<'_> {
     ) -> anyhow::Result<Speed> {
         let start = Instant::now();
         self.session.feed(prompt)?;
-        self.history.extend_from_slice(prompt);
         let prefill = start.elapsed().as_secs_f64();
         let start = Instant::now();
         let mut stream = self.tokenizer.stream();
         let mut generated = 0;
         while generated < max_tokens {
             self.logits.copy_from_slice(self.session.logits());
-            let token = self.sampler.sample(&mut self.logits, &self.history, &mut self.scratch)?;
+            let token = self.sampler.sample(&mut self.logits, self.session.tokens(), &mut self.scratch)?;
             if self.tokenizer.is_end_of_generation(token) {
                 break;
             }
             generated += 1;
-            self.history.push(token);
             sink(token, &stream.push(token)?)?;
             if self.session.position() == self.session.context() {
                 eprintln!("\nthe context of {} tokens is full", self.session.context());
@@ -174,7 +171,6 @@ fn with_generator<T>(
         session,
         tokenizer: &tokenizer,
         sampler: sampling.sampler()?,
-        history: Vec::new(),
         scratch: vec![0; vocab],
         logits: vec![0.0; vocab],
     };
@@ -216,7 +212,6 @@ pub fn chat(arguments: &ChatArguments) -> anyhow::Result<()> {
             eprintln!("Type a message; an empty line or Ctrl-D ends the chat.");
         }
         let mut lines = stdin().lock().lines();
-        let mut fed = Vec::new();
         loop {
             if interactive {
                 eprint!("> ");
@@ -229,10 +224,7 @@ pub fn chat(arguments: &ChatArguments) -> anyhow::Result<()> {
             let text = template.render(&messages, true)?;
             let prompt = generator.tokenizer.encode(&text, false, true)?;
             // What the cache already holds is not computed again.
-            let shared = prompt.iter().zip(&fed).take_while(|(new, old)| new == old).count();
-            let shared = shared.min(generator.session.position()).min(prompt.len().saturating_sub(1));
-            generator.session.truncate(shared);
-            generator.history.truncate(shared);
+            let shared = generator.session.reuse(&prompt);
             let mut answer = String::new();
             let speed = generator.generate(&prompt[shared..], arguments.max_tokens, &mut |_, text| {
                 answer.push_str(text);
@@ -244,7 +236,6 @@ pub fn chat(arguments: &ChatArguments) -> anyhow::Result<()> {
             if interactive {
                 speed.report();
             }
-            fed = generator.history.clone();
             messages.push(Message::new("assistant", &answer));
         }
         Ok(())

@@ -21,6 +21,7 @@ use std::path::{Path, PathBuf};
 
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
+use edge_runtime::session::CacheType;
 use edgec::profile::{self, Adapter, ModelFile, Settings};
 
 /// Distills a large language model into a small one, quantizes it, and bundles it for a device.
@@ -73,6 +74,13 @@ struct EngineArguments {
     /// LoRA adapter to run with: a GGUF file or PEFT's folder, perhaps with a scale; may be repeated
     #[arg(long, value_name = "FILE[=SCALE]", value_parser = Adapter::argument)]
     adapter: Vec<(PathBuf, f32)>,
+    /// Type of the KV cache: auto (as precise as the weights), f16, f32 or q8_0
+    #[arg(long, default_value = "auto", value_parser = cache_type)]
+    kv: CacheType,
+}
+
+fn cache_type(name: &str) -> Result<CacheType, &'static str> {
+    CacheType::by_name(name).ok_or("expected auto, f16, f32 or q8_0")
 }
 
 impl EngineArguments {
@@ -88,6 +96,7 @@ impl EngineArguments {
         Settings {
             threads: self.threads.map_or(default.threads, usize::from),
             kernels: self.kernels.clone(),
+            cache: self.kv,
             ..default
         }
     }

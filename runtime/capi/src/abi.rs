@@ -40,6 +40,8 @@ pub struct EdgeLimits {
     pub adapters: u32,
     /// Largest rank of an adapter.
     pub adapter_rank: u32,
+    /// `EDGE_CACHE_`.
+    pub cache_type: u32,
 }
 
 /// `edge_plan_info`.

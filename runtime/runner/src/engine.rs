@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use edge_runtime::format::{DType, Gguf};
 use edge_runtime::kernels::{Features, Kernels};
-use edge_runtime::session::{Limits, Plan, Session};
+use edge_runtime::session::{CacheType, Limits, Plan, Session};
 use edge_runtime::workers::{Pool, Single, Workers};
 use memmap2::Mmap;
 
@@ -142,13 +142,16 @@ pub struct Settings {
     pub kernels: Option<String>,
     /// Adapters that every session begins with, in slots 0, 1, ...
     pub adapters: Vec<Adapter>,
+    /// How keys and values are kept.
+    pub cache: CacheType,
 }
 
 impl Settings {
     /// Room for `context` tokens; one thread for each core, the fastest kernels.
     pub fn new(context: usize) -> Self {
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        Self { context, batch: 64, logits_rows: 1, threads, kernels: None, adapters: Vec::new() }
+        let cache = CacheType::Auto;
+        Self { context, batch: 64, logits_rows: 1, threads, kernels: None, adapters: Vec::new(), cache }
     }
 }
 
@@ -182,7 +185,7 @@ impl Engine {
             0 | 1 => Box::new(Single),
             threads => Box::new(Pool::new(threads).map_err(|error| Error::Io(model.path.clone(), error))?),
         };
-        let Settings { context, batch, logits_rows, .. } = settings;
+        let Settings { context, batch, logits_rows, cache, .. } = settings;
         let ranks = settings.adapters.iter().map(Adapter::rank).collect::<Result<Vec<_>, _>>()?;
         let limits = Limits {
             context,
@@ -192,6 +195,7 @@ impl Engine {
             adapters: ranks.len(),
             // A rank that is too large, or none at all, is refused with the tensor's name when it is attached.
             adapter_rank: ranks.into_iter().max().unwrap_or(0).clamp(1, Limits::MAX_ADAPTER_RANK),
+            cache,
         };
         let plan = Plan::new(&model.parse()?, limits).map_err(|error| model.refused(error))?;
         let arena = vec![0; plan.arena_bytes()];

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use edge_run::bench::{self, Options};
 use edge_run::{Adapter, Engine, ModelFile, Settings};
 use edge_runtime::format::Gguf;
-use edge_runtime::session::argmax;
+use edge_runtime::session::{CacheType, argmax};
 use edge_runtime::tokenizer::{Encode, Tokenizer, Utf8Stream};
 use lexopt::prelude::*;
 
@@ -15,10 +15,10 @@ const HELP: &str = "\
 Runs and times a small language model.
 
 edge-run generate MODEL --prompt TEXT [--max-tokens N] [-t THREADS] [--kernels NAME] [--ids]
-                  [--adapter FILE[=SCALE]]...
+                  [--adapter FILE[=SCALE]]... [--kv f16|q8_0]
     continues TEXT with the most likely tokens; --ids prints their numbers as a JSON array
 edge-run bench MODEL [-p N] [-n N] [-b N] [-r N] [-t THREADS] [--kernels NAME] [-o json|md]
-               [--adapter FILE[=SCALE]]...
+               [--adapter FILE[=SCALE]]... [--kv f16|q8_0]
     times a prompt of N tokens (512), N single tokens (128), each R times (5)
 
 MODEL is a GGUF file, an adapter's FILE a GGUF LoRA for it. NAME is generic, neon or avx2; by default the fastest.
@@ -55,12 +55,14 @@ struct GenerateArguments {
     threads: usize,
     kernels: Option<String>,
     adapters: Vec<Adapter>,
+    cache: CacheType,
     ids: bool,
 }
 
 impl GenerateArguments {
     fn parse(mut arguments: lexopt::Parser) -> Result<Self> {
         let (mut model, mut prompt, mut kernels, mut adapters) = (None, None, None, Vec::new());
+        let mut cache = CacheType::Auto;
         let (mut max_tokens, mut threads, mut ids) = (128, Options::default().threads, false);
         while let Some(argument) = arguments.next()? {
             match argument {
@@ -69,6 +71,7 @@ impl GenerateArguments {
                 Long("threads") | Short('t') => threads = arguments.value()?.parse()?,
                 Long("kernels") => kernels = Some(arguments.value()?.string()?),
                 Long("adapter") => adapters.push(adapter(&mut arguments)?),
+                Long("kv") => cache = arguments.value()?.parse_with(cache_type)?,
                 Long("ids") => ids = true,
                 Value(path) if model.is_none() => model = Some(PathBuf::from(path)),
                 other => return Err(other.unexpected().into()),
@@ -76,7 +79,7 @@ impl GenerateArguments {
         }
         let model = model.context("MODEL is missing")?;
         let prompt = prompt.context("--prompt is missing")?;
-        Ok(Self { model, prompt, max_tokens, threads, kernels, adapters, ids })
+        Ok(Self { model, prompt, max_tokens, threads, kernels, adapters, cache, ids })
     }
 }
 
@@ -84,6 +87,11 @@ impl GenerateArguments {
 fn adapter(arguments: &mut lexopt::Parser) -> Result<Adapter> {
     let (path, scale) = arguments.value()?.parse_with(Adapter::argument)?;
     Ok(Adapter { file: ModelFile::open(&path)?.into(), scale })
+}
+
+/// The value of `--kv`.
+fn cache_type(name: &str) -> Result<CacheType, &'static str> {
+    CacheType::by_name(name).ok_or("expected auto, f16, f32 or q8_0")
 }
 
 /// Greedy continuation of a prompt.
@@ -99,6 +107,7 @@ fn generate(arguments: GenerateArguments) -> Result<()> {
         threads: arguments.threads,
         kernels: arguments.kernels,
         adapters: arguments.adapters,
+        cache: arguments.cache,
         ..Settings::new(prompt.len() + arguments.max_tokens)
     };
     let mut engine = Engine::new(&model, settings)?;
@@ -194,6 +203,7 @@ impl BenchArguments {
                 Long("threads") | Short('t') => options.threads = arguments.value()?.parse()?,
                 Long("kernels") => options.kernels = Some(arguments.value()?.string()?),
                 Long("adapter") => options.adapters.push(adapter(&mut arguments)?),
+                Long("kv") => options.cache = arguments.value()?.parse_with(cache_type)?,
                 Short('o') => {
                     json = arguments.value()?.parse_with(|format| match format {
                         "json" => Ok(true),

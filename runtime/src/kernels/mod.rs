@@ -26,7 +26,7 @@ mod aarch64;
 mod x86_64;
 
 pub use activations::{Activations, ActivationsMut};
-pub use attention::{KeyValues, Scores};
+pub use attention::{KeyValues, Q8Block, Scores, Span};
 pub use dispatch::{Features, Kernels};
 pub use exp::exp;
 pub use generic::dequantize_row;

@@ -89,7 +89,7 @@ fn factor_bytes(precision: Precision, [rows, cols]: [usize; 2], rank: usize) -> 
 
 impl Layer<'_> {
     /// The matrix of each target.
-    fn matrices(&self) -> [&Matrix<'_>; TARGETS.len()] {
+    pub(super) fn matrices(&self) -> [&Matrix<'_>; TARGETS.len()] {
         let Self { q, k, v, attn_out, gate, up, down, .. } = self;
         [&q.weight, &k.weight, &v.weight, &attn_out.weight, gate, up, down]
     }

@@ -62,13 +62,13 @@ impl Step<'_> {
         self.norm(residual, layer.attn_norm, input.values_mut());
         let input = self.quantize(&mut input, &[&layer.q.weight, &layer.k.weight, &layer.v.weight]);
 
-        let new = self.position * spec.kv_width();
-        let fresh = &mut outputs[..n * spec.kv_width()];
+        let kv_width = spec.kv_width();
+        let fresh = &mut outputs[..n * kv_width];
         self.linear(&layer.k, &input, fresh, (Target::K, adapters))?;
-        self.place(fresh, spec.kv_width(), layer.k_norm, angles);
-        cache.store(Part::Keys, new, fresh);
+        self.place(fresh, kv_width, layer.k_norm, angles);
+        cache.store(Part::Keys, self.position, fresh, kv_width);
         self.linear(&layer.v, &input, fresh, (Target::V, adapters))?;
-        cache.store(Part::Values, new, fresh);
+        cache.store(Part::Values, self.position, fresh, kv_width);
         let queries = &mut outputs[..n * spec.q_width()];
         self.linear(&layer.q, &input, queries, (Target::Q, adapters))?;
         self.place(queries, spec.q_width(), layer.q_norm, angles);
@@ -171,7 +171,7 @@ impl Step<'_> {
     /// `[tokens, heads * head_dim]`.
     fn attend(&self, window: usize, queries: &[f32], cache: &LayerCache, out: &mut [f32]) {
         let spec = self.spec;
-        let (head_dim, stride) = (spec.head_dim, spec.kv_width());
+        let head_dim = spec.head_dim;
         let group = spec.heads / spec.kv_heads;
         let scores = Scores { scale: spec.score_scale(), soft_cap: spec.attn_soft_cap };
         let first = |end: usize| if window == 0 { 0 } else { end.saturating_sub(window) };
@@ -181,9 +181,8 @@ impl Step<'_> {
             let (token, head) = (index / spec.heads, index % spec.heads);
             let query = &queries[index * head_dim..][..head_dim];
             let end = self.position + token + 1;
-            let start = first(end) * stride + head / group * head_dim;
-            let (cache, seen) = (cache.view(start), end - first(end));
-            self.kernels.attention(query, cache, stride, seen, scores, out);
+            let (cache, span) = cache.view(first(end), end - first(end), head / group * head_dim);
+            self.kernels.attention(query, cache, span, scores, out);
         });
     }
 

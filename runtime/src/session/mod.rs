@@ -12,8 +12,10 @@ mod forward;
 mod plan;
 mod rope;
 mod sampler;
+mod saved;
 mod weights;
 
+pub use cache::CacheType;
 pub use plan::{Limits, Plan};
 pub use sampler::{Sampler, SamplerConfig, argmax};
 
@@ -44,7 +46,13 @@ pub struct Session<'a> {
     logits: &'a mut [f32],
     /// The row of `logits` that belongs to the last token.
     last_row: Option<usize>,
+    /// The tokens so far, and room for the rest of the context.
+    history: &'a mut [u32],
     position: usize,
+    /// What `position` has been at most since the sequence began: windows have lost what lies far behind.
+    highest: usize,
+    /// The first position of which windows have anything.
+    lowest: usize,
 }
 
 impl core::fmt::Debug for Session<'_> {
@@ -98,8 +106,7 @@ impl<'a> Session<'a> {
                 sin: arena.take(sizes.angles)?,
             });
         }
-        let layer = spec.kv_width() * limits.context;
-        let cache = Cache::new(&mut arena, sizes.cache_type, sizes.cache, layer)?;
+        let cache = Cache::new(&mut arena, &sizes.cache, &spec)?;
         let buffers = Buffers {
             residual: arena.take(sizes.residual)?,
             narrow: arena.take(sizes.narrow)?,
@@ -110,8 +117,23 @@ impl<'a> Session<'a> {
             adapters: Adapters::new(&mut arena, &sizes.adapters)?,
         };
         let logits = arena.take(sizes.logits)?;
-        let (last_row, position) = (None, 0);
-        Ok(Self { spec, limits, kernels, workers, model, angles, cache, buffers, logits, last_row, position })
+        let history = arena.take(sizes.history)?;
+        Ok(Self {
+            spec,
+            limits,
+            kernels,
+            workers,
+            model,
+            angles,
+            cache,
+            buffers,
+            logits,
+            last_row: None,
+            history,
+            position: 0,
+            highest: 0,
+            lowest: 0,
+        })
     }
 
     /// Adds tokens to the sequence, in batches; afterwards [`Session::logits`] are those after the last.
@@ -168,12 +190,43 @@ impl<'a> Session<'a> {
         self.limits.context
     }
 
+    /// The tokens of the sequence.
+    pub fn tokens(&self) -> &[u32] {
+        &self.history[..self.position]
+    }
+
     /// Forgets all tokens from `position` on, and with them the logits; nothing happens if there are none.
-    pub fn truncate(&mut self, position: usize) {
-        if position < self.position {
-            self.position = position;
-            self.last_row = None;
+    ///
+    /// # Errors
+    /// [`Code::Forgotten`] if a layer with a window no longer has the tokens in front of `position`, which
+    /// it keeps for a batch more than its window. To forget everything is always possible.
+    pub fn truncate(&mut self, position: usize) -> Result<()> {
+        if position >= self.position {
+            return Ok(());
         }
+        if !saved::has_rows(&self.spec, &self.limits, position, [self.lowest, self.highest]) {
+            let kept = self.highest.saturating_sub(self.limits.batch);
+            return Err(Error::new(Code::Forgotten, "").found(position as u64, kept as u64));
+        }
+        if position == 0 {
+            (self.highest, self.lowest) = (0, 0);
+        }
+        self.position = position;
+        self.last_row = None;
+        Ok(())
+    }
+
+    /// Keeps of the sequence what `tokens` begin with, and forgets the rest; answers how many are kept, which
+    /// need not be fed again. At least the last of `tokens` has to be, because nothing else gives its logits.
+    /// Where windows have lost what lies in front of the difference, nothing is kept.
+    pub fn reuse(&mut self, tokens: &[u32]) -> usize {
+        let shared = self.tokens().iter().zip(tokens).take_while(|(old, new)| old == new).count();
+        let shared = shared.min(tokens.len().saturating_sub(1));
+        if self.truncate(shared).is_err() {
+            // Possible everywhere.
+            let _ = self.truncate(0);
+        }
+        self.position
     }
 
     /// Puts the LoRA adapter in `file` into `slot`, in place of the one that is there; what tokens are fed from
@@ -249,10 +302,12 @@ impl<'a> Session<'a> {
                 tokens: tokens.len(),
                 layer: index,
             };
-            step.attention(layer, angles, cache.layer(index), buffers)?;
+            step.attention(layer, angles, cache.layer(spec, &self.limits, index), buffers)?;
             step.feed_forward(layer, buffers)?;
         }
+        self.history[self.position..][..tokens.len()].copy_from_slice(tokens);
         self.position += tokens.len();
+        self.highest = self.highest.max(self.position);
         Ok(())
     }
 

@@ -2,7 +2,7 @@
 
 use super::adapters::AdapterSizes;
 use super::arena::{SLACK, padded_bytes};
-use super::cache::Cache;
+use super::cache::{CacheSizes, CacheType};
 use super::weights::{Layer, Weights, kinds_of_rope, read_spec};
 use crate::format::{DType, Gguf};
 use crate::kernels::{ActivationsMut, MAX_RANK};
@@ -26,6 +26,8 @@ pub struct Limits {
     pub adapters: usize,
     /// Largest rank of an adapter, 1 to 256; of no account without slots.
     pub adapter_rank: usize,
+    /// How keys and values are kept.
+    pub cache: CacheType,
 }
 
 impl Limits {
@@ -36,7 +38,15 @@ impl Limits {
 impl Default for Limits {
     /// What generation with one thread needs: the model's context, batches of 32, no adapters.
     fn default() -> Self {
-        Self { context: 0, batch: 32, logits_rows: 1, workers: 1, adapters: 0, adapter_rank: 0 }
+        Self {
+            context: 0,
+            batch: 32,
+            logits_rows: 1,
+            workers: 1,
+            adapters: 0,
+            adapter_rank: 0,
+            cache: CacheType::Auto,
+        }
     }
 }
 
@@ -58,10 +68,9 @@ pub(super) struct Sizes {
     pub(super) ropes: usize,
     /// Inverse frequencies of one kind, `f64`.
     pub(super) frequencies: usize,
-    /// Keys of all layers, and as many values, of type `cache_type`.
-    pub(super) cache: usize,
-    /// F16 or F32.
-    pub(super) cache_type: DType,
+    pub(super) cache: CacheSizes,
+    /// Tokens of the sequence, `u32`.
+    pub(super) history: usize,
     /// The residual stream, `f32`.
     pub(super) residual: usize,
     /// Inputs of the projections from the residual stream and of the attention's output, `f32`.
@@ -83,7 +92,7 @@ pub(super) struct Sizes {
 
 impl Sizes {
     /// `None` if a number is beyond the address space.
-    fn new(spec: &DecoderSpec, limits: &Limits, cache_type: DType, adapters: AdapterSizes) -> Option<Self> {
+    fn new(spec: &DecoderSpec, limits: &Limits, cache: CacheType, adapters: AdapterSizes) -> Option<Self> {
         let (hidden, q_width, ffn) = (spec.hidden, spec.q_width(), spec.ffn);
         let batch = |per_token: usize| per_token.checked_mul(limits.batch);
         let floats = ActivationsMut::floats_per_token;
@@ -92,8 +101,8 @@ impl Sizes {
             vectors: Weights::layer_vectors(spec).checked_mul(spec.layers)?.checked_add(hidden)?,
             ropes: kinds_of_rope(spec),
             frequencies: spec.rope_dims / 2,
-            cache: spec.kv_width().checked_mul(limits.context)?.checked_mul(spec.layers)?,
-            cache_type,
+            cache: CacheSizes::new(spec, limits, cache)?,
+            history: limits.context,
             residual: batch(hidden)?,
             narrow: batch(floats(hidden).max(floats(q_width)))?,
             narrow_quants: batch(quants(hidden).max(quants(q_width)))?,
@@ -119,11 +128,8 @@ impl Sizes {
             total = total.checked_add(padded_bytes::<i8>(quants)?)?;
         }
         let floats = [self.vectors, self.residual, self.narrow, self.wide, self.outputs, self.logits];
-        let cache = match self.cache_type {
-            DType::F32 => padded_bytes::<f32>(self.cache)?,
-            _ => padded_bytes::<u16>(self.cache)?,
-        };
-        total = total.checked_add(cache.checked_mul(2)?)?;
+        total = total.checked_add(self.cache.arena_bytes()?)?;
+        total = total.checked_add(padded_bytes::<u32>(self.history)?)?;
         for floats in floats {
             total = total.checked_add(padded_bytes::<f32>(floats)?)?;
         }
@@ -153,12 +159,17 @@ impl Plan {
         let spec = read_spec(file)?;
         let weights = Weights { file, spec: &spec };
         weights.check()?;
-        let cache_type = Cache::dtype(weights.main_type()?);
+        let cache = match (limits.cache, weights.main_type()?) {
+            (CacheType::Auto, DType::F32) => CacheType::F32,
+            (CacheType::Auto, _) => CacheType::F16,
+            (cache, _) => cache,
+        };
+        cache.check(&spec)?;
         let context = if limits.context == 0 { spec.context } else { limits.context };
         let batch = limits.batch.min(context);
-        let limits = Limits { context, batch, logits_rows: limits.logits_rows.min(batch), ..limits };
+        let limits = Limits { context, batch, logits_rows: limits.logits_rows.min(batch), cache, ..limits };
         let adapters = AdapterSizes::new(&weights, limits.adapters, limits.adapter_rank, batch)?;
-        let sizes = adapters.and_then(|adapters| Sizes::new(&spec, &limits, cache_type, adapters));
+        let sizes = adapters.and_then(|adapters| Sizes::new(&spec, &limits, cache, adapters));
         match sizes.and_then(|sizes| Some((sizes, sizes.arena_bytes(&spec)?))) {
             Some((sizes, arena_bytes)) => Ok(Self { spec, limits, sizes, arena_bytes }),
             None => Err(Error::new(Code::OutOfRange, "context")
@@ -181,7 +192,7 @@ impl Plan {
     /// Bytes of the arena that are KV cache.
     pub fn kv_bytes(&self) -> usize {
         // Cannot overflow: it is part of `arena_bytes`.
-        2 * self.sizes.cache * self.sizes.cache_type.block_bytes()
+        self.sizes.cache.bytes().unwrap_or(0)
     }
 
     /// The model.
@@ -189,7 +200,7 @@ impl Plan {
         &self.spec
     }
 
-    /// The limits as they will be kept: a context of 0 replaced by the model's, a batch not above the
+    /// The limits as they will be kept: a context of 0 replaced by the model's, the cache's type never `Auto`, a batch not above the
     /// context, logits rows not above the batch.
     pub fn limits(&self) -> Limits {
         self.limits
