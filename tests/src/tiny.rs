@@ -17,8 +17,13 @@ pub struct TinyModel;
 impl TinyModel {
     /// The GGUF file.
     pub fn gguf() -> Vec<u8> {
+        Self::of_seed(7)
+    }
+
+    /// One of the same shape and vocabulary with other weights.
+    pub fn of_seed(seed: u64) -> Vec<u8> {
         let tokens = tokens();
-        let mut tensors = Tensors { state: 7, list: Vec::new() };
+        let mut tensors = Tensors { state: seed, list: Vec::new() };
         tensors.matrix("token_embd.weight", HIDDEN, tokens.len() as u64, DType::Q8_0);
         tensors.ones("output_norm.weight", HIDDEN);
         tensors.matrix("output.weight", HIDDEN, tokens.len() as u64, DType::Q6K);

@@ -1,12 +1,12 @@
 //! `edgec run` and `edgec chat`.
 
 use std::io::{BufRead, IsTerminal, Write, stdin, stdout};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, bail};
 use clap::Args;
-use edge_run::Engine;
+use edge_run::{Drafter, Drafting, Engine};
 use edge_runtime::session::{Sampler, SamplerConfig, Session};
 use edgec::profile;
 use edgec::text::{ChatTemplate, HostTokenizer, Message};
@@ -26,6 +26,13 @@ pub struct RunArguments {
     /// Print the ids of the generated tokens as a JSON array instead of their text
     #[arg(long)]
     ids: bool,
+    /// Small model of the same vocabulary that drafts tokens for the model to verify; what comes out is
+    /// distributed the same
+    #[arg(long)]
+    draft: Option<PathBuf>,
+    /// Tokens to draft at a time
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=64))]
+    draft_tokens: u16,
     #[command(flatten)]
     sampling: SamplingArguments,
     #[command(flatten)]
@@ -94,6 +101,10 @@ struct Generator<'a> {
     sampler: Sampler,
     scratch: Vec<u32>,
     logits: Vec<f32>,
+    draft: Option<Drafting<'a>>,
+    /// Tokens that were chosen together, in reverse.
+    ahead: Vec<u32>,
+    out: Vec<u32>,
 }
 
 impl Generator<'_> {
@@ -111,8 +122,7 @@ impl Generator<'_> {
         let mut stream = self.tokenizer.stream();
         let mut generated = 0;
         while generated < max_tokens {
-            self.logits.copy_from_slice(self.session.logits());
-            let token = self.sampler.sample(&mut self.logits, self.session.tokens(), &mut self.scratch)?;
+            let token = self.next()?;
             if self.tokenizer.is_end_of_generation(token) {
                 break;
             }
@@ -122,13 +132,30 @@ impl Generator<'_> {
                 eprintln!("\nthe context of {} tokens is full", self.session.context());
                 break;
             }
-            self.session.feed(&[token])?;
+            if self.draft.is_none() {
+                self.session.feed(&[token])?;
+            }
         }
         let tail = stream.finish();
         if !tail.is_empty() {
             stdout().lock().write_all(tail.as_bytes())?;
         }
         Ok(Speed { prompt: prompt.len(), prefill, generated, decode: start.elapsed().as_secs_f64() })
+    }
+}
+
+impl Generator<'_> {
+    /// The next token; without a draft it is still to be fed.
+    fn next(&mut self) -> anyhow::Result<u32> {
+        let Some(draft) = &mut self.draft else {
+            self.logits.copy_from_slice(self.session.logits());
+            return Ok(self.sampler.sample(&mut self.logits, self.session.tokens(), &mut self.scratch)?);
+        };
+        if self.ahead.is_empty() {
+            let count = draft.round(&mut self.session, &mut self.sampler, &mut self.out)?;
+            self.ahead.extend(self.out[..count].iter().rev());
+        }
+        self.ahead.pop().context("a round without a token")
     }
 }
 
@@ -153,9 +180,10 @@ impl Speed {
 
 /// Opens a model and hands a ready generator to `body`.
 fn with_generator<T>(
-    model: &std::path::Path,
+    model: &Path,
     sampling: &SamplingArguments,
     engine: &EngineArguments,
+    draft: Option<(&Path, usize)>,
     body: impl FnOnce(&mut Generator<'_>) -> anyhow::Result<T>,
 ) -> anyhow::Result<T> {
     const LONGEST_DEFAULT: usize = 4096;
@@ -164,6 +192,14 @@ fn with_generator<T>(
     let tokenizer = HostTokenizer::from_gguf(&gguf).with_context(|| model.display().to_string())?;
     let own = profile::spec_of(&file)?.context;
     settings.context = sampling.context.unwrap_or(own.min(LONGEST_DEFAULT));
+    let drafted = draft.map_or(0, |(_, tokens)| tokens);
+    settings.logits_rows = drafted + 1;
+    settings.batch = settings.batch.max(drafted + 1);
+    let draft_file = draft.map(|(path, _)| profile::open(path)).transpose()?;
+    let mut drafter = match &draft_file {
+        None => None,
+        Some(draft) => Some(Drafter::new(&file, draft, &settings, drafted)?),
+    };
     let mut engine = Engine::new(&file, settings)?;
     let session = engine.session(&file)?;
     let vocab = session.spec().vocab;
@@ -173,12 +209,16 @@ fn with_generator<T>(
         sampler: sampling.sampler()?,
         scratch: vec![0; vocab],
         logits: vec![0.0; vocab],
+        draft: drafter.as_mut().map(Drafter::start).transpose()?,
+        ahead: Vec::new(),
+        out: vec![0; drafted + 1],
     };
     body(&mut generator)
 }
 
 pub fn run(arguments: &RunArguments) -> anyhow::Result<()> {
-    with_generator(&arguments.model, &arguments.sampling, &arguments.engine, |generator| {
+    let draft = arguments.draft.as_deref().map(|path| (path, usize::from(arguments.draft_tokens)));
+    with_generator(&arguments.model, &arguments.sampling, &arguments.engine, draft, |generator| {
         let prompt = generator.tokenizer.encode(&arguments.prompt, true, true)?;
         if prompt.is_empty() {
             bail!("--prompt: the text has no tokens");
@@ -195,12 +235,15 @@ pub fn run(arguments: &RunArguments) -> anyhow::Result<()> {
         })?;
         output::line(if arguments.ids { serde_json::to_string(&ids)? } else { String::new() })?;
         speed.report();
+        if let Some(draft) = &generator.draft {
+            eprintln!("{}", draft.report());
+        }
         Ok(())
     })
 }
 
 pub fn chat(arguments: &ChatArguments) -> anyhow::Result<()> {
-    with_generator(&arguments.model, &arguments.sampling, &arguments.engine, |generator| {
+    with_generator(&arguments.model, &arguments.sampling, &arguments.engine, None, |generator| {
         let template = ChatTemplate::of(generator.tokenizer)
             .with_context(|| format!("{}: no chat template; use `edgec run`", arguments.model.display()))?;
         let mut messages = Vec::new();

@@ -13,11 +13,13 @@ mod plan;
 mod rope;
 mod sampler;
 mod saved;
+mod speculative;
 mod weights;
 
 pub use cache::CacheType;
 pub use plan::{Limits, Plan};
 pub use sampler::{Sampler, SamplerConfig, argmax};
+pub use speculative::{Speculator, same_vocabulary};
 
 use crate::format::Gguf;
 use crate::kernels::{Kernels, dequantize_row};
