@@ -2,6 +2,7 @@
 //!
 //! The only crate that knows candle, the network and the file system.
 
+pub mod adapter;
 pub mod atomic;
 pub mod bundle;
 pub mod demo;

@@ -15,7 +15,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let kernels = Kernels::available().next().ok_or("no kernels")?;
     let bytes = std::fs::read(model)?;
     let file = Gguf::parse(&bytes)?;
-    let limits = Limits { context: prompt.len() + count, batch: 64, logits_rows: 1, workers: threads };
+    let limits = Limits {
+        context: prompt.len() + count,
+        batch: 64,
+        logits_rows: 1,
+        workers: threads,
+        ..Limits::default()
+    };
     let plan = Plan::new(&file, limits)?;
     let mut arena = vec![0; plan.arena_bytes()];
     let pool = Pool::new(threads)?;

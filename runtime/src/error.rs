@@ -55,6 +55,14 @@ pub enum Code {
     BadArgument = 22,
     /// The vocabulary contradicts itself.
     BadVocabulary = 23,
+    /// Layers with a window no longer have the tokens before this position.
+    Forgotten = 24,
+    /// A saved session of another model or with another type of cache.
+    ForeignSession = 25,
+    /// A saved session that has changed since.
+    BadChecksum = 26,
+    /// Two models whose vocabularies differ.
+    OtherVocabulary = 27,
 }
 
 /// A short name inside an error: a key or a tensor, cut at 64 bytes.
@@ -183,6 +191,14 @@ impl fmt::Display for Error {
             Code::BufferTooSmall => write!(f, "buffer holds {found}, {expected} needed")?,
             Code::BadArgument => write!(f, "bad argument {found}")?,
             Code::BadVocabulary => write!(f, "vocabulary contradicts itself at entry {found}")?,
+            Code::Forgotten => {
+                write!(f, "cannot go back to token {found}: windows have it from about {expected} on")?;
+            }
+            Code::ForeignSession => {
+                write!(f, "saved with another model or cache: {found:#x}, expected {expected:#x}")?
+            }
+            Code::BadChecksum => write!(f, "damaged: checksum {found:#x}, expected {expected:#x}")?,
+            Code::OtherVocabulary => write!(f, "vocabularies differ at {found}, expected {expected}")?,
         }
         if !self.name.as_str().is_empty() {
             write!(f, ", `{}`", self.name.as_str())?;

@@ -127,7 +127,7 @@ fn a_session_gives_the_runtimes_own_tokens() {
     let through_c = open.greedy(&prompt, 16);
 
     let file = Gguf::parse(&open.model).unwrap();
-    let limits = session::Limits { context: 64, batch: 32, logits_rows: 1, workers: 1 };
+    let limits = session::Limits { context: 64, ..session::Limits::default() };
     let plan = session::Plan::new(&file, limits).unwrap();
     let mut arena = vec![0; plan.arena_bytes()];
     let mut direct = session::Session::new(&file, &plan, Kernels::generic(), &Single, &mut arena).unwrap();

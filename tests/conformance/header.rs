@@ -40,7 +40,18 @@ fn structs_and_numbers_are_the_same_in_c_and_rust() {
         };
     }
     same!(edge_error = EdgeError { code, message });
-    same!(edge_limits = EdgeLimits { context, batch, workers, text_bytes, cpu_features });
+    same!(
+        edge_limits = EdgeLimits {
+            context,
+            batch,
+            workers,
+            text_bytes,
+            cpu_features,
+            adapters,
+            adapter_rank,
+            cache_type
+        }
+    );
     same!(
         edge_plan_info =
             EdgePlanInfo { arena_bytes, kv_bytes, context, vocabulary, text_bytes, has_tokenizer }
@@ -71,5 +82,7 @@ const CODES: &[(&str, Code)] = &[
     ("UNKNOWN_FAMILY", Code::UnknownFamily), ("UNSUPPORTED", Code::Unsupported),
     ("ARENA_TOO_SMALL", Code::ArenaTooSmall), ("CONTEXT_FULL", Code::ContextFull),
     ("BAD_TOKEN", Code::BadToken), ("BUFFER_TOO_SMALL", Code::BufferTooSmall),
-    ("BAD_ARGUMENT", Code::BadArgument), ("BAD_VOCABULARY", Code::BadVocabulary),
+    ("BAD_ARGUMENT", Code::BadArgument), ("BAD_VOCABULARY", Code::BadVocabulary), ("FORGOTTEN", Code::Forgotten),
+    ("FOREIGN_SESSION", Code::ForeignSession), ("BAD_CHECKSUM", Code::BadChecksum),
+    ("OTHER_VOCABULARY", Code::OtherVocabulary),
 ];

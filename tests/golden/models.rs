@@ -76,7 +76,7 @@ impl Golden {
             let mut session = engine.session(file).unwrap();
             let mut logits = Vec::new();
             session.feed_all(&self.input, &mut |_, row| logits.extend_from_slice(row)).unwrap();
-            session.truncate(0);
+            session.truncate(0).unwrap();
             let mut greedy = self.greedy[..PROMPT].to_vec();
             session.feed(&greedy).unwrap();
             while greedy.len() < self.greedy.len() {

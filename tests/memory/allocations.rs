@@ -53,7 +53,7 @@ static ALLOCATOR: Counting = Counting;
 fn generate(kernels: &'static Kernels, workers: &dyn Workers) -> (usize, Vec<u8>) {
     let bytes = TinyModel::gguf();
     let file = Gguf::parse(&bytes).unwrap();
-    let limits = Limits { context: 256, batch: 8, logits_rows: 1, workers: workers.count() };
+    let limits = Limits { context: 256, batch: 8, workers: workers.count(), ..Limits::default() };
     let plan = Plan::new(&file, limits).unwrap();
     let mut arena = vec![0; plan.arena_bytes()];
     let mut index = vec![0; Tokenizer::index_words(&file).unwrap()];

@@ -1,6 +1,6 @@
 //! A real model: SmolLM2-135M-Instruct in Q4_1, as `tests/fetch-models.sh` fetches it, beside llama.cpp.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use edge_tests::{Ran, edgec, run, skip, target_folder, workspace};
 
@@ -40,14 +40,22 @@ fn it_continues_as_llama_cpp_does() {
     }
 }
 
-#[test]
-fn its_perplexity_is_that_of_llama_cpp() {
-    let Some(model) = model() else { return };
+/// Perplexity with a cache of type `kv`, over [`WINDOWS`] windows.
+fn perplexity(model: &Path, kv: &str) -> f64 {
     let mut eval = edgec();
-    eval.arg("eval").arg(&model).args(["--windows", WINDOWS, "--json", "--data"]);
+    eval.arg("eval").arg(model).args(["--windows", WINDOWS, "--kv", kv, "--json", "--data"]);
     let found = Ran::of(eval.arg(workspace().join("tests/golden/text/sotu-eval-part.txt"))).json();
-    let ppl = found["ppl"].as_f64().unwrap();
-    println!("perplexity {ppl:.4}, llama.cpp {LLAMA_CPP_PERPLEXITY}");
     assert_eq!(found["tokens"], 8 * 255);
+    found["ppl"].as_f64().unwrap()
+}
+
+#[test]
+fn its_perplexity_is_that_of_llama_cpp_and_a_smaller_cache_hardly_moves_it() {
+    let Some(model) = model() else { return };
+    let ppl = perplexity(&model, "auto");
+    println!("perplexity {ppl:.4}, llama.cpp {LLAMA_CPP_PERPLEXITY}");
     assert!((ppl / LLAMA_CPP_PERPLEXITY - 1.0).abs() < 0.005, "{ppl}, llama.cpp {LLAMA_CPP_PERPLEXITY}");
+    let small = perplexity(&model, "q8_0");
+    println!("with a q8_0 cache {small:.4}");
+    assert!(small != ppl && (small / ppl - 1.0).abs() < 0.005, "{small}, with a cache of f16 {ppl}");
 }

@@ -5,5 +5,5 @@ mod tiny;
 mod tools;
 
 pub use edgec::{Ran, edgec, teacher, text, wide_teacher};
-pub use tiny::TinyModel;
+pub use tiny::{TinyAdapter, TinyModel};
 pub use tools::{build, command, require_python, require_tool, run, skip, target_folder, workspace};

@@ -17,8 +17,13 @@ pub struct TinyModel;
 impl TinyModel {
     /// The GGUF file.
     pub fn gguf() -> Vec<u8> {
+        Self::of_seed(7)
+    }
+
+    /// One of the same shape and vocabulary with other weights.
+    pub fn of_seed(seed: u64) -> Vec<u8> {
         let tokens = tokens();
-        let mut tensors = Tensors { state: 7, list: Vec::new() };
+        let mut tensors = Tensors { state: seed, list: Vec::new() };
         tensors.matrix("token_embd.weight", HIDDEN, tokens.len() as u64, DType::Q8_0);
         tensors.ones("output_norm.weight", HIDDEN);
         tensors.matrix("output.weight", HIDDEN, tokens.len() as u64, DType::Q6K);
@@ -41,6 +46,51 @@ impl TinyModel {
             }
         }
         write_file(&metadata(&tokens), &tensors.list)
+    }
+}
+
+/// LoRA adapters for [`TinyModel`], of F32, F16 and Q8_0 pairs.
+pub struct TinyAdapter;
+
+impl TinyAdapter {
+    /// The GGUF file of an adapter of rank `rank` with random weights: the same bytes for the same seed. Pairs
+    /// whose rank is a multiple of 32 are Q8_0, the others F32 and F16 in turn.
+    pub fn gguf(seed: u64, rank: u64) -> Vec<u8> {
+        let mut tensors = Tensors { state: seed, list: Vec::new() };
+        let kv = HIDDEN * u64::from(KV_HEADS) / u64::from(HEADS);
+        for layer in 0..LAYERS {
+            for (index, (name, cols, rows)) in [
+                ("attn_q", HIDDEN, HIDDEN),
+                ("attn_k", HIDDEN, kv),
+                ("attn_v", HIDDEN, kv),
+                ("attn_output", HIDDEN, HIDDEN),
+                ("ffn_gate", HIDDEN, FFN),
+                ("ffn_up", HIDDEN, FFN),
+                ("ffn_down", FFN, HIDDEN),
+            ]
+            .into_iter()
+            .enumerate()
+            {
+                let dtype = match (rank % 32, index % 2) {
+                    (0, _) => DType::Q8_0,
+                    (_, 0) => DType::F32,
+                    _ => DType::F16,
+                };
+                tensors.matrix(&format!("blk.{layer}.{name}.weight.lora_a"), cols, rank, dtype);
+                tensors.matrix(&format!("blk.{layer}.{name}.weight.lora_b"), rank, rows, dtype);
+            }
+        }
+        write_file(&Self::metadata("llama", 8.0), &tensors.list)
+    }
+
+    fn metadata(architecture: &str, alpha: f32) -> Vec<(&'static str, u32, Vec<u8>)> {
+        let text = |text: &str| [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat();
+        vec![
+            ("general.architecture", 8, text(architecture)),
+            ("general.type", 8, text("adapter")),
+            ("adapter.type", 8, text("lora")),
+            ("adapter.lora.alpha", 6, alpha.to_le_bytes().into()),
+        ]
     }
 }
 

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::bail;
 use clap::{Args, ValueEnum};
-use edgec::profile;
+use edgec::profile::Settings;
 use edgec::profile::bench::{self, Options};
 
 use super::{EngineArguments, output};
@@ -49,11 +49,13 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         repetitions: arguments.repetitions,
         threads: settings.threads,
         kernels: settings.kernels,
+        cache: settings.cache,
         ..Options::default()
     };
     let mut tests = Vec::new();
     for path in &arguments.models {
-        tests.extend(bench::run(&profile::open(path)?, &options)?);
+        let (file, Settings { adapters, .. }) = arguments.engine.open(path, 0)?;
+        tests.extend(bench::run(&file, &Options { adapters, ..options.clone() })?);
     }
     match arguments.output {
         Format::Json => output::json(&tests),

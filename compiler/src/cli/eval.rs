@@ -53,7 +53,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     if text.is_empty() {
         bail!("{}: the file is empty", arguments.data.display());
     }
-    let student = profile::open(&arguments.model)?;
+    let (student, settings) = arguments.engine.open(&arguments.model, 0)?;
     let teacher = arguments.teacher.as_deref().map(profile::open).transpose()?;
     let tokenizer =
         HostTokenizer::from_gguf(&student.parse()?).with_context(|| arguments.model.display().to_string())?;
@@ -68,14 +68,9 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         bos: tokenizer.bos_to_add(),
     };
     let mut progress = Progress::start("eval");
-    let outcome = evaluate(
-        &student,
-        teacher.as_ref(),
-        &ids,
-        &config,
-        &arguments.engine.settings(0),
-        &mut |done, total, ppl| progress.update(done, total, &format!("ppl {ppl:.4}")),
-    )?;
+    let outcome = evaluate(&student, teacher.as_ref(), &ids, &config, &settings, &mut |done, total, ppl| {
+        progress.update(done, total, &format!("ppl {ppl:.4}"))
+    })?;
     progress.finish(&format!("{} windows of {} tokens", outcome.windows, config.context));
     if arguments.json {
         return output::json(&outcome);

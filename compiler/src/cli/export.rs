@@ -5,17 +5,20 @@ use std::path::PathBuf;
 use anyhow::Context;
 use clap::{Args, ValueEnum};
 use edgec::export::gguf::Mix;
-use edgec::{export, quantize, teacher};
+use edgec::{adapter, export, profile, quantize, teacher};
 
 use super::progress::note;
 
 #[derive(Args)]
 pub struct Arguments {
-    /// GGUF file, Hugging Face folder or run's folder
+    /// GGUF file, Hugging Face folder or run's folder; for lora-gguf PEFT's folder of an adapter
     model: PathBuf,
     /// Format to write
     #[arg(long, value_enum)]
     format: Format,
+    /// The model that an adapter is for: GGUF file, Hugging Face folder or run's folder
+    #[arg(long, required_if_eq("format", "lora-gguf"))]
+    base: Option<PathBuf>,
     /// The file or folder to write
     #[arg(long)]
     out: PathBuf,
@@ -27,16 +30,26 @@ enum Format {
     Gguf,
     /// A Hugging Face folder in f32.
     Hf,
+    /// A LoRA adapter as GGUF, for the model that --base names.
+    LoraGguf,
 }
 
 pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
-    let model = teacher::load(&arguments.model)?;
     let place = || arguments.out.display().to_string();
     match arguments.format {
         Format::Gguf => {
+            let model = teacher::load(&arguments.model)?;
             quantize::quantize_file(&model, Mix::F16, &arguments.out).with_context(place)?;
         }
-        Format::Hf => export::hf::write(&model, &arguments.out).with_context(place)?,
+        Format::Hf => {
+            export::hf::write(&teacher::load(&arguments.model)?, &arguments.out).with_context(place)?;
+        }
+        Format::LoraGguf => {
+            let base = arguments.base.as_deref().context("--base is missing")?;
+            let spec = profile::spec_of(&profile::open(base)?)?;
+            let adapter = adapter::read(&arguments.model, &spec)?;
+            adapter::export(&adapter, &spec, &arguments.out)?;
+        }
     }
     note("export", &place());
     Ok(())

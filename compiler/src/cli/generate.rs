@@ -1,13 +1,13 @@
 //! `edgec run` and `edgec chat`.
 
 use std::io::{BufRead, IsTerminal, Write, stdin, stdout};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, bail};
 use clap::Args;
-use edge_run::Engine;
-use edge_runtime::session::{Limits, Plan, Sampler, SamplerConfig, Session};
+use edge_run::{Drafter, Drafting, Engine};
+use edge_runtime::session::{Sampler, SamplerConfig, Session};
 use edgec::profile;
 use edgec::text::{ChatTemplate, HostTokenizer, Message};
 
@@ -26,6 +26,13 @@ pub struct RunArguments {
     /// Print the ids of the generated tokens as a JSON array instead of their text
     #[arg(long)]
     ids: bool,
+    /// Small model of the same vocabulary that drafts tokens for the model to verify; what comes out is
+    /// distributed the same
+    #[arg(long)]
+    draft: Option<PathBuf>,
+    /// Tokens to draft at a time
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=64))]
+    draft_tokens: u16,
     #[command(flatten)]
     sampling: SamplingArguments,
     #[command(flatten)]
@@ -92,9 +99,12 @@ struct Generator<'a> {
     session: Session<'a>,
     tokenizer: &'a HostTokenizer,
     sampler: Sampler,
-    history: Vec<u32>,
     scratch: Vec<u32>,
     logits: Vec<f32>,
+    draft: Option<Drafting<'a>>,
+    /// Tokens that were chosen together, in reverse.
+    ahead: Vec<u32>,
+    out: Vec<u32>,
 }
 
 impl Generator<'_> {
@@ -107,31 +117,45 @@ impl Generator<'_> {
     ) -> anyhow::Result<Speed> {
         let start = Instant::now();
         self.session.feed(prompt)?;
-        self.history.extend_from_slice(prompt);
         let prefill = start.elapsed().as_secs_f64();
         let start = Instant::now();
         let mut stream = self.tokenizer.stream();
         let mut generated = 0;
         while generated < max_tokens {
-            self.logits.copy_from_slice(self.session.logits());
-            let token = self.sampler.sample(&mut self.logits, &self.history, &mut self.scratch)?;
+            let token = self.next()?;
             if self.tokenizer.is_end_of_generation(token) {
                 break;
             }
             generated += 1;
-            self.history.push(token);
             sink(token, &stream.push(token)?)?;
             if self.session.position() == self.session.context() {
                 eprintln!("\nthe context of {} tokens is full", self.session.context());
                 break;
             }
-            self.session.feed(&[token])?;
+            if self.draft.is_none() {
+                self.session.feed(&[token])?;
+            }
         }
         let tail = stream.finish();
         if !tail.is_empty() {
             stdout().lock().write_all(tail.as_bytes())?;
         }
         Ok(Speed { prompt: prompt.len(), prefill, generated, decode: start.elapsed().as_secs_f64() })
+    }
+}
+
+impl Generator<'_> {
+    /// The next token; without a draft it is still to be fed.
+    fn next(&mut self) -> anyhow::Result<u32> {
+        let Some(draft) = &mut self.draft else {
+            self.logits.copy_from_slice(self.session.logits());
+            return Ok(self.sampler.sample(&mut self.logits, self.session.tokens(), &mut self.scratch)?);
+        };
+        if self.ahead.is_empty() {
+            let count = draft.round(&mut self.session, &mut self.sampler, &mut self.out)?;
+            self.ahead.extend(self.out[..count].iter().rev());
+        }
+        self.ahead.pop().context("a round without a token")
     }
 }
 
@@ -156,34 +180,45 @@ impl Speed {
 
 /// Opens a model and hands a ready generator to `body`.
 fn with_generator<T>(
-    model: &std::path::Path,
+    model: &Path,
     sampling: &SamplingArguments,
     engine: &EngineArguments,
+    draft: Option<(&Path, usize)>,
     body: impl FnOnce(&mut Generator<'_>) -> anyhow::Result<T>,
 ) -> anyhow::Result<T> {
     const LONGEST_DEFAULT: usize = 4096;
-    let file = profile::open(model)?;
+    let (file, mut settings) = engine.open(model, 0)?;
     let gguf = file.parse()?;
     let tokenizer = HostTokenizer::from_gguf(&gguf).with_context(|| model.display().to_string())?;
-    let smallest = Limits { context: 1, batch: 1, logits_rows: 1, workers: 1 };
-    let own = Plan::new(&gguf, smallest).map_err(|error| file.refused(error))?.spec().context;
-    let context = sampling.context.unwrap_or(own.min(LONGEST_DEFAULT));
-    let mut engine = Engine::new(&file, engine.settings(context))?;
+    let own = profile::spec_of(&file)?.context;
+    settings.context = sampling.context.unwrap_or(own.min(LONGEST_DEFAULT));
+    let drafted = draft.map_or(0, |(_, tokens)| tokens);
+    settings.logits_rows = drafted + 1;
+    settings.batch = settings.batch.max(drafted + 1);
+    let draft_file = draft.map(|(path, _)| profile::open(path)).transpose()?;
+    let mut drafter = match &draft_file {
+        None => None,
+        Some(draft) => Some(Drafter::new(&file, draft, &settings, drafted)?),
+    };
+    let mut engine = Engine::new(&file, settings)?;
     let session = engine.session(&file)?;
     let vocab = session.spec().vocab;
     let mut generator = Generator {
         session,
         tokenizer: &tokenizer,
         sampler: sampling.sampler()?,
-        history: Vec::new(),
         scratch: vec![0; vocab],
         logits: vec![0.0; vocab],
+        draft: drafter.as_mut().map(Drafter::start).transpose()?,
+        ahead: Vec::new(),
+        out: vec![0; drafted + 1],
     };
     body(&mut generator)
 }
 
 pub fn run(arguments: &RunArguments) -> anyhow::Result<()> {
-    with_generator(&arguments.model, &arguments.sampling, &arguments.engine, |generator| {
+    let draft = arguments.draft.as_deref().map(|path| (path, usize::from(arguments.draft_tokens)));
+    with_generator(&arguments.model, &arguments.sampling, &arguments.engine, draft, |generator| {
         let prompt = generator.tokenizer.encode(&arguments.prompt, true, true)?;
         if prompt.is_empty() {
             bail!("--prompt: the text has no tokens");
@@ -200,12 +235,15 @@ pub fn run(arguments: &RunArguments) -> anyhow::Result<()> {
         })?;
         output::line(if arguments.ids { serde_json::to_string(&ids)? } else { String::new() })?;
         speed.report();
+        if let Some(draft) = &generator.draft {
+            eprintln!("{}", draft.report());
+        }
         Ok(())
     })
 }
 
 pub fn chat(arguments: &ChatArguments) -> anyhow::Result<()> {
-    with_generator(&arguments.model, &arguments.sampling, &arguments.engine, |generator| {
+    with_generator(&arguments.model, &arguments.sampling, &arguments.engine, None, |generator| {
         let template = ChatTemplate::of(generator.tokenizer)
             .with_context(|| format!("{}: no chat template; use `edgec run`", arguments.model.display()))?;
         let mut messages = Vec::new();
@@ -217,7 +255,6 @@ pub fn chat(arguments: &ChatArguments) -> anyhow::Result<()> {
             eprintln!("Type a message; an empty line or Ctrl-D ends the chat.");
         }
         let mut lines = stdin().lock().lines();
-        let mut fed = Vec::new();
         loop {
             if interactive {
                 eprint!("> ");
@@ -230,10 +267,7 @@ pub fn chat(arguments: &ChatArguments) -> anyhow::Result<()> {
             let text = template.render(&messages, true)?;
             let prompt = generator.tokenizer.encode(&text, false, true)?;
             // What the cache already holds is not computed again.
-            let shared = prompt.iter().zip(&fed).take_while(|(new, old)| new == old).count();
-            let shared = shared.min(generator.session.position()).min(prompt.len().saturating_sub(1));
-            generator.session.truncate(shared);
-            generator.history.truncate(shared);
+            let shared = generator.session.reuse(&prompt);
             let mut answer = String::new();
             let speed = generator.generate(&prompt[shared..], arguments.max_tokens, &mut |_, text| {
                 answer.push_str(text);
@@ -245,7 +279,6 @@ pub fn chat(arguments: &ChatArguments) -> anyhow::Result<()> {
             if interactive {
                 speed.report();
             }
-            fed = generator.history.clone();
             messages.push(Message::new("assistant", &answer));
         }
         Ok(())

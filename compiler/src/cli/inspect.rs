@@ -39,7 +39,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         output::bytes(file.bytes().len() as u64),
         gguf.architecture().unwrap_or("?"),
     ))?;
-    if let Ok(plan) = Plan::new(&gguf, Limits { context: 0, batch: 64, logits_rows: 1, workers: 1 }) {
+    if let Ok(plan) = Plan::new(&gguf, Limits { batch: 64, ..Limits::default() }) {
         let spec = plan.spec();
         output::line(format!(
             "  {} parameters: {} layers of {} wide, {} heads of {} ({} key/value), feed-forward {}, vocabulary {}{}",
@@ -79,7 +79,7 @@ fn obstacles(gguf: &Gguf<'_>) -> Vec<String> {
         .filter(|tensor| tensor.dtype.is_none())
         .map(|tensor| format!("tensor `{}` has type {}", tensor.name, tensor.type_id))
         .collect();
-    let limits = Limits { context: 1, batch: 1, logits_rows: 1, workers: 1 };
+    let limits = Limits { context: 1, ..Limits::default() };
     if let Err(error) = Plan::new(gguf, limits) {
         found.push(error.to_string());
     }

@@ -6,7 +6,7 @@ use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
 use edge_run::Engine;
 use edgec::train::graph::Decoder;
-use edgec::{profile, teacher};
+use edgec::{adapter, teacher};
 
 use super::EngineArguments;
 use super::progress::note;
@@ -55,8 +55,8 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
 }
 
 fn native(arguments: &Arguments, ids: &[u32]) -> anyhow::Result<(Vec<f32>, usize)> {
-    let file = profile::open(&arguments.model)?;
-    let mut engine = Engine::new(&file, arguments.engine.settings(ids.len()))?;
+    let (file, settings) = arguments.engine.open(&arguments.model, ids.len())?;
+    let mut engine = Engine::new(&file, settings)?;
     let mut session = engine.session(&file)?;
     let vocab = session.spec().vocab;
     let mut logits = vec![0.0; ids.len() * vocab];
@@ -67,7 +67,14 @@ fn native(arguments: &Arguments, ids: &[u32]) -> anyhow::Result<(Vec<f32>, usize
 }
 
 fn candle(arguments: &Arguments, ids: &[u32]) -> anyhow::Result<(Vec<f32>, usize)> {
-    let model = teacher::load(&arguments.model)?;
+    let mut model = teacher::load(&arguments.model)?;
+    for (path, scale) in &arguments.engine.adapter {
+        if !path.is_dir() {
+            bail!("{}: the graph takes adapters as PEFT's folders", path.display());
+        }
+        let read = adapter::read(path, &model.spec)?;
+        adapter::merge(&mut model, &read, *scale)?;
+    }
     if let Some(id) = ids.iter().find(|&&id| id as usize >= model.spec.vocab) {
         bail!("--ids: token id {id}, the vocabulary has {}", model.spec.vocab);
     }

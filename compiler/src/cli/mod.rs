@@ -18,9 +18,12 @@ mod quantize;
 mod targets;
 mod tokenize;
 
+use std::path::{Path, PathBuf};
+
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
-use edgec::profile::Settings;
+use edge_runtime::session::CacheType;
+use edgec::profile::{self, Adapter, ModelFile, Settings};
 
 /// Distills a large language model into a small one, quantizes it, and bundles it for a device.
 #[derive(Parser)]
@@ -71,15 +74,32 @@ struct EngineArguments {
     /// Kernel table: generic, avx2, avx512, neon, dotprod, i8mm [default: the best that this CPU has]
     #[arg(long)]
     kernels: Option<String>,
+    /// LoRA adapter to run with: a GGUF file or PEFT's folder, perhaps with a scale; may be repeated
+    #[arg(long, value_name = "FILE[=SCALE]", value_parser = Adapter::argument)]
+    adapter: Vec<(PathBuf, f32)>,
+    /// Type of the KV cache: auto (as precise as the weights), f16, f32 or q8_0
+    #[arg(long, default_value = "auto", value_parser = cache_type)]
+    kv: CacheType,
+}
+
+fn cache_type(name: &str) -> Result<CacheType, &'static str> {
+    CacheType::by_name(name).ok_or("expected auto, f16, f32 or q8_0")
 }
 
 impl EngineArguments {
-    /// Settings with room for `context` tokens.
+    /// A model with the adapters, and settings with room for `context` tokens.
+    fn open(&self, model: &Path, context: usize) -> anyhow::Result<(ModelFile, Settings)> {
+        let (file, adapters) = profile::open_with(model, &self.adapter)?;
+        Ok((file, Settings { adapters, ..self.settings(context) }))
+    }
+
+    /// Settings without adapters.
     fn settings(&self, context: usize) -> Settings {
         let default = Settings::new(context);
         Settings {
             threads: self.threads.map_or(default.threads, usize::from),
             kernels: self.kernels.clone(),
+            cache: self.kv,
             ..default
         }
     }

@@ -7,6 +7,7 @@ mod model;
 mod writer;
 
 pub use crate::quantize::Mix;
+pub(crate) use model::source_row;
 pub use model::{ExportError, Summary, export, export_to_vec, vocabulary_file};
 pub use writer::{GgufWriteError, GgufWriter, Producer};
 

@@ -83,7 +83,7 @@ pub fn evaluate(
 /// Runs each of `models` once over the token stream `ids` and evaluates `pairs` of a student and perhaps a
 /// teacher, both given by their places in `models`.
 ///
-/// Of `settings` only threads and kernels count. `progress` is told after every window how many are done,
+/// Of `settings` only threads, kernels and, for the first model, adapters count. `progress` is told after every window how many are done,
 /// of how many, and the perplexity of the first student so far.
 ///
 /// # Errors
@@ -102,8 +102,10 @@ pub fn evaluate_all<const N: usize>(
     if windows == 0 {
         return Err(Error::TextTooShort { found: ids.len(), needed: context });
     }
-    let mut scorers: Vec<Scorer<'_>> =
-        models.iter().map(|file| Scorer::new(file, context, settings)).collect::<Result<_, _>>()?;
+    let plain = Settings { adapters: Vec::new(), ..settings.clone() };
+    let settings = |index| if index == 0 { settings } else { &plain };
+    let scorers = models.iter().enumerate().map(|(index, file)| Scorer::new(file, context, settings(index)));
+    let mut scorers = scorers.collect::<Result<Vec<Scorer<'_>>, _>>()?;
     for (student, teacher) in pairs {
         let (student, teacher) = (scorers[student].vocab(), teacher.map(|at| scorers[at].vocab()));
         if let Some(teacher) = teacher.filter(|teacher| *teacher != student) {

@@ -4,10 +4,14 @@
 
 pub mod eval;
 
-pub use edge_run::{ModelFile, Settings, bench};
+pub use edge_run::{Adapter, ModelFile, Settings, bench};
 
 use std::path::{Path, PathBuf};
 
+use edge_models::DecoderSpec;
+use edge_runtime::session::{Limits, Plan};
+
+use crate::adapter::{self, AdapterError};
 use crate::export::gguf::{Mix, export_to_vec};
 use crate::model::Model;
 use crate::teacher;
@@ -29,6 +33,9 @@ pub enum Error {
         /// What went wrong.
         source: crate::export::gguf::ExportError,
     },
+    /// An adapter could not be read.
+    #[error(transparent)]
+    Adapter(#[from] AdapterError),
     /// The text is shorter than one window.
     #[error("the text has {found} tokens, one window needs {needed}")]
     TextTooShort {
@@ -75,4 +82,50 @@ pub fn lay_out(model: &Model, path: &Path) -> Result<ModelFile, Error> {
     let bytes =
         export_to_vec(model, Mix::F32).map_err(|source| Error::Export { path: path.to_owned(), source })?;
     Ok(ModelFile::from_memory(path, bytes))
+}
+
+/// The specification of a model that was opened.
+///
+/// # Errors
+/// The runtime refuses the file.
+pub fn spec_of(file: &ModelFile) -> Result<DecoderSpec, Error> {
+    let plan = Plan::new(&file.parse()?, Limits { context: 1, ..Limits::default() });
+    Ok(*plan.map_err(|error| file.refused(error))?.spec())
+}
+
+/// Opens a model as [`open`] does, and adapters for it, each with its scale: GGUF files, and PEFT's folders,
+/// which are laid out as GGUF in memory. DoRA adapters change weights: with one of them, the model is
+/// merged with it and laid out as f32.
+///
+/// # Errors
+/// What is wrong with the model or an adapter.
+pub fn open_with(path: &Path, adapters: &[(PathBuf, f32)]) -> Result<(ModelFile, Vec<Adapter>), Error> {
+    let mut file = open(path)?;
+    if adapters.is_empty() {
+        return Ok((file, Vec::new()));
+    }
+    let spec = spec_of(&file)?;
+    let (mut opened, mut merged) = (Vec::new(), None);
+    for (place, scale) in adapters {
+        let adapter = if place.is_dir() {
+            let read = adapter::read(place, &spec)?;
+            if read.is_dora() {
+                let mut model = match merged.take() {
+                    Some(model) => model,
+                    None => teacher::load(path)?,
+                };
+                adapter::merge(&mut model, &read, *scale)?;
+                merged = Some(model);
+                continue;
+            }
+            ModelFile::from_memory(place, adapter::export_to_vec(&read, &spec)?)
+        } else {
+            ModelFile::open(place)?
+        };
+        opened.push(Adapter { file: adapter.into(), scale: *scale });
+    }
+    if let Some(model) = merged {
+        file = lay_out(&model, path)?;
+    }
+    Ok((file, opened))
 }

@@ -175,7 +175,8 @@ fn weights(folder: &Path, spec: &DecoderSpec) -> Result<Weights, LoadError> {
     Ok(weights)
 }
 
-fn to_f32(dtype: Dtype, data: &[u8]) -> Option<Vec<f32>> {
+/// The values of a tensor of a float type, `None` for any other.
+pub(crate) fn to_f32(dtype: Dtype, data: &[u8]) -> Option<Vec<f32>> {
     let halves = |convert: fn(u16) -> f32| {
         data.as_chunks::<2>().0.iter().map(|bytes| convert(u16::from_le_bytes(*bytes))).collect()
     };

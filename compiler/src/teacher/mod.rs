@@ -9,7 +9,7 @@ mod hf;
 
 pub use config::JsonConfig;
 pub use gguf::from_gguf;
-pub(crate) use hf::json;
+pub(crate) use hf::{json, to_f32};
 
 use std::path::{Path, PathBuf};
 

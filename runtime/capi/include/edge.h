@@ -36,7 +36,7 @@ extern "C" {
 #endif
 
 /* Grows whenever a struct or the meaning of a function changes. Compare with edge_abi_version(). */
-#define EDGE_ABI_VERSION 1u
+#define EDGE_ABI_VERSION 2u
 
 /* Error numbers; functions return them negated. */
 enum {
@@ -62,7 +62,11 @@ enum {
   EDGE_E_BAD_TOKEN = 20,           /* a token beyond the vocabulary */
   EDGE_E_BUFFER_TOO_SMALL = 21,    /* the caller's buffer is too small */
   EDGE_E_BAD_ARGUMENT = 22,        /* an argument that makes no sense, such as a null pointer */
-  EDGE_E_BAD_VOCABULARY = 23       /* the vocabulary contradicts itself */
+  EDGE_E_BAD_VOCABULARY = 23,      /* the vocabulary contradicts itself */
+  EDGE_E_FORGOTTEN = 24,           /* a cut further back than sliding windows remember */
+  EDGE_E_FOREIGN_SESSION = 25,     /* a saved session of another model, version or cache type */
+  EDGE_E_BAD_CHECKSUM = 26,        /* a saved session that was damaged */
+  EDGE_E_OTHER_VOCABULARY = 27     /* two models whose vocabularies differ */
 };
 
 /* A loaded model with its KV cache. It lives in the arena and ends when the caller reuses that. */
@@ -78,6 +82,11 @@ typedef struct edge_error {
  * have the feature. Bits that the library has no kernel for are ignored. */
 #define EDGE_CPU_AVX2 (UINT64_C(1) << 0) /* x86-64 */
 
+/* Values of edge_limits.cache_type. */
+#define EDGE_CACHE_F16 1u
+#define EDGE_CACHE_F32 2u
+#define EDGE_CACHE_Q8_0 3u /* 17/32 of the memory of F16; heads must be a multiple of 32 wide */
+
 /* What a session may use. All zero is a good beginning. */
 typedef struct edge_limits {
   uint32_t context;      /* most tokens in the KV cache; 0: as many as the model was trained for */
@@ -85,6 +94,9 @@ typedef struct edge_limits {
   uint32_t workers;      /* threads, the calling one included; 0: 1 */
   uint32_t text_bytes;   /* longest text to be tokenized at once; 0: 4 for each token of context */
   uint64_t cpu_features; /* EDGE_CPU_ bits; 0: what every CPU of this architecture has */
+  uint32_t adapters;     /* slots for LoRA adapters; 0: none */
+  uint32_t adapter_rank; /* largest rank of an adapter, at most 256; read only if there are slots */
+  uint32_t cache_type;   /* EDGE_CACHE_: how keys and values are kept; 0: as precise as the weights */
 } edge_limits;
 
 /* What a session will need. */
@@ -168,8 +180,39 @@ const float *edge_logits(edge_session *session, size_t *count);
 /* Number of tokens in the context. */
 int32_t edge_position(edge_session *session);
 
-/* Drops all tokens from position `count` on, and the logits if there were any such. Returns 0. */
+/* Drops all tokens from position `count` on, and the logits if there were any such. Returns 0. Layers with a
+ * sliding window keep one batch more than their window: a cut further back, unless to 0, is
+ * EDGE_E_FORGOTTEN. */
 int32_t edge_truncate(edge_session *session, size_t count);
+
+/* Keeps the tokens that the context and `tokens` both begin with (all but the last of `tokens` at most), and
+ * drops the rest. Returns how many are kept: tokens[kept] and those after it are what to feed. */
+int32_t edge_reuse(edge_session *session, const uint32_t *tokens, size_t count);
+
+/* Bytes that edge_save writes now. */
+uint64_t edge_saved_bytes(const edge_session *session);
+
+/* Writes tokens, cache and logits into `buffer`, without adapters. Returns 0. */
+int32_t edge_save(edge_session *session, void *buffer, size_t capacity);
+
+/* Puts what edge_save wrote in place of this session's tokens, cache and logits, on the same model with the
+ * same cache type and a context that is large enough; everything is checked first, and refused bytes
+ * change nothing. Returns 0. */
+int32_t edge_restore(edge_session *session, const void *bytes, size_t size);
+
+/* Puts a LoRA adapter (a GGUF file) into slot 0 to edge_limits.adapters - 1, in place of the one that is
+ * there. Tokens that are fed from now on are computed with it, times `scale`, besides the adapters of other
+ * slots; tokens in the context stay as they are. The file is copied: its bytes are not needed afterwards.
+ * One that does not fit the model is refused, and the slot stays as it was; after EDGE_E_OUT_OF_RANGE for a
+ * weight that is not finite it is empty. Returns 0. */
+int32_t edge_attach(edge_session *session, uint32_t slot, const void *adapter, size_t adapter_size,
+                    float scale);
+
+/* Changes what an adapter is multiplied by; 0 switches it off and costs nothing. Returns 0. */
+int32_t edge_set_adapter_scale(edge_session *session, uint32_t slot, float scale);
+
+/* Empties a slot. Returns 0. */
+int32_t edge_detach(edge_session *session, uint32_t slot);
 
 /* Sets how edge_next chooses, from a fresh seed. Null is greedy, as in the beginning. Returns 0. */
 int32_t edge_set_sampling(edge_session *session, const edge_sampling *sampling);

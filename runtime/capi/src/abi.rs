@@ -7,7 +7,7 @@ use crate::message::Message;
 use edge_runtime::{Code, Error, Result};
 
 /// `EDGE_ABI_VERSION`.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// `EDGE_CPU_AVX2`.
 pub(crate) const CPU_AVX2: u64 = 1;
@@ -36,6 +36,12 @@ pub struct EdgeLimits {
     pub text_bytes: u32,
     /// `EDGE_CPU_` bits.
     pub cpu_features: u64,
+    /// Slots for adapters.
+    pub adapters: u32,
+    /// Largest rank of an adapter.
+    pub adapter_rank: u32,
+    /// `EDGE_CACHE_`.
+    pub cache_type: u32,
 }
 
 /// `edge_plan_info`.

@@ -5,7 +5,7 @@ use crate::session::EdgeSession;
 use crate::team::Team;
 use edge_runtime::format::Gguf;
 use edge_runtime::kernels::{Features, Kernels};
-use edge_runtime::session::{Limits, Plan};
+use edge_runtime::session::{CacheType, Limits, Plan};
 use edge_runtime::tokenizer::{Tokenizer, Utf8Stream};
 use edge_runtime::{Code, Error, Result};
 
@@ -43,7 +43,7 @@ struct TextSizes {
 }
 
 /// Number of parts of the arena.
-const PARTS: usize = 11;
+const PARTS: usize = 10;
 
 /// The arena, divided.
 pub(crate) struct Parts<'a> {
@@ -54,8 +54,6 @@ pub(crate) struct Parts<'a> {
     pub(crate) ids: &'a mut [u32],
     pub(crate) piece: &'a mut [u8],
     pub(crate) utf8: &'a mut [u8],
-    /// All tokens in the context.
-    pub(crate) history: &'a mut [u32],
     /// For the sampler, each as long as the vocabulary.
     pub(crate) logits: &'a mut [f32],
     pub(crate) candidates: &'a mut [u32],
@@ -69,7 +67,24 @@ impl<'a> Layout<'a> {
         let file = Gguf::parse(model)?;
         let workers = limits.workers.max(1) as usize;
         let batch = if limits.batch == 0 { DEFAULT_BATCH } else { limits.batch as usize };
-        let wanted = Limits { context: limits.context as usize, batch, logits_rows: 1, workers };
+        let wanted = Limits {
+            context: limits.context as usize,
+            batch,
+            workers,
+            adapters: limits.adapters as usize,
+            adapter_rank: limits.adapter_rank as usize,
+            cache: match limits.cache_type {
+                0 => CacheType::Auto,
+                1 => CacheType::F16,
+                2 => CacheType::F32,
+                3 => CacheType::Q8_0,
+                other => {
+                    let error = Error::new(Code::BadArgument, "limits.cache_type");
+                    return Err(error.found(u64::from(other), 3));
+                }
+            },
+            ..Limits::default()
+        };
         let plan = Plan::new(&file, wanted)?;
         let text_bytes = match limits.text_bytes {
             0 => plan.limits().context.saturating_mul(TEXT_BYTES_PER_TOKEN),
@@ -115,7 +130,6 @@ impl<'a> Layout<'a> {
             words(text.ids),
             text.piece,
             text.utf8,
-            words(self.plan.limits().context),
             vocabulary,
             vocabulary,
             self.plan.arena_bytes(),
@@ -137,7 +151,7 @@ impl<'a> Layout<'a> {
             rest = tail;
             &mut part[..bytes]
         });
-        let [session, team, index, scratch, ids, piece, utf8, history, logits, candidates, runtime] = parts;
+        let [session, team, index, scratch, ids, piece, utf8, logits, candidates, runtime] = parts;
         Ok(Parts {
             session,
             team,
@@ -146,7 +160,6 @@ impl<'a> Layout<'a> {
             ids: words(ids),
             piece,
             utf8,
-            history: words(history),
             logits: floats(logits),
             candidates: words(candidates),
             runtime,

@@ -237,7 +237,108 @@ pub unsafe extern "C" fn edge_truncate(session: *mut EdgeSession, count: usize) 
     // SAFETY: the caller's promise.
     unsafe {
         on(session, |session| {
-            session.truncate(count);
+            session.truncate(count)?;
+            Ok(0)
+        })
+    }
+}
+
+/// Keeps what the context and some tokens have in common.
+///
+/// # Safety
+/// Pointers are null or valid as `edge.h` says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn edge_reuse(session: *mut EdgeSession, tokens: *const u32, count: usize) -> i32 {
+    // SAFETY: the caller's promise for the session and the tokens.
+    unsafe { on(session, |session| Ok(session.reuse(input(tokens, count, "tokens")?))) }
+}
+
+/// Bytes that [`edge_save`] needs.
+///
+/// # Safety
+/// `session` is null or valid as `edge.h` says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn edge_saved_bytes(session: *const EdgeSession) -> u64 {
+    // SAFETY: the caller's promise.
+    unsafe { input_one(session, "session") }.map_or(0, EdgeSession::saved_bytes)
+}
+
+/// Writes a session into a buffer.
+///
+/// # Safety
+/// Pointers are null or valid as `edge.h` says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn edge_save(session: *mut EdgeSession, buffer: *mut c_void, capacity: usize) -> i32 {
+    // SAFETY: the caller's promise for the session and the buffer.
+    unsafe {
+        on(session, |session| {
+            session.save(output(buffer.cast(), capacity, "buffer")?)?;
+            Ok(0)
+        })
+    }
+}
+
+/// Puts a saved session in place of this one.
+///
+/// # Safety
+/// Pointers are null or valid as `edge.h` says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn edge_restore(session: *mut EdgeSession, bytes: *const c_void, size: usize) -> i32 {
+    // SAFETY: the caller's promise for the session and the bytes.
+    unsafe {
+        on(session, |session| {
+            session.restore(input(bytes.cast(), size, "bytes")?)?;
+            Ok(0)
+        })
+    }
+}
+
+/// Puts an adapter into a slot.
+///
+/// # Safety
+/// Pointers are null or valid as `edge.h` says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn edge_attach(
+    session: *mut EdgeSession,
+    slot: u32,
+    adapter: *const c_void,
+    adapter_size: usize,
+    scale: f32,
+) -> i32 {
+    // SAFETY: the caller's promise for the session and the file.
+    unsafe {
+        on(session, |session| {
+            session.attach(slot, input(adapter.cast(), adapter_size, "adapter")?, scale)?;
+            Ok(0)
+        })
+    }
+}
+
+/// Changes what an adapter is multiplied by.
+///
+/// # Safety
+/// `session` is null or valid as `edge.h` says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn edge_set_adapter_scale(session: *mut EdgeSession, slot: u32, scale: f32) -> i32 {
+    // SAFETY: the caller's promise.
+    unsafe {
+        on(session, |session| {
+            session.set_adapter_scale(slot, scale)?;
+            Ok(0)
+        })
+    }
+}
+
+/// Empties a slot.
+///
+/// # Safety
+/// `session` is null or valid as `edge.h` says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn edge_detach(session: *mut EdgeSession, slot: u32) -> i32 {
+    // SAFETY: the caller's promise.
+    unsafe {
+        on(session, |session| {
+            session.detach(slot)?;
             Ok(0)
         })
     }

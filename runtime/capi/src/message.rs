@@ -32,6 +32,10 @@ pub(crate) fn text(code: i32) -> &'static CStr {
         21 => c"the caller's buffer is too small",
         22 => c"an argument that makes no sense",
         23 => c"the vocabulary contradicts itself",
+        24 => c"a cut further back than sliding windows remember",
+        25 => c"a saved session of another model, version or cache type",
+        26 => c"a saved session that was damaged",
+        27 => c"two models whose vocabularies differ",
         _ => c"an unknown error",
     }
 }

@@ -3,6 +3,7 @@
 use crate::abi::{EdgeLimits, EdgeSampling, EdgeWorkers, negative};
 use crate::arena::{Layout, Parts};
 use crate::team::Team;
+use edge_runtime::format::Gguf;
 use edge_runtime::session::{Sampler, SamplerConfig, Session};
 use edge_runtime::tokenizer::{Encode, Tokenizer, Utf8Stream};
 use edge_runtime::{Code, Error, Result};
@@ -17,8 +18,6 @@ const EDGE_NO_BOS: u32 = 2;
 pub struct EdgeSession {
     session: Session<'static>,
     sampler: Sampler,
-    /// As many as the session's position are in use: the tokens so far.
-    history: &'static mut [u32],
     logits: &'static mut [f32],
     candidates: &'static mut [u32],
     text: Option<Text>,
@@ -46,7 +45,7 @@ pub(crate) fn open(
     let has_tokenizer = layout.has_tokenizer();
     let parts = layout.carve(arena)?;
     let team: &'static Team = place(parts.team, team)?;
-    let Parts { index, scratch, ids, piece, utf8, history, logits, candidates, .. } = parts;
+    let Parts { index, scratch, ids, piece, utf8, logits, candidates, .. } = parts;
     let text = if has_tokenizer {
         Some(Text { tokenizer: Tokenizer::new(&layout.file, index)?, scratch, ids, piece, utf8 })
     } else {
@@ -55,7 +54,6 @@ pub(crate) fn open(
     let value = EdgeSession {
         session: Session::new(&layout.file, &layout.plan, layout.kernels, team.workers(), parts.runtime)?,
         sampler: sampler(&EdgeSampling::default())?,
-        history,
         logits,
         candidates,
         text,
@@ -126,11 +124,7 @@ impl EdgeSession {
     }
 
     pub(crate) fn feed(&mut self, tokens: &[u32]) -> Result<()> {
-        let position = self.session.position();
-        self.session.feed(tokens)?;
-        // The history is as long as the context, which has just taken all tokens.
-        self.history[position..position + tokens.len()].copy_from_slice(tokens);
-        Ok(())
+        self.session.feed(tokens)
     }
 
     pub(crate) fn logits(&self) -> &[f32] {
@@ -141,8 +135,36 @@ impl EdgeSession {
         self.session.position()
     }
 
-    pub(crate) fn truncate(&mut self, count: usize) {
-        self.session.truncate(count);
+    pub(crate) fn truncate(&mut self, count: usize) -> Result<()> {
+        self.session.truncate(count)
+    }
+
+    pub(crate) fn reuse(&mut self, tokens: &[u32]) -> usize {
+        self.session.reuse(tokens)
+    }
+
+    pub(crate) fn saved_bytes(&self) -> u64 {
+        self.session.saved_bytes() as u64
+    }
+
+    pub(crate) fn save(&mut self, out: &mut [u8]) -> Result<usize> {
+        self.session.save(out)
+    }
+
+    pub(crate) fn restore(&mut self, bytes: &[u8]) -> Result<()> {
+        self.session.restore(bytes)
+    }
+
+    pub(crate) fn attach(&mut self, slot: u32, adapter: &[u8], scale: f32) -> Result<()> {
+        self.session.attach(slot as usize, &Gguf::parse(adapter)?, scale)
+    }
+
+    pub(crate) fn set_adapter_scale(&mut self, slot: u32, scale: f32) -> Result<()> {
+        self.session.set_adapter_scale(slot as usize, scale)
+    }
+
+    pub(crate) fn detach(&mut self, slot: u32) -> Result<()> {
+        self.session.detach(slot as usize)
     }
 
     pub(crate) fn set_sampling(&mut self, sampling: &EdgeSampling) -> Result<()> {
@@ -159,8 +181,7 @@ impl EdgeSession {
         }
         // The penalty changes logits, and the caller may look at them or choose again.
         self.logits.copy_from_slice(logits);
-        let recent = &self.history[..self.session.position()];
-        self.sampler.sample(self.logits, recent, self.candidates)
+        self.sampler.sample(self.logits, self.session.tokens(), self.candidates)
     }
 
     /// See `edge_generate`; `say` takes text and answers whether to go on.

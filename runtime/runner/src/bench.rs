@@ -5,10 +5,10 @@
 
 use std::time::Instant;
 
-use edge_runtime::session::{Session, argmax};
+use edge_runtime::session::{CacheType, Session, argmax};
 use serde::Serialize;
 
-use crate::engine::{Engine, Error, ModelFile, Settings, describe};
+use crate::engine::{Adapter, Engine, Error, ModelFile, Settings, describe};
 use crate::statistics::{Percentiles, Statistics};
 
 /// What is timed.
@@ -26,12 +26,16 @@ pub struct Options {
     pub repetitions: usize,
     /// Name of the kernels; `None` for the fastest.
     pub kernels: Option<String>,
+    /// Adapters at work meanwhile.
+    pub adapters: Vec<Adapter>,
+    /// How keys and values are kept.
+    pub cache: CacheType,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        let Settings { threads, kernels, .. } = Settings::new(0);
-        Self { n_prompt: 512, n_gen: 128, n_batch: 512, threads, repetitions: 5, kernels }
+        let Settings { threads, kernels, adapters, cache, .. } = Settings::new(0);
+        Self { n_prompt: 512, n_gen: 128, n_batch: 512, threads, repetitions: 5, kernels, adapters, cache }
     }
 }
 
@@ -93,6 +97,8 @@ pub fn run(model: &ModelFile, options: &Options) -> Result<Vec<Test>, Error> {
         batch: options.n_batch.min(options.n_prompt.max(1)).max(1),
         threads: options.threads,
         kernels: options.kernels.clone(),
+        adapters: options.adapters.clone(),
+        cache: options.cache,
         ..Settings::new(options.n_prompt.max(options.n_gen).max(1))
     };
     let mut engine = Engine::new(model, settings)?;
@@ -163,19 +169,23 @@ impl Bench<'_> {
     /// Nanoseconds from an empty context to the first token after a prompt of `count` tokens.
     fn prompt(&mut self, count: usize) -> Result<u64, Error> {
         let tokens: Vec<u32> = (0..count).map(|_| self.any_token()).collect();
-        self.session.truncate(0);
+        self.restart()?;
         self.feed(&tokens)
     }
 
     /// Nanoseconds of each of `count` tokens from an empty context.
     fn tokens(&mut self, count: usize) -> Result<Vec<u64>, Error> {
-        self.session.truncate(0);
+        self.restart()?;
         (0..count)
             .map(|_| self.any_token())
             .collect::<Vec<_>>()
             .iter()
             .map(|token| self.feed(&[*token]))
             .collect()
+    }
+
+    fn restart(&mut self) -> Result<(), Error> {
+        self.session.truncate(0).map_err(|error| self.model.refused(error))
     }
 
     fn feed(&mut self, tokens: &[u32]) -> Result<u64, Error> {

@@ -4,10 +4,11 @@ use std::borrow::Cow;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use edge_runtime::format::{DType, Gguf};
 use edge_runtime::kernels::{Features, Kernels};
-use edge_runtime::session::{Limits, Plan, Session};
+use edge_runtime::session::{CacheType, Limits, Plan, Session};
 use edge_runtime::workers::{Pool, Single, Workers};
 use memmap2::Mmap;
 
@@ -87,6 +88,45 @@ impl ModelFile {
     }
 }
 
+impl std::fmt::Debug for ModelFile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.path.display())
+    }
+}
+
+/// A LoRA adapter, and what it is multiplied by.
+#[derive(Clone, Debug)]
+pub struct Adapter {
+    /// A GGUF file.
+    pub file: Arc<ModelFile>,
+    /// Besides what the file says.
+    pub scale: f32,
+}
+
+impl Adapter {
+    /// `FILE` or `FILE=SCALE` as its two parts; a file whose name has such an end is the whole.
+    ///
+    /// # Errors
+    /// What stands behind the last `=` is not a finite number.
+    pub fn argument(text: &str) -> Result<(PathBuf, f32), String> {
+        match text.rsplit_once('=') {
+            Some((path, scale)) if !Path::new(text).exists() => match scale.parse() {
+                Ok(scale) if f32::is_finite(scale) => Ok((path.into(), scale)),
+                _ => Err(format!("`{scale}` in `{text}` is not a finite number")),
+            },
+            _ => Ok((text.into(), 1.0)),
+        }
+    }
+
+    /// The largest rank in the file; 0 if it has no pair.
+    fn rank(&self) -> Result<usize, Error> {
+        let file = self.file.parse()?;
+        let ranks =
+            file.tensors().filter(|tensor| tensor.name.ends_with(".lora_b")).map(|tensor| tensor.cols());
+        Ok(ranks.max().unwrap_or(0))
+    }
+}
+
 /// What a session may use.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -100,13 +140,18 @@ pub struct Settings {
     pub threads: usize,
     /// Name of the kernels; `None` for the fastest that this CPU can run.
     pub kernels: Option<String>,
+    /// Adapters that every session begins with, in slots 0, 1, ...
+    pub adapters: Vec<Adapter>,
+    /// How keys and values are kept.
+    pub cache: CacheType,
 }
 
 impl Settings {
     /// Room for `context` tokens; one thread for each core, the fastest kernels.
     pub fn new(context: usize) -> Self {
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        Self { context, batch: 64, logits_rows: 1, threads, kernels: None }
+        let cache = CacheType::Auto;
+        Self { context, batch: 64, logits_rows: 1, threads, kernels: None, adapters: Vec::new(), cache }
     }
 }
 
@@ -140,21 +185,36 @@ impl Engine {
             0 | 1 => Box::new(Single),
             threads => Box::new(Pool::new(threads).map_err(|error| Error::Io(model.path.clone(), error))?),
         };
-        let Settings { context, batch, logits_rows, .. } = settings;
-        let limits = Limits { context, batch, logits_rows, workers: workers.count() };
+        let Settings { context, batch, logits_rows, cache, .. } = settings;
+        let ranks = settings.adapters.iter().map(Adapter::rank).collect::<Result<Vec<_>, _>>()?;
+        let limits = Limits {
+            context,
+            batch,
+            logits_rows,
+            workers: workers.count(),
+            adapters: ranks.len(),
+            // A rank that is too large, or none at all, is refused with the tensor's name when it is attached.
+            adapter_rank: ranks.into_iter().max().unwrap_or(0).clamp(1, Limits::MAX_ADAPTER_RANK),
+            cache,
+        };
         let plan = Plan::new(&model.parse()?, limits).map_err(|error| model.refused(error))?;
         let arena = vec![0; plan.arena_bytes()];
         Ok(Self { settings, plan, kernels, workers, arena })
     }
 
-    /// Begins a session.
+    /// Begins a session with the adapters of the settings.
     ///
     /// # Errors
     /// [`Error::Refused`].
     pub fn session<'a>(&'a mut self, model: &'a ModelFile) -> Result<Session<'a>, Error> {
         let file = model.parse()?;
-        Session::new(&file, &self.plan, self.kernels, &*self.workers, &mut self.arena)
-            .map_err(|error| model.refused(error))
+        let mut session = Session::new(&file, &self.plan, self.kernels, &*self.workers, &mut self.arena)
+            .map_err(|error| model.refused(error))?;
+        for (slot, adapter) in self.settings.adapters.iter().enumerate() {
+            let attached = session.attach(slot, &adapter.file.parse()?, adapter.scale);
+            attached.map_err(|error| adapter.file.refused(error))?;
+        }
+        Ok(session)
     }
 }
 

@@ -5,8 +5,10 @@
 //! knows nothing of training or targets; `edgec` and the program `edge-run` share it.
 
 pub mod bench;
+mod draft;
 mod engine;
 mod statistics;
 
-pub use engine::{Engine, Error, ModelFile, Settings};
+pub use draft::{Drafter, Drafting};
+pub use engine::{Adapter, Engine, Error, ModelFile, Settings};
 pub use statistics::{Percentiles, Statistics};

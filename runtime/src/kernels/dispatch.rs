@@ -1,7 +1,8 @@
 //! The one dispatch table, and which of the tables a CPU can run.
 
 use super::activations::{Activations, ActivationsMut};
-use super::attention::{Cache, KeyValues, Scores};
+use super::attention::{Cache, KeyValues, Q8Block, Scores, Span};
+use super::low_rank::LowRank;
 use super::matmul::{self, Matrix, Product, RowsKernel, RowsKernels, TileKernels};
 use crate::format::{DType, Layout};
 use crate::workers::Workers;
@@ -75,8 +76,10 @@ pub struct Kernels {
     pub(super) geglu: unsafe fn(&mut [f32], &[f32]),
     pub(super) soft_cap: unsafe fn(&mut [f32], f32),
     pub(super) rope: unsafe fn(&mut [f32], &[f32], &[f32], RopePairing),
-    pub(super) attend_half: unsafe fn(&[f32], Cache<u16>, usize, Scores, &mut [f32]),
-    pub(super) attend_full: unsafe fn(&[f32], Cache<f32>, usize, Scores, &mut [f32]),
+    pub(super) attend_half: unsafe fn(&[f32], Cache<u16>, Scores, &mut [f32]),
+    pub(super) attend_full: unsafe fn(&[f32], Cache<f32>, Scores, &mut [f32]),
+    pub(super) attend_blocks: unsafe fn(&[f32], Cache<Q8Block>, Scores, &mut [f32]),
+    pub(super) add_low_rank: unsafe fn(&LowRank, &[f32], &mut [f32]),
     pub(super) rows: &'static RowsKernels,
     pub(super) tiles: &'static TileKernels,
 }
@@ -260,30 +263,34 @@ impl Kernels {
         unsafe { (self.rope)(head, cos, sin, pairing) }
     }
 
-    /// `out = softmax(scores(q K^T)) V` of one query head over the first `len` cached positions. Position
-    /// `p` of this head's keys starts at element `p * stride`, as do its values; both are as wide as `q` and
-    /// `out`. Positions that do not lie within both slices are not attended to.
-    pub fn attention(
-        &self,
-        q: &[f32],
-        cache: KeyValues,
-        stride: usize,
-        len: usize,
-        scores: Scores,
-        out: &mut [f32],
-    ) {
+    /// `y += B u`; as many rows as `y` has.
+    pub(crate) fn add_low_rank(&self, b: &LowRank, u: &[f32], y: &mut [f32]) {
+        // SAFETY: whoever holds this table has a CPU that can run it.
+        unsafe { (self.add_low_rank)(b, u, y) }
+    }
+
+    /// `out = softmax(scores(q K^T)) V` of one query head over the cached positions of `span`. Row `r` of this
+    /// head's keys starts at element `r * stride`, as do its values; both are as wide as `q` and `out`, for a
+    /// cache of blocks a multiple of 32. Rows that do not lie within both slices are not attended to.
+    pub fn attention(&self, q: &[f32], cache: KeyValues, span: Span, scores: Scores, out: &mut [f32]) {
         debug_assert_eq!(q.len(), out.len());
         let width = q.len().max(out.len());
         match cache {
             KeyValues::Half { keys, values } => {
-                let (cache, len) = Cache::new(keys, values, stride, width, len);
+                let cache = Cache::new(keys, values, span, width);
                 // SAFETY: whoever holds this table has a CPU that can run it.
-                unsafe { (self.attend_half)(q, cache, len, scores, out) }
+                unsafe { (self.attend_half)(q, cache, scores, out) }
             }
             KeyValues::Full { keys, values } => {
-                let (cache, len) = Cache::new(keys, values, stride, width, len);
+                let cache = Cache::new(keys, values, span, width);
                 // SAFETY: whoever holds this table has a CPU that can run it.
-                unsafe { (self.attend_full)(q, cache, len, scores, out) }
+                unsafe { (self.attend_full)(q, cache, scores, out) }
+            }
+            KeyValues::Blocks { keys, values } => {
+                debug_assert_eq!(width % 32, 0);
+                let cache = Cache::new(keys, values, span, width / 32);
+                // SAFETY: whoever holds this table has a CPU that can run it.
+                unsafe { (self.attend_blocks)(q, cache, scores, out) }
             }
         }
     }

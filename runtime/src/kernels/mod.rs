@@ -13,6 +13,8 @@ mod dispatch;
 mod exp;
 mod float;
 mod generic;
+mod integers;
+mod low_rank;
 mod matmul;
 mod output;
 mod simd;
@@ -25,10 +27,12 @@ mod aarch64;
 mod x86_64;
 
 pub use activations::{Activations, ActivationsMut};
-pub use attention::{KeyValues, Scores};
+pub use attention::{KeyValues, Q8Block, Scores, Span};
 pub use dispatch::{Features, Kernels};
 pub use exp::exp;
 pub use generic::dequantize_row;
+pub(crate) use integers::q8_0_block;
+pub(crate) use low_rank::{LowRank, MAX_RANK, Precision};
 pub use matmul::Matrix;
 pub use tiles::pack_tiles;
 

@@ -6,7 +6,7 @@ macro_rules! kernel_table {
         use $crate::kernels::activations::{Activations, ActivationsMut};
         use $crate::kernels::output::Columns;
         use $crate::kernels::matmul::{self, Matrix};
-        use $crate::kernels::{attention, blocks, dispatch, float, tiles};
+        use $crate::kernels::{attention, blocks, dispatch, float, low_rank, tiles};
         use edge_models::RopePairing;
 
         $crate::kernels::table::entries! {
@@ -21,10 +21,13 @@ macro_rules! kernel_table {
             fn geglu(gate: &mut [f32], up: &[f32]) = float::geglu;
             fn soft_cap(x: &mut [f32], cap: f32) = float::soft_cap;
             fn rope(head: &mut [f32], cos: &[f32], sin: &[f32], pairing: RopePairing) = float::rope;
-            fn attend_half(q: &[f32], cache: attention::Cache<u16>, len: usize, scores: attention::Scores, out: &mut [f32])
+            fn attend_half(q: &[f32], cache: attention::Cache<u16>, scores: attention::Scores, out: &mut [f32])
                 = attention::attention;
-            fn attend_full(q: &[f32], cache: attention::Cache<f32>, len: usize, scores: attention::Scores, out: &mut [f32])
+            fn attend_full(q: &[f32], cache: attention::Cache<f32>, scores: attention::Scores, out: &mut [f32])
                 = attention::attention;
+            fn attend_blocks(q: &[f32], cache: attention::Cache<attention::Q8Block>, scores: attention::Scores, out: &mut [f32])
+                = attention::attention_blocks;
+            fn add_low_rank(b: &low_rank::LowRank, u: &[f32], y: &mut [f32]) = low_rank::add_low_rank;
             fn f32_rows(w: &Matrix, x: &Activations, out: &mut Columns) = matmul::float_rows::<_, matmul::F32>;
             fn f16_rows(w: &Matrix, x: &Activations, out: &mut Columns) = matmul::float_rows::<_, matmul::F16>;
             fn bf16_rows(w: &Matrix, x: &Activations, out: &mut Columns) = matmul::float_rows::<_, matmul::BF16>;
@@ -42,7 +45,7 @@ macro_rules! kernel_table {
         pub(crate) static TABLE: dispatch::Kernels = dispatch::Kernels {
             name: $name,
             quantize, quantize_tiles, dot, axpy, rms_norm, rms_norm_in_place, swiglu, geglu, soft_cap, rope,
-            attend_half, attend_full,
+            attend_half, attend_full, attend_blocks, add_low_rank,
             rows: &matmul::RowsKernels {
                 f32: f32_rows, f16: f16_rows, bf16: bf16_rows,
                 q8_0: q8_0_rows, q4_0: q4_0_rows, q4_1: q4_1_rows, q5_0: q5_0_rows, q5_1: q5_1_rows,

@@ -26,6 +26,14 @@ unsafe impl Plain for f64 {}
 unsafe impl Plain for u16 {}
 // SAFETY: as above.
 unsafe impl Plain for i8 {}
+// SAFETY: as above.
+unsafe impl Plain for u8 {}
+// SAFETY: as above.
+unsafe impl Plain for u32 {}
+// SAFETY: bytes have neither padding nor an invalid pattern.
+unsafe impl Plain for crate::kernels::Q8Block {}
+// SAFETY: `repr(C)` with fields of 8, 4 and 4 bytes has no padding, and all three are numbers.
+unsafe impl Plain for super::adapters::Entry {}
 
 /// Bytes that `count` elements take with their padding; `None` beyond the address space.
 pub(super) fn padded_bytes<T>(count: usize) -> Option<usize> {

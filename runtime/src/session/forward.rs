@@ -4,6 +4,7 @@
 //! are computed in the same order whatever the batch and the number of threads, so prefill and decode
 //! agree bit for bit.
 
+use super::adapters::{Adapters, Target};
 use super::cache::{LayerCache, Part};
 use super::rope::Angles;
 use super::weights::{Layer, Linear};
@@ -27,6 +28,7 @@ pub(super) struct Buffers<'a> {
     pub(super) wide_quants: &'a mut [i8],
     /// Queries, keys and values; what a block adds to the residual stream; the up projection.
     pub(super) outputs: &'a mut [f32],
+    pub(super) adapters: Adapters<'a>,
 }
 
 /// One batch of tokens on its way through the layers.
@@ -39,6 +41,8 @@ pub(super) struct Step<'s> {
     pub(super) position: usize,
     /// Number of tokens, at most the batch.
     pub(super) tokens: usize,
+    /// The layer that the batch has come to.
+    pub(super) layer: usize,
 }
 
 impl Step<'_> {
@@ -52,28 +56,28 @@ impl Step<'_> {
         buffers: &mut Buffers,
     ) -> Result<()> {
         let (spec, n) = (self.spec, self.tokens);
-        let Buffers { residual, narrow, narrow_quants, outputs, .. } = buffers;
+        let Buffers { residual, narrow, narrow_quants, outputs, adapters, .. } = buffers;
         let residual = &mut residual[..n * spec.hidden];
         let mut input = ActivationsMut::new(n, spec.hidden, narrow, narrow_quants)?;
         self.norm(residual, layer.attn_norm, input.values_mut());
         let input = self.quantize(&mut input, &[&layer.q.weight, &layer.k.weight, &layer.v.weight]);
 
-        let new = self.position * spec.kv_width();
+        let kv_width = spec.kv_width();
         let (queries, rest) = outputs.split_at_mut(n * spec.q_width());
-        let (keys, rest) = rest.split_at_mut(n * spec.kv_width());
-        let values = &mut rest[..n * spec.kv_width()];
-        let products = [
-            (&layer.q.weight, &mut *queries),
-            (&layer.k.weight, &mut *keys),
-            (&layer.v.weight, &mut *values),
+        let (keys, rest) = rest.split_at_mut(n * kv_width);
+        let values = &mut rest[..n * kv_width];
+        let outs = [
+            (Target::Q, &layer.q.weight, &mut *queries),
+            (Target::K, &layer.k.weight, &mut *keys),
+            (Target::V, &layer.v.weight, &mut *values),
         ];
-        self.kernels.matmuls(self.workers, &input, products)?;
+        self.adapted(&input, outs, adapters)?;
         self.add_bias(&layer.q, queries);
         self.add_bias(&layer.k, keys);
         self.add_bias(&layer.v, values);
-        self.place(keys, spec.kv_width(), layer.k_norm, angles);
-        cache.store(Part::Keys, new, keys);
-        cache.store(Part::Values, new, values);
+        self.place(keys, kv_width, layer.k_norm, angles);
+        cache.store(Part::Keys, self.position, keys, kv_width);
+        cache.store(Part::Values, self.position, values, kv_width);
         self.place(queries, spec.q_width(), layer.q_norm, angles);
         cache.round(queries);
 
@@ -81,7 +85,9 @@ impl Step<'_> {
         self.attend(layer.window, queries, &cache, attended.values_mut());
         let attended = self.quantize(&mut attended, &[&layer.attn_out.weight]);
         let added = &mut outputs[..n * spec.hidden];
-        self.linear(&layer.attn_out, &attended, added)?;
+        let outs = [(Target::AttnOut, &layer.attn_out.weight, &mut *added)];
+        self.adapted(&attended, outs, adapters)?;
+        self.add_bias(&layer.attn_out, added);
         self.add(added, layer.attn_post_norm, residual);
         Ok(())
     }
@@ -89,7 +95,7 @@ impl Step<'_> {
     /// `residual += post_norm(down(activation(gate(x)) * up(x)))` with `x = norm(residual)`.
     pub(super) fn feed_forward(&self, layer: &Layer, buffers: &mut Buffers) -> Result<()> {
         let (spec, n) = (self.spec, self.tokens);
-        let Buffers { residual, narrow, narrow_quants, wide, wide_quants, outputs, .. } = buffers;
+        let Buffers { residual, narrow, narrow_quants, wide, wide_quants, outputs, adapters } = buffers;
         let residual = &mut residual[..n * spec.hidden];
         let mut input = ActivationsMut::new(n, spec.hidden, narrow, narrow_quants)?;
         self.norm(residual, layer.ffn_norm, input.values_mut());
@@ -97,8 +103,9 @@ impl Step<'_> {
 
         let mut inner = ActivationsMut::new(n, spec.ffn, wide, wide_quants)?;
         let up = &mut outputs[..n * spec.ffn];
-        let products = [(&layer.gate, inner.values_mut()), (&layer.up, &mut *up)];
-        self.kernels.matmuls(self.workers, &input, products)?;
+        let outs =
+            [(Target::Gate, &layer.gate, inner.values_mut()), (Target::Up, &layer.up, &mut *up)];
+        self.adapted(&input, outs, adapters)?;
         let up = &*up;
         self.rows(inner.values_mut(), spec.ffn, 16, &|token, gate| {
             let up = &up[token * spec.ffn..][..spec.ffn];
@@ -109,7 +116,7 @@ impl Step<'_> {
         });
         let inner = self.quantize(&mut inner, &[&layer.down]);
         let added = &mut outputs[..n * spec.hidden];
-        self.matmul(&layer.down, &inner, added)?;
+        self.adapted(&inner, [(Target::Down, &layer.down, &mut *added)], adapters)?;
         self.add(added, layer.ffn_post_norm, residual);
         Ok(())
     }
@@ -174,7 +181,7 @@ impl Step<'_> {
     /// `[tokens, heads * head_dim]`.
     fn attend(&self, window: usize, queries: &[f32], cache: &LayerCache, out: &mut [f32]) {
         let spec = self.spec;
-        let (head_dim, stride) = (spec.head_dim, spec.kv_width());
+        let head_dim = spec.head_dim;
         let group = spec.heads / spec.kv_heads;
         let scores = Scores { scale: spec.score_scale(), soft_cap: spec.attn_soft_cap };
         let first = |end: usize| if window == 0 { 0 } else { end.saturating_sub(window) };
@@ -184,17 +191,9 @@ impl Step<'_> {
             let (token, head) = (index / spec.heads, index % spec.heads);
             let query = &queries[index * head_dim..][..head_dim];
             let end = self.position + token + 1;
-            let start = first(end) * stride + head / group * head_dim;
-            let (cache, seen) = (cache.view(start), end - first(end));
-            self.kernels.attention(query, cache, stride, seen, scores, out);
+            let (cache, span) = cache.view(first(end), end - first(end), head / group * head_dim);
+            self.kernels.attention(query, cache, span, scores, out);
         });
-    }
-
-    /// `out = weight x + bias`.
-    fn linear(&self, linear: &Linear, x: &Activations, out: &mut [f32]) -> Result<()> {
-        self.matmul(&linear.weight, x, out)?;
-        self.add_bias(linear, out);
-        Ok(())
     }
 
     /// `out += bias`, `[tokens, outputs]`.
@@ -204,6 +203,21 @@ impl Step<'_> {
                 self.kernels.axpy(1.0, linear.bias, row);
             }
         }
+    }
+
+    /// `out = weight x`, and what adapters add, of each target.
+    fn adapted<const N: usize>(
+        &self,
+        x: &Activations,
+        mut outs: [(Target, &Matrix, &mut [f32]); N],
+        adapters: &mut Adapters,
+    ) -> Result<()> {
+        let products = outs.each_mut().map(|(_, weight, out)| (*weight, &mut **out));
+        self.kernels.matmuls(self.workers, x, products)?;
+        for (target, weight, out) in outs {
+            adapters.apply(self.kernels, self.workers, (self.layer, target), weight, x, out)?;
+        }
+        Ok(())
     }
 
     fn matmul(&self, weight: &Matrix, x: &Activations, out: &mut [f32]) -> Result<()> {

@@ -5,21 +5,27 @@
 //! for more. Nothing here knows a model family (the specification does) or an instruction set (the
 //! kernels do), and nothing allocates.
 
+mod adapters;
 mod arena;
 mod cache;
 mod forward;
 mod plan;
 mod rope;
 mod sampler;
+mod saved;
+mod speculative;
 mod weights;
 
+pub use cache::CacheType;
 pub use plan::{Limits, Plan};
 pub use sampler::{Sampler, SamplerConfig, argmax};
+pub use speculative::{Speculator, same_vocabulary};
 
 use crate::format::Gguf;
 use crate::kernels::Kernels;
 use crate::workers::Workers;
 use crate::{Code, Error, Result};
+use adapters::Adapters;
 use arena::Arena;
 use cache::Cache;
 use edge_models::DecoderSpec;
@@ -42,7 +48,13 @@ pub struct Session<'a> {
     logits: &'a mut [f32],
     /// The row of `logits` that belongs to the last token.
     last_row: Option<usize>,
+    /// The tokens so far, and room for the rest of the context.
+    history: &'a mut [u32],
     position: usize,
+    /// What `position` has been at most since the sequence began: windows have lost what lies far behind.
+    highest: usize,
+    /// The first position of which windows have anything.
+    lowest: usize,
 }
 
 impl core::fmt::Debug for Session<'_> {
@@ -96,8 +108,7 @@ impl<'a> Session<'a> {
                 sin: arena.take(sizes.angles)?,
             });
         }
-        let layer = spec.kv_width() * limits.context;
-        let cache = Cache::new(&mut arena, sizes.cache_type, sizes.cache, layer)?;
+        let cache = Cache::new(&mut arena, &sizes.cache, &spec)?;
         let buffers = Buffers {
             residual: arena.take(sizes.residual)?,
             narrow: arena.take(sizes.narrow)?,
@@ -105,10 +116,26 @@ impl<'a> Session<'a> {
             wide: arena.take(sizes.wide)?,
             wide_quants: arena.take(sizes.wide_quants)?,
             outputs: arena.take(sizes.outputs)?,
+            adapters: Adapters::new(&mut arena, &sizes.adapters)?,
         };
         let logits = arena.take(sizes.logits)?;
-        let (last_row, position) = (None, 0);
-        Ok(Self { spec, limits, kernels, workers, model, angles, cache, buffers, logits, last_row, position })
+        let history = arena.take(sizes.history)?;
+        Ok(Self {
+            spec,
+            limits,
+            kernels,
+            workers,
+            model,
+            angles,
+            cache,
+            buffers,
+            logits,
+            last_row: None,
+            history,
+            position: 0,
+            highest: 0,
+            lowest: 0,
+        })
     }
 
     /// Adds tokens to the sequence, in batches; afterwards [`Session::logits`] are those after the last.
@@ -165,12 +192,73 @@ impl<'a> Session<'a> {
         self.limits.context
     }
 
+    /// The tokens of the sequence.
+    pub fn tokens(&self) -> &[u32] {
+        &self.history[..self.position]
+    }
+
     /// Forgets all tokens from `position` on, and with them the logits; nothing happens if there are none.
-    pub fn truncate(&mut self, position: usize) {
-        if position < self.position {
-            self.position = position;
-            self.last_row = None;
+    ///
+    /// # Errors
+    /// [`Code::Forgotten`] if a layer with a window no longer has the tokens in front of `position`, which
+    /// it keeps for a batch more than its window. To forget everything is always possible.
+    pub fn truncate(&mut self, position: usize) -> Result<()> {
+        if position >= self.position {
+            return Ok(());
         }
+        if !saved::has_rows(&self.spec, &self.limits, position, [self.lowest, self.highest]) {
+            let kept = self.highest.saturating_sub(self.limits.batch);
+            return Err(Error::new(Code::Forgotten, "").found(position as u64, kept as u64));
+        }
+        if position == 0 {
+            (self.highest, self.lowest) = (0, 0);
+        }
+        self.position = position;
+        self.last_row = None;
+        Ok(())
+    }
+
+    /// Keeps of the sequence what `tokens` begin with, and forgets the rest; answers how many are kept, which
+    /// need not be fed again. At least the last of `tokens` has to be, because nothing else gives its logits.
+    /// Where windows have lost what lies in front of the difference, nothing is kept.
+    pub fn reuse(&mut self, tokens: &[u32]) -> usize {
+        let shared = self.tokens().iter().zip(tokens).take_while(|(old, new)| old == new).count();
+        let shared = shared.min(tokens.len().saturating_sub(1));
+        if self.truncate(shared).is_err() {
+            // Possible everywhere.
+            let _ = self.truncate(0);
+        }
+        self.position
+    }
+
+    /// Puts the LoRA adapter in `file` into `slot`, in place of the one that is there; what tokens are fed from
+    /// now on is computed with it, times `scale`, besides those of other slots. Tokens that are in the
+    /// sequence stay as they were computed. `file` is copied and not needed afterwards.
+    ///
+    /// # Errors
+    /// What is wrong with the file or does not fit the model, with its key or tensor, or [`Code::OutOfRange`]
+    /// for a slot or a rank beyond the limits; then the slot stays as it was. It is empty after
+    /// [`Code::OutOfRange`] for an element that is not finite.
+    pub fn attach(&mut self, slot: usize, file: &Gguf<'_>, scale: f32) -> Result<()> {
+        // The outputs of a batch are as wide as the widest matrix, and nobody needs them between batches.
+        let Buffers { outputs, adapters, .. } = &mut self.buffers;
+        adapters.attach(slot, file, scale, &self.spec, self.model.layers, outputs)
+    }
+
+    /// Changes what an adapter is multiplied by; 0 switches it off without taking it out.
+    ///
+    /// # Errors
+    /// [`Code::OutOfRange`] for a slot beyond the limits, [`Code::BadArgument`] for a scale that is not finite.
+    pub fn set_adapter_scale(&mut self, slot: usize, scale: f32) -> Result<()> {
+        self.buffers.adapters.set_scale(slot, scale)
+    }
+
+    /// Empties a slot.
+    ///
+    /// # Errors
+    /// [`Code::OutOfRange`] for a slot beyond the limits.
+    pub fn detach(&mut self, slot: usize) -> Result<()> {
+        self.buffers.adapters.detach(slot)
     }
 
     /// The model.
@@ -205,19 +293,22 @@ impl<'a> Session<'a> {
                 row.iter_mut().for_each(|x| *x *= spec.embedding_scale);
             }
         }
-        let step = Step {
-            spec,
-            kernels: self.kernels,
-            workers: self.workers,
-            position: self.position,
-            tokens: tokens.len(),
-        };
         for (index, layer) in model.layers.iter().enumerate() {
             let Some(angles) = &angles[layer.angles] else { continue };
-            step.attention(layer, angles, cache.layer(index), buffers)?;
+            let step = Step {
+                spec,
+                kernels: self.kernels,
+                workers: self.workers,
+                position: self.position,
+                tokens: tokens.len(),
+                layer: index,
+            };
+            step.attention(layer, angles, cache.layer(spec, &self.limits, index), buffers)?;
             step.feed_forward(layer, buffers)?;
         }
+        self.history[self.position..][..tokens.len()].copy_from_slice(tokens);
         self.position += tokens.len();
+        self.highest = self.highest.max(self.position);
         Ok(())
     }
 
@@ -231,6 +322,7 @@ impl<'a> Session<'a> {
             workers: self.workers,
             position: self.position,
             tokens: count,
+            layer: spec.layers,
         };
         step.head(model.output_norm, &model.head, [first, count], buffers, logits)?;
         self.last_row = Some(count - 1);

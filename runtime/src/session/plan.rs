@@ -1,10 +1,11 @@
 //! What a session will need, known before any memory is touched.
 
+use super::adapters::AdapterSizes;
 use super::arena::{SLACK, padded_bytes};
-use super::cache::Cache;
+use super::cache::{CacheSizes, CacheType};
 use super::weights::{Layer, Weights, kinds_of_rope, read_spec};
 use crate::format::{DType, Gguf};
-use crate::kernels::ActivationsMut;
+use crate::kernels::{ActivationsMut, MAX_RANK};
 use crate::{Code, Error, Result};
 use edge_models::DecoderSpec;
 
@@ -21,6 +22,32 @@ pub struct Limits {
     pub logits_rows: usize,
     /// Most threads that will work, at least 1.
     pub workers: usize,
+    /// Slots for adapters that can be attached at the same time.
+    pub adapters: usize,
+    /// Largest rank of an adapter, 1 to 256; of no account without slots.
+    pub adapter_rank: usize,
+    /// How keys and values are kept.
+    pub cache: CacheType,
+}
+
+impl Limits {
+    /// What `adapter_rank` may be at most.
+    pub const MAX_ADAPTER_RANK: usize = MAX_RANK;
+}
+
+impl Default for Limits {
+    /// What generation with one thread needs: the model's context, batches of 32, no adapters.
+    fn default() -> Self {
+        Self {
+            context: 0,
+            batch: 32,
+            logits_rows: 1,
+            workers: 1,
+            adapters: 0,
+            adapter_rank: 0,
+            cache: CacheType::Auto,
+        }
+    }
 }
 
 /// A model file that was found to be sound, and the memory that a session on it needs.
@@ -41,10 +68,9 @@ pub(super) struct Sizes {
     pub(super) ropes: usize,
     /// Inverse frequencies of one kind, `f64`.
     pub(super) frequencies: usize,
-    /// Keys of all layers, and as many values, of type `cache_type`.
-    pub(super) cache: usize,
-    /// F16 or F32.
-    pub(super) cache_type: DType,
+    pub(super) cache: CacheSizes,
+    /// Tokens of the sequence, `u32`.
+    pub(super) history: usize,
     /// The residual stream, `f32`.
     pub(super) residual: usize,
     /// Inputs of the projections from the residual stream and of the attention's output, `f32`.
@@ -61,11 +87,12 @@ pub(super) struct Sizes {
     pub(super) angles: usize,
     /// Logits, `f32`.
     pub(super) logits: usize,
+    pub(super) adapters: AdapterSizes,
 }
 
 impl Sizes {
     /// `None` if a number is beyond the address space.
-    fn new(spec: &DecoderSpec, limits: &Limits, cache_type: DType) -> Option<Self> {
+    fn new(spec: &DecoderSpec, limits: &Limits, cache: CacheType, adapters: AdapterSizes) -> Option<Self> {
         let (hidden, q_width, ffn) = (spec.hidden, spec.q_width(), spec.ffn);
         let batch = |per_token: usize| per_token.checked_mul(limits.batch);
         let rows = |per_token: usize| per_token.checked_mul(ActivationsMut::padded_tokens(limits.batch));
@@ -75,8 +102,8 @@ impl Sizes {
             vectors: Weights::layer_vectors(spec).checked_mul(spec.layers)?.checked_add(hidden)?,
             ropes: kinds_of_rope(spec),
             frequencies: spec.rope_dims / 2,
-            cache: spec.kv_width().checked_mul(limits.context)?.checked_mul(spec.layers)?,
-            cache_type,
+            cache: CacheSizes::new(spec, limits, cache)?,
+            history: limits.context,
             residual: batch(hidden)?,
             narrow: rows(floats(hidden).max(floats(q_width)))?,
             narrow_quants: rows(quants(hidden).max(quants(q_width)))?,
@@ -85,6 +112,7 @@ impl Sizes {
             outputs: batch((q_width + 2 * spec.kv_width()).max(hidden).max(ffn))?,
             angles: batch(spec.rope_dims / 2)?,
             logits: spec.vocab.checked_mul(limits.logits_rows)?,
+            adapters,
         })
     }
 
@@ -101,14 +129,12 @@ impl Sizes {
             total = total.checked_add(padded_bytes::<i8>(quants)?)?;
         }
         let floats = [self.vectors, self.residual, self.narrow, self.wide, self.outputs, self.logits];
-        let cache = match self.cache_type {
-            DType::F32 => padded_bytes::<f32>(self.cache)?,
-            _ => padded_bytes::<u16>(self.cache)?,
-        };
-        total = total.checked_add(cache.checked_mul(2)?)?;
+        total = total.checked_add(self.cache.arena_bytes()?)?;
+        total = total.checked_add(padded_bytes::<u32>(self.history)?)?;
         for floats in floats {
             total = total.checked_add(padded_bytes::<f32>(floats)?)?;
         }
+        total = total.checked_add(self.adapters.arena_bytes()?)?;
         // No object can have more than isize::MAX bytes.
         total.checked_add(SLACK).filter(|total| isize::try_from(*total).is_ok())
     }
@@ -134,11 +160,17 @@ impl Plan {
         let spec = read_spec(file)?;
         let weights = Weights { file, spec: &spec };
         weights.check()?;
-        let cache_type = Cache::dtype(weights.main_type()?);
+        let cache = match (limits.cache, weights.main_type()?) {
+            (CacheType::Auto, DType::F32) => CacheType::F32,
+            (CacheType::Auto, _) => CacheType::F16,
+            (cache, _) => cache,
+        };
+        cache.check(&spec)?;
         let context = if limits.context == 0 { spec.context } else { limits.context };
         let batch = limits.batch.min(context);
-        let limits = Limits { context, batch, logits_rows: limits.logits_rows.min(batch), ..limits };
-        let sizes = Sizes::new(&spec, &limits, cache_type);
+        let limits = Limits { context, batch, logits_rows: limits.logits_rows.min(batch), cache, ..limits };
+        let adapters = AdapterSizes::new(&weights, limits.adapters, limits.adapter_rank, batch)?;
+        let sizes = adapters.and_then(|adapters| Sizes::new(&spec, &limits, cache, adapters));
         match sizes.and_then(|sizes| Some((sizes, sizes.arena_bytes(&spec)?))) {
             Some((sizes, arena_bytes)) => Ok(Self { spec, limits, sizes, arena_bytes }),
             None => Err(Error::new(Code::OutOfRange, "context")
@@ -152,10 +184,16 @@ impl Plan {
         self.arena_bytes
     }
 
+    /// Bytes of the arena that are slots of adapters.
+    pub fn adapter_bytes(&self) -> usize {
+        // Cannot overflow: it is part of `arena_bytes`.
+        self.sizes.adapters.arena_bytes().unwrap_or(0)
+    }
+
     /// Bytes of the arena that are KV cache.
     pub fn kv_bytes(&self) -> usize {
         // Cannot overflow: it is part of `arena_bytes`.
-        2 * self.sizes.cache * self.sizes.cache_type.block_bytes()
+        self.sizes.cache.bytes().unwrap_or(0)
     }
 
     /// The model.
@@ -163,7 +201,7 @@ impl Plan {
         &self.spec
     }
 
-    /// The limits as they will be kept: a context of 0 replaced by the model's, a batch not above the
+    /// The limits as they will be kept: a context of 0 replaced by the model's, the cache's type never `Auto`, a batch not above the
     /// context, logits rows not above the batch.
     pub fn limits(&self) -> Limits {
         self.limits

@@ -91,6 +91,68 @@ impl Sampler {
         Ok(self.draw(logits, &candidates[..count]))
     }
 
+    /// Turns logits into the probabilities with which [`Sampler::sample`] would choose; the arguments and
+    /// errors are the same. Without a temperature the likeliest token has all.
+    pub(super) fn distribution(
+        &self,
+        logits: &mut [f32],
+        recent: &[u32],
+        candidates: &mut [u32],
+    ) -> Result<()> {
+        self.penalize(logits, recent, candidates)?;
+        check(logits)?;
+        let best = argmax(logits) as usize;
+        if self.config.temperature == 0.0 {
+            logits.fill(0.0);
+            logits[best] = 1.0;
+            return Ok(());
+        }
+        let count = self.keep(logits, candidates);
+        let highest = logits[best];
+        let kept = &mut candidates[..count];
+        kept.sort_unstable();
+        let mut kept = kept.iter().peekable();
+        let mut total = 0.0;
+        for (token, logit) in (0u32..).zip(logits.iter_mut()) {
+            let weight = match kept.next_if_eq(&&token) {
+                Some(_) => exp((*logit - highest) / self.config.temperature),
+                None => 0.0,
+            };
+            *logit = weight;
+            total += f64::from(weight);
+        }
+        logits.iter_mut().for_each(|weight| *weight = (f64::from(*weight) / total) as f32);
+        Ok(())
+    }
+
+    /// Draws a token with the given weights, which need not add up to 1.
+    pub(super) fn pick(&mut self, weights: &[f32]) -> u32 {
+        let total: f64 = weights.iter().map(|weight| f64::from(*weight)).sum();
+        let target = total * unit(&mut self.state);
+        let (mut sum, mut chosen) = (0.0, 0);
+        for (token, weight) in (0u32..).zip(weights).filter(|(_, weight)| **weight > 0.0) {
+            chosen = token;
+            sum += f64::from(*weight);
+            if sum > target {
+                break;
+            }
+        }
+        chosen
+    }
+
+    /// Whether `drafted`, which was drawn from the probabilities `q`, stays under the probabilities `p`; if
+    /// not, the token that comes in its place. Changes `p`.
+    pub(super) fn judge(&mut self, p: &mut [f32], q: &[f32], drafted: u32) -> Option<u32> {
+        let at = drafted as usize;
+        let (wanted, given) = (f64::from(p[at]), f64::from(q[at]));
+        if unit(&mut self.state) * given < wanted {
+            return None;
+        }
+        // It was refused, so `p` has less here than `q`, and more elsewhere.
+        p.iter_mut().zip(q).for_each(|(p, q)| *p = (*p - q).max(0.0));
+        Some(self.pick(p))
+    }
+
     /// Applies the repeat penalty once to every distinct recent token.
     fn penalize(&self, logits: &mut [f32], recent: &[u32], marks: &mut [u32]) -> Result<()> {
         let recent = &recent[recent.len().saturating_sub(self.config.repeat_window)..];

@@ -174,6 +174,11 @@ impl<'a> Weights<'_, 'a> {
         Ok((TensorInfo { data, ..info }, dtype, layout))
     }
 
+    /// The type of the tensor of `role` in `layer`.
+    pub(super) fn dtype(&self, role: Role, layer: usize) -> Result<DType> {
+        Ok(self.get(role, layer)?.1)
+    }
+
     /// The type of the embedding table, and nearly always the widest of the file.
     pub(super) fn main_type(&self) -> Result<DType> {
         Ok(self.get(Role::TokenEmbedding, 0)?.1)

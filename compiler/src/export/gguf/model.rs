@@ -365,7 +365,7 @@ impl Part<'_> {
 
 /// Where GGUF's row `row` is in a checkpoint whose heads rotate halves: `2i + s` comes from
 /// `i + s * head_dim / 2` of the same head.
-fn source_row(row: usize, head_dim: usize) -> usize {
+pub(crate) fn source_row(row: usize, head_dim: usize) -> usize {
     let (head, within) = (row / head_dim, row % head_dim);
     head * head_dim + within / 2 + within % 2 * (head_dim / 2)
 }

@@ -1,7 +1,7 @@
 //! Kernels on `f32` rows against formulas in double precision, and all tables against each other.
 
 use super::*;
-use crate::kernels::{Features, Scores, exp};
+use crate::kernels::{Features, LowRank, Precision, Scores, Span, dequantize_row, exp, q8_0_block};
 use edge_models::RopePairing;
 
 /// Distance of two positive floats in units of the last place.
@@ -173,19 +173,120 @@ proptest! {
         let scale = Scores { scale: 3.0 / (width as f32).sqrt(), soft_cap: f32::from(cap) };
         let exact = exact_attention(&q, &keys, &values, stride, len, scale);
         let mut expected = vec![f32::NAN; width];
-        Kernels::generic().attention(&q, half(&keys, &values), stride, len, scale, &mut expected);
+        Kernels::generic().attention(&q, half(&keys, &values), Span::new(stride, len), scale, &mut expected);
         for (found, exact) in expected.iter().zip(exact) {
             prop_assert!((f64::from(*found) - exact).abs() <= 3e-6, "{} {}", found, exact);
         }
         for kernels in Kernels::available() {
             let mut found = vec![f32::NAN; width];
-            kernels.attention(&q, half(&keys, &values), stride, len, scale, &mut found);
+            kernels.attention(&q, half(&keys, &values), Span::new(stride, len), scale, &mut found);
             assert_same(&found, &expected, kernels.name());
             // The same numbers at full precision give the same result.
             let full = [&keys, &values].map(|x| x.iter().map(|bits| f16_to_f32(*bits)).collect::<Vec<_>>());
             let cache = KeyValues::Full { keys: &full[0], values: &full[1] };
-            kernels.attention(&q, cache, stride, len, scale, &mut found);
+            kernels.attention(&q, cache, Span::new(stride, len), scale, &mut found);
             assert_same(&found, &expected, kernels.name());
+        }
+    }
+
+    #[test]
+    fn a_ring_is_the_same_as_a_row_of_rows(width in 1..80usize, len in 1..150usize, spare in 0..20usize, turn: usize, seed: u64) {
+        let mut random = Random(seed);
+        let rows = len + spare;
+        let first = turn % rows;
+        let q = random.floats(width);
+        let straight = [random.floats(len * width), random.floats(len * width)].map(|x| halves(&x));
+        let ring = straight.clone().map(|straight| {
+            let mut ring = vec![0x7e00; rows * width];
+            for (i, row) in straight.chunks(width).enumerate() {
+                ring[(first + i) % rows * width..][..width].copy_from_slice(row);
+            }
+            ring
+        });
+        let rule = Scores { scale: 0.7, soft_cap: 0.0 };
+        for kernels in Kernels::available() {
+            let (mut expected, mut found) = (vec![f32::NAN; width], vec![f32::NAN; width]);
+            kernels.attention(&q, half(&straight[0], &straight[1]), Span::new(width, len), rule, &mut expected);
+            let span = Span { stride: width, rows, first, len };
+            kernels.attention(&q, half(&ring[0], &ring[1]), span, rule, &mut found);
+            assert_same(&found, &expected, kernels.name());
+        }
+    }
+
+    #[test]
+    fn blocks_are_attended_to(heads in 1..4usize, blocks in 1..5usize, len in 1..150usize, turn: usize, seed: u64) {
+        let mut random = Random(seed);
+        let (stride, first) = (heads * blocks, turn % len);
+        let q = random.floats(blocks * 32);
+        let cached = [random.floats(len * stride * 32), random.floats(len * stride * 32)].map(|values| {
+            values.as_chunks().0.iter().map(q8_0_block).collect::<Vec<_>>()
+        });
+        let at = (heads - 1) * blocks;
+        // What the blocks stand for, in the order of the positions.
+        let plain = cached.clone().map(|cached| {
+            let mut rows = vec![0.0; len * stride * 32];
+            for (i, row) in rows.chunks_mut(stride * 32).enumerate() {
+                let row_blocks = &cached[(first + i) % len * stride..][..stride];
+                dequantize_row(DType::Q8_0, row_blocks.as_flattened(), row).unwrap();
+            }
+            halves(&rows[at * 32..])
+        });
+        let rule = Scores { scale: 1.0 / (q.len() as f32).sqrt(), soft_cap: 2.0 };
+        let exact = exact_attention(&q, &plain[0], &plain[1], stride * 32, len, rule);
+        let span = Span { stride, rows: len, first, len };
+        let mut expected = vec![f32::NAN; q.len()];
+        let blocks = KeyValues::Blocks { keys: &cached[0][at..], values: &cached[1][at..] };
+        Kernels::generic().attention(&q, blocks, span, rule, &mut expected);
+        for (found, exact) in expected.iter().zip(exact) {
+            // The query becomes integers too.
+            prop_assert!((f64::from(*found) - exact).abs() <= 2e-2, "{} {}", found, exact);
+        }
+        for kernels in Kernels::available() {
+            let mut found = vec![f32::NAN; q.len()];
+            kernels.attention(&q, blocks, span, rule, &mut found);
+            assert_same(&found, &expected, kernels.name());
+        }
+    }
+
+    #[test]
+    fn low_rank_updates(rows in 1..70usize, rank in 1..100usize, seed: u64) {
+        let mut random = Random(seed);
+        let (weights, u, before) = (random.floats(rows * rank), random.floats(rank), random.floats(rows));
+        for precision in [Precision::Exact, Precision::Integers] {
+            let mut data = vec![0xa5; LowRank::bytes(precision, rows, rank).unwrap()];
+            let row = &mut |row: usize, out: &mut [f32]| {
+                out.copy_from_slice(&weights[row * rank..][..rank]);
+                Ok(())
+            };
+            LowRank::pack(precision, [rows, rank], row, &mut data).unwrap();
+            let update = LowRank::new(precision, rows, rank, &data).unwrap();
+            let mut expected = before.clone();
+            Kernels::generic().add_low_rank(&update, &u, &mut expected);
+            for (index, found) in expected.iter().enumerate() {
+                let row = &weights[index * rank..][..rank];
+                let products = || row.iter().zip(&u).map(|(w, u)| f64::from(*w) * f64::from(*u));
+                let exact = f64::from(before[index]) + products().sum::<f64>();
+                let largest = |x: &[f32]| x.iter().fold(0f64, |m, x| m.max(f64::from(x.abs())));
+                let tolerance = match precision {
+                    Precision::Exact => 1e-5 * (1.0 + products().map(f64::abs).sum::<f64>()),
+                    // Half a step of either factor, for every product.
+                    Precision::Integers => rank as f64 * largest(row) * largest(&u) / 126.0 + 1e-6,
+                };
+                prop_assert!((f64::from(*found) - exact).abs() <= tolerance, "{} {}", found, exact);
+            }
+            for kernels in Kernels::available() {
+                let mut found = before.clone();
+                kernels.add_low_rank(&update, &u, &mut found);
+                assert_same(&found, &expected, kernels.name());
+            }
+            let mut poisoned = u.clone();
+            poisoned[rank - 1] = f32::NAN;
+            for kernels in Kernels::available() {
+                let mut found = before.clone();
+                kernels.add_low_rank(&update, &poisoned, &mut found);
+                prop_assert!(found.iter().all(|y| y.is_nan()));
+            }
+            prop_assert!(LowRank::new(precision, rows, rank, &data[1..]).is_err());
         }
     }
 
@@ -232,17 +333,17 @@ fn attention_survives_huge_and_broken_scores() {
         let keys = halves(&[0.0, 6e4, -6e4, 0.0]);
         let values = halves(&[1.0, 2.0, 3.0, 4.0]);
         let mut out = [f32::NAN];
-        kernels.attention(&[1e35], half(&keys, &values), 1, 4, scaled(1.0), &mut out);
+        kernels.attention(&[1e35], half(&keys, &values), Span::new(1, 4), scaled(1.0), &mut out);
         assert!(out[0].is_nan() || out[0] == 2.0);
-        kernels.attention(&[1.0], half(&keys, &values), 1, 4, scaled(1.0), &mut out);
+        kernels.attention(&[1.0], half(&keys, &values), Span::new(1, 4), scaled(1.0), &mut out);
         assert_eq!(out, [2.0]);
-        kernels.attention(&[f32::NAN], half(&keys, &values), 1, 4, scaled(1.0), &mut out);
+        kernels.attention(&[f32::NAN], half(&keys, &values), Span::new(1, 4), scaled(1.0), &mut out);
         assert!(out[0].is_nan());
         // The highest score comes in the last block.
         let mut keys = std::vec![0; 130];
         keys[129] = f32_to_f16(100.0);
         let values = halves(&(0..130).map(|i| i as f32).collect::<Vec<_>>());
-        kernels.attention(&[1.0], half(&keys, &values), 1, 130, scaled(1.0), &mut out);
+        kernels.attention(&[1.0], half(&keys, &values), Span::new(1, 130), scaled(1.0), &mut out);
         assert_eq!(out, [129.0]);
     }
 }

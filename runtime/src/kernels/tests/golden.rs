@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::Code;
-use crate::kernels::{Scores, dequantize_row};
+use crate::kernels::{Scores, Span, dequantize_row};
 
 /// Blocks of a type, followed by their values.
 fn golden(dtype: DType) -> &'static [u8] {
@@ -78,9 +78,9 @@ fn results_are_the_same_on_every_machine() {
         let mut halves = || random.floats(100 * 80).into_iter().map(f32_to_f16).collect::<Vec<_>>();
         let (keys, values) = (halves(), halves());
         let cache = KeyValues::Half { keys: &keys, values: &values };
-        kernels.attention(&x[..80], cache, 80, 100, scores(0.0), &mut out[..80]);
+        kernels.attention(&x[..80], cache, Span::new(80, 100), scores(0.0), &mut out[..80]);
         results.extend_from_slice(&out);
-        kernels.attention(&x[..80], cache, 80, 100, scores(1.5), &mut out[..80]);
+        kernels.attention(&x[..80], cache, Span::new(80, 100), scores(1.5), &mut out[..80]);
         kernels.geglu(&mut out, &y);
         results.extend_from_slice(&out);
         kernels.rms_norm_in_place(&mut out, &x, 1e-6);

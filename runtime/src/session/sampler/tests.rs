@@ -177,3 +177,55 @@ fn refuses_what_is_no_distribution() {
         assert_eq!((error.code, error.name.as_str()), (Code::BadArgument, name));
     }
 }
+
+/// Whatever the draft believes, tokens that were drafted and judged are distributed as the target wants.
+#[test]
+fn judged_drafts_follow_the_target() {
+    let cases: [([f64; 5], &str); 4] = [
+        ([0.2; 5], "even"),
+        ([0.3, 0.05, 0.3, 0.05, 0.3], "opposite"),
+        (P, "the same"),
+        ([0.9, 0.025, 0.025, 0.025, 0.025], "sure of the wrong token"),
+    ];
+    for (q, what) in cases {
+        for temperature in [1.0, 0.5] {
+            let config = SamplerConfig { temperature, seed: 11, ..OPEN };
+            let mut sampler = Sampler::new(config).unwrap();
+            let mut scratch = [0; 5];
+            let mut distribution = |probabilities: &[f64]| {
+                let mut logits = ln(probabilities);
+                sampler.distribution(&mut logits, &[], &mut scratch).unwrap();
+                logits
+            };
+            let (p, q) = (distribution(&P), distribution(&q));
+            let mut judged = || {
+                let drafted = sampler.pick(&q);
+                sampler.judge(&mut p.clone(), &q, drafted).unwrap_or(drafted)
+            };
+            let found: Vec<u32> = (0..20_000).map(|_| judged()).collect();
+            let wanted: Vec<f64> = p.iter().map(|p| f64::from(*p)).collect();
+            // 4 degrees of freedom: 18.5 is exceeded once in a thousand times.
+            let x = chi_square(&found, &wanted);
+            assert!(x < 18.5, "{what} at {temperature}: {x}");
+        }
+    }
+}
+
+#[test]
+fn a_distribution_has_what_sampling_would_choose() {
+    let mut scratch = [0; 5];
+    for config in [
+        OPEN,
+        SamplerConfig { top_k: 2, ..OPEN },
+        SamplerConfig { top_p: 0.65, ..OPEN },
+        SamplerConfig { min_p: 0.3, temperature: 0.7, ..OPEN },
+        SamplerConfig { temperature: 0.0, ..OPEN },
+    ] {
+        let mut probabilities = ln(&P);
+        Sampler::new(config).unwrap().distribution(&mut probabilities, &[], &mut scratch).unwrap();
+        let total: f32 = probabilities.iter().sum();
+        assert!((total - 1.0).abs() < 1e-6, "{config:?}: {total}");
+        let possible: Vec<u32> = (0..5).filter(|token| probabilities[*token as usize] > 0.0).collect();
+        assert_eq!(possible, support(config, &ln(&P)), "{config:?}");
+    }
+}

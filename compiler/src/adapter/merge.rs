@@ -1,0 +1,47 @@
+//! An adapter in the weights: `W' = W + scale * B A`, for DoRA with every row brought to its length.
+
+use candle_core::{DType, Device, Tensor};
+
+use super::{Adapter, AdapterError, Pair};
+use crate::model::Model;
+
+/// Changes the weights of `model` as `adapter`, which was read for it, says; `scale` multiplies the update.
+///
+/// # Errors
+/// A matrix that the model has not.
+pub fn merge(model: &mut Model, adapter: &Adapter, scale: f32) -> Result<(), AdapterError> {
+    for pair in &adapter.pairs {
+        let mut before = 0;
+        for &role in pair.row.members() {
+            let [rows, cols] = role.shape(&model.spec);
+            let Some(weight) = model.weights.get(role, pair.layer) else {
+                let name = format!("{role:?} of layer {}", pair.layer);
+                let message = "the model has no such matrix".into();
+                return Err(AdapterError::Tensor { path: adapter.path.clone(), name, message });
+            };
+            let merged = merged(weight, pair, [before, rows, cols], scale)?;
+            model.weights.insert(role, pair.layer, merged);
+            before += rows;
+        }
+    }
+    Ok(())
+}
+
+/// `weight`, which is the rows `first..first + rows` of the pair's matrix, with the update.
+fn merged(
+    weight: &Tensor,
+    pair: &Pair,
+    [first, rows, cols]: [usize; 3],
+    scale: f32,
+) -> candle_core::Result<Tensor> {
+    let down = Tensor::from_slice(&pair.down, (pair.rank, cols), &Device::Cpu)?;
+    let up = &pair.up[first * pair.rank..][..rows * pair.rank];
+    let up = Tensor::from_slice(up, (rows, pair.rank), &Device::Cpu)?;
+    // One number at the end of a product loses less than one on each factor.
+    let update = (up.matmul(&down)? * f64::from(pair.scale * scale))?;
+    let sum = (weight + update)?;
+    let Some(magnitude) = &pair.magnitude else { return Ok(sum) };
+    let wanted = Tensor::from_slice(&magnitude[first..][..rows], (rows, 1), &Device::Cpu)?;
+    let lengths = sum.to_dtype(DType::F64)?.sqr()?.sum_keepdim(1)?.sqrt()?.to_dtype(DType::F32)?;
+    sum.broadcast_mul(&(wanted / lengths)?)
+}

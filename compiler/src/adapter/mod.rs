@@ -1,0 +1,75 @@
+//! LoRA adapters on the host: read from PEFT's folders, written as GGUF for devices, or merged into weights.
+//!
+//! In memory an adapter is what PEFT trains: `W' x = W x + scale * B (A x)` in Hugging Face's row order, and
+//! for DoRA the length of each row of `W'` besides. The runtime and llama.cpp take the first kind as GGUF;
+//! the second changes the weights themselves and can only be merged.
+
+mod gguf;
+mod merge;
+mod peft;
+
+pub use gguf::{export, export_to_vec};
+pub use merge::merge;
+pub use peft::read;
+
+use std::path::PathBuf;
+
+use edge_models::TensorRow;
+
+use crate::export::gguf::GgufWriteError;
+
+/// Why an adapter could not be read, written or merged.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum AdapterError {
+    #[error("{}: {source}", path.display())]
+    Io { path: PathBuf, source: std::io::Error },
+    #[error("{}: {source}", path.display())]
+    Safetensors { path: PathBuf, source: safetensors::SafeTensorError },
+    #[error("{}: `{key}` is {found}, expected {expected}", path.display())]
+    Key { path: PathBuf, key: String, found: String, expected: &'static str },
+    #[error("{}: tensor `{name}`: {message}", path.display())]
+    Tensor { path: PathBuf, name: String, message: String },
+    #[error("{}: a DoRA adapter changes the weights themselves and has no place in a GGUF LoRA; merge it instead", path.display())]
+    Dora { path: PathBuf },
+    #[error(transparent)]
+    Write(#[from] GgufWriteError),
+    #[error("cannot merge: {0}")]
+    Candle(#[from] candle_core::Error),
+}
+
+/// An adapter for models of one specification.
+#[derive(Clone, Debug)]
+pub struct Adapter {
+    /// Where it came from.
+    pub path: PathBuf,
+    /// One for each adapted matrix.
+    pub pairs: Vec<Pair>,
+}
+
+/// The update of one matrix, in Hugging Face's row order. A fused tensor (Phi-3) has one pair for all its roles.
+#[derive(Clone, Debug)]
+pub struct Pair {
+    /// The matrix.
+    pub row: &'static TensorRow,
+    /// Its layer.
+    pub layer: usize,
+    /// Rows of `A`, columns of `B`.
+    pub rank: usize,
+    /// `A`, `[rank, cols]`.
+    pub down: Vec<f32>,
+    /// `B`, `[rows, rank]`.
+    pub up: Vec<f32>,
+    /// What `B (A x)` is multiplied by: `alpha / rank`, or `alpha / sqrt(rank)` for rsLoRA (Kalajdzievski
+    /// 2023, arXiv 2312.03732).
+    pub scale: f32,
+    /// DoRA's lengths, one for each row (Liu et al. 2024, arXiv 2402.09353).
+    pub magnitude: Option<Vec<f32>>,
+}
+
+impl Adapter {
+    /// It is a DoRA.
+    pub fn is_dora(&self) -> bool {
+        self.pairs.iter().any(|pair| pair.magnitude.is_some())
+    }
+}
