@@ -1,7 +1,7 @@
 //! The one dispatch table, and which of the tables a CPU can run.
 
 use super::activations::{Activations, ActivationsMut};
-use super::attention::{Cache, KeyValues, Q8Block, Scores, Span};
+use super::attention::{Cache, KeyValues, Q8Block, Query, Ring, Scores};
 use super::low_rank::LowRank;
 use super::matmul::{self, Matrix, Product, RowsKernel, RowsKernels, TileKernels};
 use crate::format::{DType, Layout};
@@ -70,15 +70,17 @@ pub struct Kernels {
     pub(super) quantize_tiles: unsafe fn(&mut ActivationsMut),
     pub(super) dot: unsafe fn(&[f32], &[f32]) -> f32,
     pub(super) axpy: unsafe fn(f32, &[f32], &mut [f32]),
+    pub(super) to_half: unsafe fn(&[f32], &mut [u16]),
+    pub(super) round_to_half: unsafe fn(&mut [f32]),
     pub(super) rms_norm: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
     pub(super) rms_norm_in_place: unsafe fn(&mut [f32], &[f32], f32),
     pub(super) swiglu: unsafe fn(&mut [f32], &[f32]),
     pub(super) geglu: unsafe fn(&mut [f32], &[f32]),
     pub(super) soft_cap: unsafe fn(&mut [f32], f32),
     pub(super) rope: unsafe fn(&mut [f32], &[f32], &[f32], RopePairing),
-    pub(super) attend_half: unsafe fn(&[f32], Cache<u16>, Scores, &mut [f32]),
-    pub(super) attend_full: unsafe fn(&[f32], Cache<f32>, Scores, &mut [f32]),
-    pub(super) attend_blocks: unsafe fn(&[f32], Cache<Q8Block>, Scores, &mut [f32]),
+    pub(super) attend_half: unsafe fn(&[f32], &[Query], Cache<u16>, Scores, &mut [f32]),
+    pub(super) attend_full: unsafe fn(&[f32], &[Query], Cache<f32>, Scores, &mut [f32]),
+    pub(super) attend_blocks: unsafe fn(&[f32], &[Query], Cache<Q8Block>, Scores, &mut [f32]),
     pub(super) add_low_rank: unsafe fn(&LowRank, &[f32], &mut [f32]),
     pub(super) rows: &'static RowsKernels,
     pub(super) tiles: &'static TileKernels,
@@ -219,6 +221,19 @@ impl Kernels {
         unsafe { (self.axpy)(a, x, y) }
     }
 
+    /// `out = x` as the bits of half-precision numbers.
+    pub fn to_half(&self, x: &[f32], out: &mut [u16]) {
+        debug_assert_eq!(x.len(), out.len());
+        // SAFETY: whoever holds this table has a CPU that can run it.
+        unsafe { (self.to_half)(x, out) }
+    }
+
+    /// Rounds to half precision.
+    pub fn round_to_half(&self, x: &mut [f32]) {
+        // SAFETY: whoever holds this table has a CPU that can run it.
+        unsafe { (self.round_to_half)(x) }
+    }
+
     /// `out = x / sqrt(mean(x^2) + eps) * weight` (Zhang and Sennrich 2019, arXiv 1910.07467).
     pub fn rms_norm(&self, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
         debug_assert!(x.len() == weight.len() && x.len() == out.len());
@@ -269,29 +284,51 @@ impl Kernels {
         unsafe { (self.add_low_rank)(b, u, y) }
     }
 
-    /// `out = softmax(scores(q K^T)) V` of one query head over the cached positions of `span`. Row `r` of this
-    /// head's keys starts at element `r * stride`, as do its values; both are as wide as `q` and `out`, for a
-    /// cache of blocks a multiple of 32. Rows that do not lie within both slices are not attended to.
-    pub fn attention(&self, q: &[f32], cache: KeyValues, span: Span, scores: Scores, out: &mut [f32]) {
-        debug_assert_eq!(q.len(), out.len());
-        let width = q.len().max(out.len());
+    /// `out = softmax(scores(q K^T)) V` of query heads that share a key-value head. Each head is `width` values of
+    /// `queries` and of `out`, for a cache of blocks a multiple of 32; row `r` of the keys starts at element
+    /// `r * stride` of the cache, as do its values. Nothing is computed if a head or a row that is seen lies
+    /// outside its slice.
+    #[expect(clippy::too_many_arguments, reason = "what attention is made of")]
+    pub fn attention(
+        &self,
+        queries: &[f32],
+        width: usize,
+        lanes: &[Query],
+        cache: KeyValues,
+        Ring { stride, rows }: Ring,
+        scores: Scores,
+        out: &mut [f32],
+    ) {
+        let room = queries.len().min(out.len());
+        let fits = |lane: &Query| lane.at.checked_add(width).is_some_and(|end| end <= room);
+        let fit = lanes.iter().all(fits);
+        let held;
         match cache {
             KeyValues::Half { keys, values } => {
-                let cache = Cache::new(keys, values, span, width);
-                // SAFETY: whoever holds this table has a CPU that can run it.
-                unsafe { (self.attend_half)(q, cache, scores, out) }
+                let cache = Cache { keys, values, stride, rows, width };
+                held = cache.holds(lanes, width);
+                if fit && held {
+                    // SAFETY: whoever holds this table has a CPU that can run it.
+                    unsafe { (self.attend_half)(queries, lanes, cache, scores, out) }
+                }
             }
             KeyValues::Full { keys, values } => {
-                let cache = Cache::new(keys, values, span, width);
-                // SAFETY: whoever holds this table has a CPU that can run it.
-                unsafe { (self.attend_full)(q, cache, scores, out) }
+                let cache = Cache { keys, values, stride, rows, width };
+                held = cache.holds(lanes, width);
+                if fit && held {
+                    // SAFETY: as above.
+                    unsafe { (self.attend_full)(queries, lanes, cache, scores, out) }
+                }
             }
             KeyValues::Blocks { keys, values } => {
-                debug_assert_eq!(width % 32, 0);
-                let cache = Cache::new(keys, values, span, width / 32);
-                // SAFETY: whoever holds this table has a CPU that can run it.
-                unsafe { (self.attend_blocks)(q, cache, scores, out) }
+                let cache = Cache { keys, values, stride, rows, width };
+                held = width % 32 == 0 && cache.holds(lanes, width / 32);
+                if fit && held {
+                    // SAFETY: as above.
+                    unsafe { (self.attend_blocks)(queries, lanes, cache, scores, out) }
+                }
             }
         }
+        debug_assert!(fit && held, "attention outside its slices");
     }
 }

@@ -6,7 +6,7 @@
 use super::activations::{ActivationsMut, BLOCK, GROUP};
 use super::exp::exp_lanes;
 use super::simd::Simd;
-use crate::format::f16_to_f32;
+use crate::format::{f16_to_f32, f32_to_f16};
 use edge_models::RopePairing;
 
 /// An element of a stored row.
@@ -67,11 +67,11 @@ pub(crate) fn dot_lanes<S: Simd, T: Element>(s: S, x: &[f32], y: &[T]) -> S::F {
     let mut sums = [s.splat(0.0); 2];
     for (x, y) in x.iter().zip(y) {
         let (x, y) = (load16(s, x), load16(s, y));
-        sums = [s.add(sums[0], s.mul(x[0], y[0])), s.add(sums[1], s.mul(x[1], y[1]))];
+        sums = [s.fma(x[0], y[0], sums[0]), s.fma(x[1], y[1], sums[1])];
     }
     if !x_rest.is_empty() {
         let (x, y) = (load16(s, &padded(x_rest)), load16(s, &padded(y_rest)));
-        sums = [s.add(sums[0], s.mul(x[0], y[0])), s.add(sums[1], s.mul(x[1], y[1]))];
+        sums = [s.fma(x[0], y[0], sums[0]), s.fma(x[1], y[1], sums[1])];
     }
     s.add(sums[0], sums[1])
 }
@@ -89,10 +89,36 @@ pub(crate) fn axpy<S: Simd>(s: S, a: f32, x: &[f32], y: &mut [f32]) {
     let (x, x_rest) = x[..len].as_chunks::<8>();
     let (y, y_rest) = y[..len].as_chunks_mut::<8>();
     for (x, y) in x.iter().zip(y) {
-        s.store(s.add(s.load(y), s.mul(s.splat(a), s.load(x))), y);
+        s.store(s.fma(s.splat(a), s.load(x), s.load(y)), y);
     }
     for (x, y) in x_rest.iter().zip(y_rest) {
-        *y += a * x;
+        *y = libm::fmaf(a, *x, *y);
+    }
+}
+
+/// `out = x`, in half precision.
+#[inline(always)]
+pub(crate) fn to_half<S: Simd>(s: S, x: &[f32], out: &mut [u16]) {
+    let len = x.len().min(out.len());
+    let (x, x_rest) = x[..len].as_chunks::<8>();
+    let (out, out_rest) = out[..len].as_chunks_mut::<8>();
+    for (x, out) in x.iter().zip(out) {
+        *out = s.to_f16(s.load(x));
+    }
+    for (x, out) in x_rest.iter().zip(out_rest) {
+        *out = f32_to_f16(*x);
+    }
+}
+
+/// Rounds to half precision.
+#[inline(always)]
+pub(crate) fn round_to_half<S: Simd>(s: S, x: &mut [f32]) {
+    let (x, rest) = x.as_chunks_mut::<8>();
+    for x in x {
+        s.store(s.f16_bits(s.to_f16(s.load(x))), x);
+    }
+    for x in rest {
+        *x = f16_to_f32(f32_to_f16(*x));
     }
 }
 

@@ -415,6 +415,6 @@ fn float_tile<S: Simd, W: FloatFormat, const N: usize>(
 fn add_products<S: Simd>(s: S, w: [S::F; 2], x: &[f32], sums: &mut [S::F; 2]) {
     if let Some(x) = x.first_chunk() {
         let x = load16(s, x);
-        *sums = [s.add(sums[0], s.mul(w[0], x[0])), s.add(sums[1], s.mul(w[1], x[1]))];
+        *sums = [s.fma(w[0], x[0], sums[0]), s.fma(w[1], x[1], sums[1])];
     }
 }

@@ -27,7 +27,7 @@ mod aarch64;
 mod x86_64;
 
 pub use activations::{Activations, ActivationsMut};
-pub use attention::{KeyValues, Q8Block, Scores, Span};
+pub use attention::{KeyValues, Q8Block, Query, Ring, Scores};
 pub use dispatch::{Features, Kernels};
 pub use exp::exp;
 pub use generic::dequantize_row;

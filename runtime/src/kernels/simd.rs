@@ -2,7 +2,7 @@
 //!
 //! Every algorithm is written once over [`Simd`] and instantiated for each instruction set, and every
 //! operation here has one exact result: integers wrap nowhere, floating-point operations are single IEEE
-//! operations in a fixed order, nothing is fused. Therefore all instantiations agree with
+//! operations in a fixed order, fused only where it says so. Therefore all instantiations agree with
 //! [`generic::Scalar`](super::generic::Scalar) bit for bit (only the payload and sign of a NaN may
 //! differ), and a model says the same on every machine. A later kernel that gives this up for speed has
 //! to state its tolerance.
@@ -34,6 +34,8 @@ pub(crate) trait Simd: Copy {
     fn bf16_bytes(self, bytes: &[u8; 16]) -> Self::F;
     /// Eight half-precision numbers given by their bits, widened.
     fn f16_bits(self, bits: [u16; 8]) -> Self::F;
+    /// Eight floats narrowed to half precision, to nearest even.
+    fn to_f16(self, x: Self::F) -> [u16; 8];
     /// Eight small integers, converted.
     fn f32_from_u8(self, x: [u8; 8]) -> Self::F;
 
@@ -43,6 +45,8 @@ pub(crate) trait Simd: Copy {
     fn sub(self, a: Self::F, b: Self::F) -> Self::F;
     /// `a * b`.
     fn mul(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `a * b + c`, rounded once.
+    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
     /// `a / b`.
     fn div(self, a: Self::F, b: Self::F) -> Self::F;
     /// `if a < b { yes } else { no }`.

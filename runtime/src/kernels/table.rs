@@ -7,6 +7,7 @@ macro_rules! kernel_table {
         use $crate::kernels::output::Columns;
         use $crate::kernels::matmul::{self, Matrix};
         use $crate::kernels::{attention, blocks, dispatch, float, low_rank, tiles};
+        use $crate::kernels::attention::{Q8Block, Query, Scores};
         use edge_models::RopePairing;
 
         $crate::kernels::table::entries! {
@@ -15,17 +16,19 @@ macro_rules! kernel_table {
             fn quantize_tiles(acts: &mut ActivationsMut) = tiles::quantize;
             fn dot(x: &[f32], y: &[f32]) -> f32 = float::dot;
             fn axpy(a: f32, x: &[f32], y: &mut [f32]) = float::axpy;
+            fn to_half(x: &[f32], out: &mut [u16]) = float::to_half;
+            fn round_to_half(x: &mut [f32]) = float::round_to_half;
             fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) = float::rms_norm;
             fn rms_norm_in_place(x: &mut [f32], weight: &[f32], eps: f32) = float::rms_norm_in_place;
             fn swiglu(gate: &mut [f32], up: &[f32]) = float::swiglu;
             fn geglu(gate: &mut [f32], up: &[f32]) = float::geglu;
             fn soft_cap(x: &mut [f32], cap: f32) = float::soft_cap;
             fn rope(head: &mut [f32], cos: &[f32], sin: &[f32], pairing: RopePairing) = float::rope;
-            fn attend_half(q: &[f32], cache: attention::Cache<u16>, scores: attention::Scores, out: &mut [f32])
+            fn attend_half(q: &[f32], lanes: &[Query], cache: attention::Cache<u16>, scores: Scores, out: &mut [f32])
                 = attention::attention;
-            fn attend_full(q: &[f32], cache: attention::Cache<f32>, scores: attention::Scores, out: &mut [f32])
+            fn attend_full(q: &[f32], lanes: &[Query], cache: attention::Cache<f32>, scores: Scores, out: &mut [f32])
                 = attention::attention;
-            fn attend_blocks(q: &[f32], cache: attention::Cache<attention::Q8Block>, scores: attention::Scores, out: &mut [f32])
+            fn attend_blocks(q: &[f32], lanes: &[Query], cache: attention::Cache<Q8Block>, scores: Scores, out: &mut [f32])
                 = attention::attention_blocks;
             fn add_low_rank(b: &low_rank::LowRank, u: &[f32], y: &mut [f32]) = low_rank::add_low_rank;
             fn f32_rows(w: &Matrix, x: &Activations, out: &mut Columns) = matmul::float_rows::<_, matmul::F32>;
@@ -44,7 +47,7 @@ macro_rules! kernel_table {
         /// The kernels of this instruction set, for CPUs that have it.
         pub(crate) static TABLE: dispatch::Kernels = dispatch::Kernels {
             name: $name,
-            quantize, quantize_tiles, dot, axpy, rms_norm, rms_norm_in_place, swiglu, geglu, soft_cap, rope,
+            quantize, quantize_tiles, dot, axpy, to_half, round_to_half, rms_norm, rms_norm_in_place, swiglu, geglu, soft_cap, rope,
             attend_half, attend_full, attend_blocks, add_low_rank,
             rows: &matmul::RowsKernels {
                 f32: f32_rows, f16: f16_rows, bf16: bf16_rows,

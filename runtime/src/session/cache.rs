@@ -6,8 +6,7 @@
 
 use super::arena::{Arena, padded_bytes};
 use super::plan::Limits;
-use crate::format::{f16_to_f32, f32_to_f16};
-use crate::kernels::{KeyValues, Q8Block, Span, q8_0_block};
+use crate::kernels::{Kernels, KeyValues, Q8Block, Ring, q8_0_block};
 use crate::{Code, Error, Result};
 use edge_models::DecoderSpec;
 
@@ -161,16 +160,19 @@ impl<'a> Cache<'a> {
 
 impl LayerCache<'_> {
     /// Writes the rows of the positions from `position` on, `[tokens, kv_heads * head_dim]`.
-    pub(super) fn store(&mut self, part: Part, position: usize, values: &[f32], width: usize) {
+    pub(super) fn store(
+        &mut self,
+        kernels: &Kernels,
+        part: Part,
+        position: usize,
+        values: &[f32],
+        width: usize,
+    ) {
         for (token, values) in values.chunks_exact(width).enumerate() {
             let start = (position + token) % self.count * self.row;
             let range = start..start + self.row;
             match &mut self.rows {
-                Rows::Half(rows) => {
-                    for (bits, value) in rows[part as usize][range].iter_mut().zip(values) {
-                        *bits = f32_to_f16(*value);
-                    }
-                }
+                Rows::Half(rows) => kernels.to_half(values, &mut rows[part as usize][range]),
                 Rows::Full(rows) => rows[part as usize][range].copy_from_slice(values),
                 Rows::Blocks(rows) => {
                     let blocks = rows[part as usize][range].iter_mut();
@@ -182,16 +184,15 @@ impl LayerCache<'_> {
 
     /// Makes queries as precise as the keys that they meet, as ggml does: close choices then fall as there.
     /// (A cache of blocks does it itself.)
-    pub(super) fn round(&self, queries: &mut [f32]) {
+    pub(super) fn round(&self, kernels: &Kernels, queries: &mut [f32]) {
         if let Rows::Half(_) = self.rows {
-            queries.iter_mut().for_each(|x| *x = f16_to_f32(f32_to_f16(*x)));
+            kernels.round_to_half(queries);
         }
     }
 
-    /// The rows of `len` positions from `first` on, of one head of `head_dim` values that begins at value
-    /// `start` of a row.
-    pub(super) fn view(&self, first: usize, len: usize, start: usize) -> (KeyValues<'_>, Span) {
-        let span = Span { stride: self.row, rows: self.count, first: first % self.count, len };
+    /// The rows of one head that begins at value `start` of a row.
+    pub(super) fn view(&self, start: usize) -> (KeyValues<'_>, Ring) {
+        let ring = Ring { stride: self.row, rows: self.count };
         let values = match &self.rows {
             Rows::Half([keys, values]) => KeyValues::Half { keys: &keys[start..], values: &values[start..] },
             Rows::Full([keys, values]) => KeyValues::Full { keys: &keys[start..], values: &values[start..] },
@@ -199,7 +200,7 @@ impl LayerCache<'_> {
                 KeyValues::Blocks { keys: &keys[start / 32..], values: &values[start / 32..] }
             }
         };
-        (values, span)
+        (values, ring)
     }
 
     /// Writes the row of a position as little-endian bytes, of which there must be exactly as many.

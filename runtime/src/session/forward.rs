@@ -9,12 +9,16 @@ use super::cache::{LayerCache, Part};
 use super::rope::Angles;
 use super::weights::{Layer, Linear};
 use crate::Result;
-use crate::kernels::{Activations, ActivationsMut, Kernels, Matrix, Scores};
+use crate::kernels::{Activations, ActivationsMut, Kernels, Matrix, Query, Scores};
 use crate::workers::{Workers, for_each_chunk};
 use edge_models::{Activation, DecoderSpec};
 
 /// Multiplications below which other threads are not worth waking.
 const WORTH_SHARING: usize = 1 << 15;
+/// Tokens whose attention is one piece of work.
+const TOKENS_TOGETHER: usize = 4;
+/// Query heads that are handed to the kernel at once.
+const LANES: usize = 16;
 
 /// Room for everything between the embedding and the logits of one batch.
 pub(super) struct Buffers<'a> {
@@ -76,10 +80,10 @@ impl Step<'_> {
         self.add_bias(&layer.k, keys);
         self.add_bias(&layer.v, values);
         self.place(keys, kv_width, layer.k_norm, angles);
-        cache.store(Part::Keys, self.position, keys, kv_width);
-        cache.store(Part::Values, self.position, values, kv_width);
+        cache.store(self.kernels, Part::Keys, self.position, keys, kv_width);
+        cache.store(self.kernels, Part::Values, self.position, values, kv_width);
         self.place(queries, spec.q_width(), layer.q_norm, angles);
-        cache.round(queries);
+        cache.round(self.kernels, queries);
 
         let mut attended = ActivationsMut::new(n, spec.q_width(), narrow, narrow_quants)?;
         self.attend(layer.window, queries, &cache, attended.values_mut());
@@ -181,18 +185,34 @@ impl Step<'_> {
     /// `[tokens, heads * head_dim]`.
     fn attend(&self, window: usize, queries: &[f32], cache: &LayerCache, out: &mut [f32]) {
         let spec = self.spec;
-        let head_dim = spec.head_dim;
-        let group = spec.heads / spec.kv_heads;
+        let (width, group) = (spec.head_dim, spec.heads / spec.kv_heads);
         let scores = Scores { scale: spec.score_scale(), soft_cap: spec.attn_soft_cap };
-        let first = |end: usize| if window == 0 { 0 } else { end.saturating_sub(window) };
         // Two multiplications for each element of each cached row.
         let cost = 2 * out.len().saturating_mul(self.position + self.tokens);
-        for_each_chunk(self.workers, cost >= WORTH_SHARING, out, head_dim, &|index, out| {
-            let (token, head) = (index / spec.heads, index % spec.heads);
-            let query = &queries[index * head_dim..][..head_dim];
-            let end = self.position + token + 1;
-            let (cache, span) = cache.view(first(end), end - first(end), head / group * head_dim);
-            self.kernels.attention(query, cache, span, scores, out);
+        // Some tokens together, because they see nearly the same rows; of one token each group of heads.
+        let part = if self.tokens == 1 { group * width } else { TOKENS_TOGETHER * spec.q_width() };
+        for_each_chunk(self.workers, cost >= WORTH_SHARING, out, part, &|index, out| {
+            let queries = &queries[index * part..][..out.len()];
+            let heads = out.len() / width;
+            let first_head = index * part / width;
+            for kv_head in 0..spec.kv_heads {
+                let (cache, ring) = cache.view(kv_head * width);
+                let mut lanes = [Query { at: 0, first: 0, end: 0 }; LANES];
+                let mut count = 0;
+                for head in (0..heads).filter(|head| (first_head + head) % spec.heads / group == kv_head) {
+                    let end = self.position + (first_head + head) / spec.heads + 1;
+                    let first = if window == 0 { 0 } else { end.saturating_sub(window) };
+                    lanes[count] = Query { at: head * width, first, end };
+                    count += 1;
+                    if count == LANES {
+                        self.kernels.attention(queries, width, &lanes, cache, ring, scores, out);
+                        count = 0;
+                    }
+                }
+                if count > 0 {
+                    self.kernels.attention(queries, width, &lanes[..count], cache, ring, scores, out);
+                }
+            }
         });
     }
 

@@ -153,6 +153,19 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
+    fn to_f16(self, x: F) -> [u16; 8] {
+        neon!({
+            let halves = vcombine_u16(
+                vreinterpret_u16_f16(vcvt_f16_f32(x[0])),
+                vreinterpret_u16_f16(vcvt_f16_f32(x[1])),
+            );
+            let mut out = [0; 8];
+            vst1q_u16(out.as_mut_ptr(), halves);
+            out
+        })
+    }
+
+    #[inline(always)]
     fn f32_from_u8(self, x: [u8; 8]) -> F {
         neon!({
             let wide = vmovl_u8(vcreate_u8(u64::from_le_bytes(x)));
@@ -173,6 +186,11 @@ impl Simd for Neon {
     #[inline(always)]
     fn mul(self, a: F, b: F) -> F {
         neon!([vmulq_f32(a[0], b[0]), vmulq_f32(a[1], b[1])])
+    }
+
+    #[inline(always)]
+    fn fma(self, a: F, b: F, c: F) -> F {
+        neon!([vfmaq_f32(c[0], a[0], b[0]), vfmaq_f32(c[1], a[1], b[1])])
     }
 
     #[inline(always)]

@@ -3,7 +3,7 @@
 mod dequantize;
 
 use super::simd::Simd;
-use crate::format::{bf16_to_f32, f16_to_f32};
+use crate::format::{bf16_to_f32, f16_to_f32, f32_to_f16};
 
 pub use dequantize::dequantize_row;
 
@@ -71,6 +71,11 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
+    fn to_f16(self, x: F) -> [u16; 8] {
+        x.map(f32_to_f16)
+    }
+
+    #[inline(always)]
     fn f32_from_u8(self, x: [u8; 8]) -> F {
         x.map(f32::from)
     }
@@ -88,6 +93,11 @@ impl Simd for Scalar {
     #[inline(always)]
     fn mul(self, a: F, b: F) -> F {
         map2(a, b, |a, b| a * b)
+    }
+
+    #[inline(always)]
+    fn fma(self, a: F, b: F, c: F) -> F {
+        core::array::from_fn(|i| libm::fmaf(a[i], b[i], c[i]))
     }
 
     #[inline(always)]

@@ -1,7 +1,7 @@
 //! Kernels on `f32` rows against formulas in double precision, and all tables against each other.
 
 use super::*;
-use crate::kernels::{Features, LowRank, Precision, Scores, Span, dequantize_row, exp, q8_0_block};
+use crate::kernels::{Features, LowRank, Precision, dequantize_row, exp, q8_0_block};
 use edge_models::RopePairing;
 
 /// Distance of two positive floats in units of the last place.
@@ -91,7 +91,7 @@ proptest! {
             generic.axpy(0.3, &x, &mut expected);
             assert_same(&found, &expected, name);
             for ((found, x), y) in found.iter().zip(&x).zip(&y) {
-                prop_assert_eq!(*found, y + 0.3 * x);
+                prop_assert_eq!(*found, 0.3f32.mul_add(*x, *y));
             }
 
             kernels.rms_norm(&x, &y, 1e-5, &mut found);
@@ -173,42 +173,71 @@ proptest! {
         let scale = Scores { scale: 3.0 / (width as f32).sqrt(), soft_cap: f32::from(cap) };
         let exact = exact_attention(&q, &keys, &values, stride, len, scale);
         let mut expected = vec![f32::NAN; width];
-        Kernels::generic().attention(&q, half(&keys, &values), Span::new(stride, len), scale, &mut expected);
+        attend(Kernels::generic(), &q, half(&keys, &values), Span::new(stride, len), scale, &mut expected);
         for (found, exact) in expected.iter().zip(exact) {
             prop_assert!((f64::from(*found) - exact).abs() <= 3e-6, "{} {}", found, exact);
         }
         for kernels in Kernels::available() {
             let mut found = vec![f32::NAN; width];
-            kernels.attention(&q, half(&keys, &values), Span::new(stride, len), scale, &mut found);
+            attend(kernels, &q, half(&keys, &values), Span::new(stride, len), scale, &mut found);
             assert_same(&found, &expected, kernels.name());
             // The same numbers at full precision give the same result.
             let full = [&keys, &values].map(|x| x.iter().map(|bits| f16_to_f32(*bits)).collect::<Vec<_>>());
             let cache = KeyValues::Full { keys: &full[0], values: &full[1] };
-            kernels.attention(&q, cache, Span::new(stride, len), scale, &mut found);
+            attend(kernels, &q, cache, Span::new(stride, len), scale, &mut found);
             assert_same(&found, &expected, kernels.name());
         }
     }
 
     #[test]
-    fn a_ring_is_the_same_as_a_row_of_rows(width in 1..80usize, len in 1..150usize, spare in 0..20usize, turn: usize, seed: u64) {
+    fn a_ring_is_the_same_as_a_row_of_rows(
+        width in 1..80usize, len in 1..150usize, spare in 0..20usize, first in 0..300usize, seed: u64,
+    ) {
         let mut random = Random(seed);
         let rows = len + spare;
-        let first = turn % rows;
         let q = random.floats(width);
-        let straight = [random.floats(len * width), random.floats(len * width)].map(|x| halves(&x));
+        // Rows that nobody sees hold NaN.
+        let mut straight = [vec![0x7e00; first * width], vec![0x7e00; first * width]];
+        for rows in &mut straight {
+            rows.extend(halves(&random.floats(len * width)));
+        }
         let ring = straight.clone().map(|straight| {
             let mut ring = vec![0x7e00; rows * width];
-            for (i, row) in straight.chunks(width).enumerate() {
-                ring[(first + i) % rows * width..][..width].copy_from_slice(row);
+            for (position, row) in straight.chunks(width).enumerate().skip(first) {
+                ring[position % rows * width..][..width].copy_from_slice(row);
             }
             ring
         });
         let rule = Scores { scale: 0.7, soft_cap: 0.0 };
         for kernels in Kernels::available() {
             let (mut expected, mut found) = (vec![f32::NAN; width], vec![f32::NAN; width]);
-            kernels.attention(&q, half(&straight[0], &straight[1]), Span::new(width, len), rule, &mut expected);
-            let span = Span { stride: width, rows, first, len };
-            kernels.attention(&q, half(&ring[0], &ring[1]), span, rule, &mut found);
+            let span = Span { stride: width, rows: first + len, first, len };
+            attend(kernels, &q, half(&straight[0], &straight[1]), span, rule, &mut expected);
+            prop_assert!(expected.iter().all(|x| x.is_finite()));
+            attend(kernels, &q, half(&ring[0], &ring[1]), Span { rows, ..span }, rule, &mut found);
+            assert_same(&found, &expected, kernels.name());
+        }
+    }
+
+    #[test]
+    fn queries_together_are_the_same_as_alone(
+        width in 1..80usize, count in 1..12usize, rows in 1..200usize, cap in 0..2u8, seed: u64,
+    ) {
+        let mut random = Random(seed);
+        let (keys, values) = (halves(&random.floats(rows * width)), halves(&random.floats(rows * width)));
+        let queries = random.floats(count * width);
+        let lanes: Vec<Query> = (0..count).map(|i| {
+            let first = random.next() as usize % rows;
+            Query { at: (count - 1 - i) * width, first, end: first + 1 + random.next() as usize % (rows - first) }
+        }).collect();
+        let rule = Scores { scale: 2.0, soft_cap: f32::from(cap) };
+        let ring = Ring { stride: width, rows };
+        for kernels in Kernels::available() {
+            let (mut found, mut expected) = (vec![f32::NAN; count * width], vec![f32::NAN; count * width]);
+            kernels.attention(&queries, width, &lanes, half(&keys, &values), ring, rule, &mut found);
+            for lane in &lanes {
+                kernels.attention(&queries, width, &[*lane], half(&keys, &values), ring, rule, &mut expected);
+            }
             assert_same(&found, &expected, kernels.name());
         }
     }
@@ -236,14 +265,14 @@ proptest! {
         let span = Span { stride, rows: len, first, len };
         let mut expected = vec![f32::NAN; q.len()];
         let blocks = KeyValues::Blocks { keys: &cached[0][at..], values: &cached[1][at..] };
-        Kernels::generic().attention(&q, blocks, span, rule, &mut expected);
+        attend(Kernels::generic(), &q, blocks, span, rule, &mut expected);
         for (found, exact) in expected.iter().zip(exact) {
             // The query becomes integers too.
             prop_assert!((f64::from(*found) - exact).abs() <= 2e-2, "{} {}", found, exact);
         }
         for kernels in Kernels::available() {
             let mut found = vec![f32::NAN; q.len()];
-            kernels.attention(&q, blocks, span, rule, &mut found);
+            attend(kernels, &q, blocks, span, rule, &mut found);
             assert_same(&found, &expected, kernels.name());
         }
     }
@@ -333,17 +362,17 @@ fn attention_survives_huge_and_broken_scores() {
         let keys = halves(&[0.0, 6e4, -6e4, 0.0]);
         let values = halves(&[1.0, 2.0, 3.0, 4.0]);
         let mut out = [f32::NAN];
-        kernels.attention(&[1e35], half(&keys, &values), Span::new(1, 4), scaled(1.0), &mut out);
+        attend(kernels, &[1e35], half(&keys, &values), Span::new(1, 4), scaled(1.0), &mut out);
         assert!(out[0].is_nan() || out[0] == 2.0);
-        kernels.attention(&[1.0], half(&keys, &values), Span::new(1, 4), scaled(1.0), &mut out);
+        attend(kernels, &[1.0], half(&keys, &values), Span::new(1, 4), scaled(1.0), &mut out);
         assert_eq!(out, [2.0]);
-        kernels.attention(&[f32::NAN], half(&keys, &values), Span::new(1, 4), scaled(1.0), &mut out);
+        attend(kernels, &[f32::NAN], half(&keys, &values), Span::new(1, 4), scaled(1.0), &mut out);
         assert!(out[0].is_nan());
         // The highest score comes in the last block.
         let mut keys = std::vec![0; 130];
         keys[129] = f32_to_f16(100.0);
         let values = halves(&(0..130).map(|i| i as f32).collect::<Vec<_>>());
-        kernels.attention(&[1.0], half(&keys, &values), Span::new(1, 130), scaled(1.0), &mut out);
+        attend(kernels, &[1.0], half(&keys, &values), Span::new(1, 130), scaled(1.0), &mut out);
         assert_eq!(out, [129.0]);
     }
 }

@@ -7,7 +7,7 @@ mod golden;
 mod matmul;
 mod tiles;
 
-use super::{Activations, ActivationsMut, Kernels, KeyValues, Matrix};
+use super::{Activations, ActivationsMut, Kernels, KeyValues, Matrix, Query, Ring, Scores};
 use crate::format::{DType, Layout, f16_to_f32, f32_to_f16};
 use proptest::prelude::*;
 use std::format;
@@ -107,4 +107,27 @@ pub fn matmul(kernels: &Kernels, weight: &Matrix, acts: &Activations) -> Vec<f32
     let mut out = vec![f32::NAN; acts.tokens() * weight.rows()];
     kernels.matmul(&crate::workers::Single, weight, acts, &mut out).unwrap();
     out
+}
+
+/// The cached rows that one query sees: position `first + i` of `len` is row `(first + i) % rows`.
+#[derive(Clone, Copy)]
+pub struct Span {
+    pub stride: usize,
+    pub rows: usize,
+    pub first: usize,
+    pub len: usize,
+}
+
+impl Span {
+    /// `len` rows from the first of the cache on.
+    pub fn new(stride: usize, len: usize) -> Self {
+        Self { stride, rows: len, first: 0, len }
+    }
+}
+
+/// Attention of one query.
+pub fn attend(kernels: &Kernels, q: &[f32], cache: KeyValues, span: Span, rule: Scores, out: &mut [f32]) {
+    let query = Query { at: 0, first: span.first, end: span.first + span.len };
+    let ring = Ring { stride: span.stride, rows: span.rows };
+    kernels.attention(q, q.len(), &[query], cache, ring, rule, out);
 }

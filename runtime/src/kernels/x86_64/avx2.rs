@@ -93,6 +93,16 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn to_f16(self, x: __m256) -> [u16; 8] {
+        avx2!({
+            let mut out = [0; 8];
+            let halves = _mm256_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT }>(x);
+            _mm_storeu_si128(out.as_mut_ptr().cast(), halves);
+            out
+        })
+    }
+
+    #[inline(always)]
     fn f32_from_u8(self, x: [u8; 8]) -> __m256 {
         avx2!({
             let bytes = _mm_cvtsi64_si128(i64::from_le_bytes(x));
@@ -113,6 +123,11 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn mul(self, a: __m256, b: __m256) -> __m256 {
         avx2!(_mm256_mul_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn fma(self, a: __m256, b: __m256, c: __m256) -> __m256 {
+        avx2!(_mm256_fmadd_ps(a, b, c))
     }
 
     #[inline(always)]
