@@ -6,7 +6,7 @@ use std::ptr::{null, null_mut};
 
 use edge::*;
 use edge_runtime::Code;
-use edge_tests::TinyModel;
+use edge_tests::{TinyAdapter, TinyModel};
 
 const PROMPT: &str = "in the land";
 
@@ -142,6 +142,51 @@ fn a_session_gives_the_runtimes_own_tokens() {
 }
 
 #[test]
+fn adapters_come_and_go_and_sessions_are_saved() {
+    const Q8_0: u32 = 3;
+    let limits = EdgeLimits { adapters: 1, adapter_rank: 16, cache_type: Q8_0, ..limits() };
+    let open = Open::with(limits, null());
+    let plain = plan(&open.model, &self::limits()).unwrap();
+    assert_eq!(plan(&open.model, &limits).unwrap().kv_bytes * 32, plain.kv_bytes * 17);
+    let (code, _) = plan(&open.model, &EdgeLimits { cache_type: 9, ..limits }).unwrap_err();
+    assert_eq!(code, number(Code::BadArgument));
+    let adapter = TinyAdapter::gguf(1, 16);
+    let prompt = open.tokenize(PROMPT, 0);
+    // SAFETY: the session is open; all other pointers come from slices.
+    unsafe {
+        let restart = || {
+            assert_eq!(edge_truncate(open.session, 0), 0);
+            assert_eq!(edge_feed(open.session, prompt.as_ptr(), prompt.len()), 0);
+            open.logits().to_vec()
+        };
+        let base = restart();
+        let attach = |size| edge_attach(open.session, 0, adapter.as_ptr().cast(), size, 1.0);
+        assert_eq!(attach(adapter.len() / 2), number(Code::TensorOutOfBounds));
+        assert_eq!(attach(adapter.len()), 0);
+        let adapted = restart();
+        assert!(adapted != base);
+        assert_eq!(edge_set_adapter_scale(open.session, 0, 0.0), 0);
+        assert!(restart() == base);
+        assert_eq!(edge_set_adapter_scale(open.session, 0, 1.0), 0);
+        assert!(restart() == adapted);
+
+        let mut saved = vec![0u8; edge_saved_bytes(open.session) as usize];
+        let (start, size) = (saved.as_mut_ptr().cast(), saved.len());
+        assert_eq!(edge_save(open.session, start, size - 1), number(Code::BufferTooSmall));
+        assert_eq!(edge_save(open.session, start, size), 0);
+        assert_eq!(edge_detach(open.session, 0), 0);
+        assert!(restart() == base);
+        assert_eq!(edge_detach(open.session, 1), number(Code::OutOfRange));
+        assert_eq!(edge_restore(open.session, saved.as_ptr().cast(), size - 1), number(Code::Truncated));
+        assert_eq!(edge_restore(open.session, saved.as_ptr().cast(), size), 0);
+        assert!(open.logits() == adapted && edge_position(open.session) == prompt.len() as i32);
+        let kept = prompt.len() as i32 - 1;
+        assert_eq!(edge_reuse(open.session, prompt.as_ptr(), prompt.len()), kept);
+        assert_eq!(edge_position(open.session), kept);
+    }
+}
+
+#[test]
 fn generate_gives_the_text_of_the_tokens() {
     unsafe extern "C" fn append(text: *mut c_void, bytes: *const c_char, length: usize) -> i32 {
         // SAFETY: the test hands over a String; the library says that the bytes are UTF-8.
@@ -261,6 +306,13 @@ fn null_and_misaligned_pointers_are_refused() {
             assert_eq!(edge_feed(bad, null(), 0), code);
             assert_eq!(edge_position(bad), code);
             assert_eq!(edge_truncate(bad, 0), code);
+            assert_eq!(edge_reuse(bad, null(), 0), code);
+            assert_eq!(edge_saved_bytes(bad), 0);
+            assert_eq!(edge_save(bad, null_mut(), 0), code);
+            assert_eq!(edge_restore(bad, null(), 0), code);
+            assert_eq!(edge_attach(bad, 0, null(), 0, 1.0), code);
+            assert_eq!(edge_set_adapter_scale(bad, 0, 1.0), code);
+            assert_eq!(edge_detach(bad, 0), code);
             assert_eq!(edge_set_sampling(bad, null()), code);
             assert_eq!(edge_next(bad), code);
             assert_eq!(edge_generate(bad, null(), 0, 0, 0, None, null_mut()), code);
