@@ -1,10 +1,12 @@
 //! A real model: SmolLM2-135M-Instruct in Q4_1, as `tests/fetch-models.sh` fetches it, beside llama.cpp.
 
+use std::fs;
 use std::path::PathBuf;
+use std::process::Command;
 
-use edge_tests::{Ran, edgec, run, skip, target_folder, workspace};
+use edge_tests::{Ran, build, edgec, run, skip, target_folder, workspace};
 
-/// Perplexity of llama.cpp (xllamacpp 2026.10.11549, through `llama.py`) on the same eight windows of 512
+/// Perplexity of llama.cpp (xllamacpp 2026.10.11549, each prediction asked of its server) on the same eight windows of 512
 /// tokens, the second half of each scored.
 const LLAMA_CPP_PERPLEXITY: f64 = 27.7755;
 const WINDOWS: &str = "8";
@@ -50,4 +52,21 @@ fn its_perplexity_is_that_of_llama_cpp() {
     println!("perplexity {ppl:.4}, llama.cpp {LLAMA_CPP_PERPLEXITY}");
     assert_eq!(found["tokens"], 8 * 255);
     assert!((ppl / LLAMA_CPP_PERPLEXITY - 1.0).abs() < 0.005, "{ppl}, llama.cpp {LLAMA_CPP_PERPLEXITY}");
+}
+
+#[test]
+fn a_device_asks_it_as_the_chat_template_does() {
+    const QUESTION: &str = "What is the capital of France?";
+    let Some(model) = model() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    edgec::bundle::write_chat(&edgec::profile::open(&model).unwrap(), folder.path()).unwrap();
+    let mut device = Command::new(build("edge-run", None).join("edge-run"));
+    device.arg("generate").arg(&model).args(["--max-tokens", "24", "--prompt", QUESTION, "--chat"]);
+    let answer = run(device.arg(folder.path().join("chat.json")));
+    let question = folder.path().join("question");
+    fs::write(&question, QUESTION).unwrap();
+    let mut host = edgec();
+    host.arg("chat").arg(&model).args(["--max-tokens", "24"]);
+    assert_eq!(answer, run(host.stdin(fs::File::open(question).unwrap())));
+    assert!(answer.len() > 20, "{answer}");
 }

@@ -78,6 +78,8 @@ pub fn distill(
     run.export(&trained, mix)?;
     run.observer.note("bundle", &format!("libedge for {} ({})", target.name, target.triple));
     let library = bundle::build(&target, folder)?;
+    let chat = bundle::write_chat(&profile::open(&run.path("student.gguf"))?, folder)?;
+    run.observer.note("bundle", &chat);
     run.judge(&inputs, &trained, kept, &library)
 }
 
@@ -292,7 +294,7 @@ impl Run<'_> {
         };
         let inside =
             |path: &Path| path.strip_prefix(self.folder).unwrap_or(path).to_string_lossy().into_owned();
-        let artifacts = vec![
+        let mut artifacts = vec![
             Artifact {
                 path: "student".into(),
                 bytes: folder_bytes,
@@ -303,6 +305,9 @@ impl Run<'_> {
             artifact(&inside(&library.archive), None)?,
             artifact("report.html", None)?,
         ];
+        if self.path(bundle::CHAT_FILE).exists() {
+            artifacts.push(artifact(bundle::CHAT_FILE, None)?);
+        }
         let manifest = Manifest {
             edgec: env!("CARGO_PKG_VERSION").to_owned(),
             recipe: self.recipe.clone(),

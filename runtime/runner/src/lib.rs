@@ -5,8 +5,10 @@
 //! knows nothing of training or targets; `edgec` and the program `edge-run` share it.
 
 pub mod bench;
+mod chat;
 mod engine;
 mod statistics;
 
+pub use chat::{ChatPieces, NoSystemMessage};
 pub use engine::{Engine, Error, ModelFile, Settings};
 pub use statistics::{Percentiles, Statistics};
