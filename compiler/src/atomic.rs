@@ -35,7 +35,7 @@ pub fn write(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result<()>) -
     if std::fs::metadata(path).is_ok_and(|place| !place.is_file()) {
         return Err(io::Error::new(io::ErrorKind::AlreadyExists, "something that is no file is in the way"));
     }
-    let mut temporary = tempfile::Builder::new().prefix(PREFIX).tempfile_in(folder)?;
+    let mut temporary = tempfile::Builder::new().prefix(PREFIX).tempfile_in(folder).map_err(plain)?;
     let mut writer = BufWriter::with_capacity(1 << 20, temporary.as_file_mut());
     fill(&mut writer)?;
     writer.flush()?;
@@ -48,6 +48,14 @@ pub fn write(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result<()>) -
     }
     temporary.persist(path).map_err(|error| error.error)?;
     Ok(())
+}
+
+/// What the system said of a temporary file, without its name (`... at path "..."`), which nobody knows.
+pub(crate) fn plain(error: io::Error) -> io::Error {
+    match error.to_string().split_once(" at path ") {
+        Some((said, _)) => io::Error::new(error.kind(), said),
+        None => error,
+    }
 }
 
 #[cfg(test)]
@@ -68,6 +76,9 @@ mod tests {
         assert_eq!(fs::read(&path).unwrap(), b"one");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "a temporary file was left behind");
         assert!(write(folder.path(), |file| file.write_all(b"x")).is_err());
+        let nowhere = write(&folder.path().join("no/file"), |_| Ok(())).unwrap_err();
+        assert_eq!(nowhere.kind(), io::ErrorKind::NotFound);
+        assert!(!nowhere.to_string().contains(PREFIX), "{nowhere}");
 
         fs::write(folder.path().join(".edgec-left"), "half").unwrap();
         tidy(folder.path()).unwrap();

@@ -51,17 +51,36 @@ pub enum SpecError {
     },
 }
 
-impl fmt::Display for SpecError {
+impl SpecError {
+    /// The message with `prefix` before the key, such as `llama.` for GGUF files of that architecture.
+    pub fn behind<'a>(&'a self, prefix: &'a str) -> impl fmt::Display + 'a {
+        Behind { prefix, error: self }
+    }
+}
+
+struct Behind<'a> {
+    prefix: &'a str,
+    error: &'a SpecError,
+}
+
+impl fmt::Display for Behind<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Missing { key } => write!(f, "key `{key}` is missing"),
-            Self::OutOfRange { key, found, min, max } => {
-                write!(f, "key `{key}` is {found}, expected {min} to {max}")
+        let prefix = self.prefix;
+        match self.error {
+            SpecError::Missing { key } => write!(f, "key `{prefix}{key}` is missing"),
+            SpecError::OutOfRange { key, found, min, max } => {
+                write!(f, "key `{prefix}{key}` is {found}, expected {min} to {max}")
             }
-            Self::Unsupported { key, expected } => {
-                write!(f, "key `{key}` asks for something unsupported, expected {expected}")
+            SpecError::Unsupported { key, expected } => {
+                write!(f, "key `{prefix}{key}` asks for something unsupported, expected {expected}")
             }
         }
+    }
+}
+
+impl fmt::Display for SpecError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.behind("").fmt(f)
     }
 }
 

@@ -2,9 +2,11 @@
 
 use std::collections::BTreeMap;
 
+use edge_run::ChatPieces;
 use edge_targets::Target;
 use edge_tests::{command, require_tool, run, workspace};
 use edgec::bundle::{self, elf};
+use edgec::profile;
 
 #[test]
 fn the_library_of_every_platform_keeps_its_promises() {
@@ -48,6 +50,29 @@ fn a_folder_that_cannot_be_written_is_named() {
     let target = Target::by_name(edge_targets::DEFAULT).unwrap();
     let error = bundle::build(&target, file.path()).unwrap_err().to_string();
     assert!(error.starts_with(file.path().to_str().unwrap()) && !error.contains('\n'), "{error}");
+}
+
+#[test]
+fn the_chat_template_goes_with_the_model() {
+    let out = tempfile::tempdir().unwrap();
+    let vocabulary = |name: &str| {
+        let path = workspace().join(format!("tests/golden/tokenizers/ggml-vocab-{name}.gguf"));
+        profile::open(&path).unwrap()
+    };
+    let said = bundle::write_chat(&vocabulary("smollm2"), out.path()).unwrap();
+    assert_eq!(said, "chat.json: the chat template as fixed texts");
+    let path = out.path().join("chat.json");
+    let pieces: ChatPieces = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    let conversation = pieces.render(Some("Be brief."), &[("Hi", "Hello")], "Who are you?").unwrap();
+    assert_eq!(
+        conversation,
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n\
+         Hello<|im_end|>\n<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\n"
+    );
+    // Another model in the same folder: the file of the first must not stay.
+    let said = bundle::write_chat(&vocabulary("gpt-2"), out.path()).unwrap();
+    assert_eq!(said, "no chat.json: the model has no chat template");
+    assert!(!path.exists());
 }
 
 /// Names of the functions that a header declares, sorted.

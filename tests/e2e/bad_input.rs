@@ -140,7 +140,7 @@ fn gguf_files_that_name_no_model_of_ours() {
     let place = Place::new();
     let good = fs::read(gguf()).unwrap();
     let cases = [
-        ("missing key", "llama.embedding_length", "llama.embedding_lengtX", "embedding_length"),
+        ("missing key", "llama.embedding_length", "llama.embedding_lengtX", "`llama.embedding_length`"),
         ("missing tensor", "blk.1.ffn_up.weight", "blk.1.ffn_uX.weight", "blk.1.ffn_u"),
         ("unknown family", "architecture\u{8}\0\0\0\u{5}\0\0\0\0\0\0\0llama", "", "lambo"),
         ("unknown tokenizer", "\u{4}\0\0\0\0\0\0\0gpt2", "", "gpt9"),
@@ -244,7 +244,7 @@ fn texts_that_cannot_be_learned_from() {
         ("empty.txt", b"", &["empty.txt", "empty"]),
         ("blank.txt", b" \n\n \t\n", &["blank.txt", "empty"]),
         ("latin1.txt", b"caf\xe9 au lait", &["latin1.txt", "UTF-8", "byte 3"]),
-        ("short.txt", b"My fellow Americans", &["tokens", "needed"]),
+        ("short.txt", b"My fellow Americans", &["short.txt", "tokens", "needed"]),
         ("text.csv", b"a,b", &["text.csv", ".txt", ".jsonl"]),
         ("cut.jsonl", b"{\"text\":\"a\"}\n{\"text\":", &["cut.jsonl", "line 2", "JSON"]),
         ("keys.jsonl", b"{\"txt\":\"a\"}", &["keys.jsonl", "line 1", "txt", "`messages`"]),
@@ -264,10 +264,29 @@ fn texts_that_cannot_be_learned_from() {
     let mut eval_data = distill(&gguf(), text());
     eval_data.arg("--eval-data").arg(place.path("empty.txt"));
     place.refused("--eval-data", &mut eval_data, &["empty.txt", "empty"]);
-    for (name, parts) in [("empty.txt", ["empty.txt", "empty"]), ("latin1.txt", ["latin1.txt", "byte 3"])] {
+    for (name, parts) in [
+        ("empty.txt", ["empty.txt", "empty"]),
+        ("latin1.txt", ["latin1.txt", "byte 3"]),
+        ("short.txt", ["short.txt", "needs"]),
+    ] {
         let mut eval = edgec();
         eval.arg("eval").arg(gguf()).arg("--data").arg(place.path(name));
         Ran::of(&mut eval).assert_refused(name, &parts);
+    }
+}
+
+#[test]
+fn places_that_cannot_be_written_are_named_once() {
+    let place = Place::new();
+    for (format, name) in [("gguf", "no/model.gguf"), ("hf", "no/folder")] {
+        let out = place.path(name);
+        let mut export = edgec();
+        export.arg("export").arg(gguf()).args(["--format", format, "--out"]).arg(&out);
+        let ran = Ran::of(&mut export);
+        ran.assert_refused(format, &["No such file"]);
+        let out = out.display().to_string();
+        assert_eq!(ran.err.matches(&out).count(), 1, "{}", ran.err);
+        assert!(!ran.err.contains(".edgec-"), "{}", ran.err);
     }
 }
 

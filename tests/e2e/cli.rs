@@ -5,7 +5,7 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
-use edge_tests::{Ran, edgec, run, teacher, text};
+use edge_tests::{Ran, edgec, run, teacher, text, workspace};
 use safetensors::SafeTensors;
 use serde_json::Value;
 
@@ -116,11 +116,83 @@ fn inspect_says_what_is_in_a_file() {
     let tensors = found["tensors"].as_array().unwrap();
     let embedding = tensors.iter().find(|tensor| tensor["name"] == "token_embd.weight").unwrap();
     assert_eq!(embedding["dims"], serde_json::json!([64, 512]));
+    let spec = &found["spec"];
+    assert_eq!((&spec["family"], &spec["layers"], &spec["hidden"]), (&"llama".into(), &2.into(), &64.into()));
+    let tokenizer = &found["tokenizer"];
+    assert_eq!((&tokenizer["model"], &tokenizer["tokens"]), (&"gpt2".into(), &512.into()));
+    assert_eq!(tokenizer["chat_template"], false);
     let text = run(on_model("inspect").arg("--all"));
-    for part in ["family llama", "2 layers of 64 wide", "blk.1.ffn_down.weight", "llama.context_length = 64"]
-    {
+    for part in [
+        "family llama",
+        "2 layers of 64 wide",
+        "blk.1.ffn_down.weight",
+        "llama.context_length = 64",
+        "tokenizer: gpt2 (byte-level BPE, pre-tokenizer",
+        "chat template: none",
+    ] {
         assert!(text.contains(part), "no `{part}` in {text}");
     }
+    assert!(!text.contains("window"), "{text}");
+}
+
+#[test]
+fn inspect_tells_what_makes_a_family() {
+    let inspect = |name: &str| {
+        let folder = workspace().join("tests/golden/models").join(name);
+        let json = Ran::of(edgec().arg("inspect").arg(&folder).arg("--json")).json();
+        (json["spec"].clone(), run(edgec().arg("inspect").arg(&folder)))
+    };
+    let (spec, text) = inspect("gemma3");
+    assert_eq!((&spec["window"], &spec["qk_norm"]), (&8.into(), &true.into()));
+    assert_eq!(spec["window_layers"], serde_json::json!([0, 1, 2, 3, 4, 6]));
+    assert_eq!((&spec["rope"]["theta"], &spec["local_rope"]["theta"]), (&1e6.into(), &1e4.into()));
+    for part in [
+        "(GeluTanh)",
+        "tied head, normalized query and key heads, norms behind",
+        "embeddings times 8",
+        "scores times 0.223607, window of 8 tokens in 6 of 7 layers (all but every 6th)",
+        "rope: base 1000000, stretched by 8; in layers with a window base 10000",
+        "cannot run: ",
+    ] {
+        assert!(text.contains(part), "no `{part}` in {text}");
+    }
+    let (spec, text) = inspect("gemma2");
+    assert_eq!((&spec["attn_soft_cap"], &spec["final_soft_cap"]), (&2.0.into(), &3.0.into()));
+    assert!(text.contains("logits' soft cap 3") && text.contains("soft cap 2, window of 8"), "{text}");
+    let (spec, text) = inspect("phi3-longrope");
+    assert_eq!((&spec["rope_dims"], &spec["head_dim"]), (&12.into(), &16.into()));
+    assert!(text.contains("(LongRoPE)") && text.contains("12 of a head's 16 elements rotate"), "{text}");
+    let (spec, _) = inspect("qwen2");
+    assert_eq!((&spec["qkv_bias"], &spec["window"]), (&true.into(), &0.into()));
+}
+
+#[test]
+fn inspect_names_what_cannot_be_run() {
+    let good = fs::read(model()).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("other.gguf");
+    let with = |place: &[u8], behind: usize, change: &[u8]| {
+        let at = good.windows(place.len()).position(|window| window == place).unwrap() + place.len() + behind;
+        let mut bytes = good.clone();
+        bytes[at..at + change.len()].copy_from_slice(change);
+        fs::write(&path, bytes).unwrap();
+        let found = Ran::of(edgec().arg("inspect").arg(&path).arg("--json")).json();
+        let text = run(edgec().arg("inspect").arg(&path));
+        let obstacles: Vec<String> = serde_json::from_value(found["cannot_run"].clone()).unwrap();
+        for line in &obstacles {
+            assert!(text.contains(&format!("cannot run: {line}")), "{text}");
+        }
+        obstacles.join("\n")
+    };
+    // Behind a text's key are its type (4 bytes) and its length (8), behind a tensor's name its dimensions.
+    let family = with(b"general.architecture", 12, b"lambo");
+    assert!(family.contains("`lambo`") && family.contains("there are llama, mistral, qwen2"), "{family}");
+    let tokenizer = with(b"tokenizer.ggml.model", 12, b"bert");
+    assert!(tokenizer.contains("`bert`") && tokenizer.contains("gpt2, which is"), "{tokenizer}");
+    let splitter = with(b"tokenizer.ggml.pre", 12, b"v");
+    assert!(splitter.contains("pre-tokenizers: default, gpt-2"), "{splitter}");
+    let tensor = with(b"blk.1.ffn_down.weight", 4 + 2 * 8, &[20]);
+    assert!(tensor.contains("`blk.1.ffn_down.weight` of type IQ4_NL; there are F32, F16"), "{tensor}");
 }
 
 #[test]

@@ -19,6 +19,7 @@ const RESULTS: [&str; 4] =
 fn distill(out: &Path) -> Command {
     let mut command = edgec();
     command.args(["distill", "--layers", "1", "--calibration", "65536", "--target", "x86_64-linux"]);
+    command.args(["--checkpoint-every", "7"]);
     command.args(["--length", "64", "--batch", "4", "--tokens", "81920", "--seed", "3", "--quant", "Q4_0"]);
     command.arg("--teacher").arg(teacher().join("model.gguf")).arg("--data").arg(text());
     command.arg("--out").arg(out);
@@ -90,12 +91,15 @@ fn a_killed_run_ends_as_if_it_had_not_been() {
     kill_when(&training, &|out| lines(&out.join("metrics.jsonl")) >= 20);
     assert!(training.join("layers.json").exists() && !training.join("student").exists());
     assert!(lines(&training.join("metrics.jsonl")) < STEPS);
+    assert!(training.join("checkpoint.safetensors").exists());
 
     let exporting = at("killed after training");
-    kill_when(&exporting, &|out| out.join("checkpoint.safetensors").exists());
+    kill_when(&exporting, &|out| lines(&out.join("metrics.jsonl")) == STEPS && out.join("student").exists());
     assert!(!exporting.join("manifest.json").exists());
 
-    for (out, said) in [(&choosing, ""), (&training, ""), (&exporting, "resumed after step 320 of 320")] {
+    for (out, said) in
+        [(&choosing, ""), (&training, "resumed after step "), (&exporting, "resumed after step 320 of 320")]
+    {
         let ran = resume(out);
         assert!(ran.err.contains(said), "{}: {}", out.display(), ran.err);
         assert!(results(out) == wanted, "{}: other bytes than the run left alone", out.display());

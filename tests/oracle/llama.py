@@ -1,8 +1,9 @@
-"""What llama.cpp (PyPI: xllamacpp) says about a GGUF file.
+"""What llama.cpp (PyPI: xllamacpp) says about GGUF files.
 
-Reads one JSON object: `model`, `context`; `prompts` (texts) and `tokens` for greedy continuations;
-`windows` (lists of ids) for perplexity as llama.cpp's own tool defines it: in each window, the
-predictions made from its second half count. Writes `greedy`, the ids, and `ppl`.
+Reads a JSON array of tasks, each of them `model` and `context`; `prompts` (texts) and `tokens` for greedy
+continuations; `windows` (lists of ids below `vocab`) for perplexity as llama.cpp's own tool defines it: in
+each window, the predictions made from its second half count. Writes an array with an answer to each:
+`greedy`, the ids, `ppl` and `tokens`, the number of predictions.
 """
 
 import json
@@ -19,7 +20,7 @@ def server(model, context):
     params.n_ctx = context
     params.n_parallel = 1
     params.warmup = False
-    params.cpuparams.n_threads = 2
+    params.cpuparams.n_threads = 1
     return xllamacpp.Server(params)
 
 
@@ -30,18 +31,22 @@ def complete(address, **body):
         return json.load(answer)
 
 
-def log_probability(address, prefix, token):
-    """The token is forced by a bias that its reported probability does not include."""
-    answer = complete(
-        address, prompt=prefix, n_predict=1, n_probs=1, logit_bias=[[token, 1000.0]], cache_prompt=True
-    )
-    found = answer["completion_probabilities"][0]
-    assert found["id"] == token, (found, token)
-    return found["logprob"]
+def log_probabilities(address, window, vocab):
+    """Of the second half of a window's tokens: all in one request, since each takes as long as a model."""
+    places = range(len(window) // 2 + 1, len(window))
+    prompts = [window[:at] for at in places]
+    answers = complete(address, prompt=prompts, n_predict=1, n_probs=vocab, cache_prompt=True)
+    answers.sort(key=lambda answer: answer["index"])
+    for at, answer in zip(places, answers, strict=True):
+        [found] = [
+            row["logprob"]
+            for row in answer["completion_probabilities"][0]["top_logprobs"]
+            if row["id"] == window[at]
+        ]
+        yield found
 
 
-def main():
-    task = json.load(sys.stdin)
+def answer(task):
     running = server(task["model"], task["context"])
     address = running.listening_address
     greedy = [
@@ -49,12 +54,12 @@ def main():
         for prompt in task.get("prompts", [])
     ]
     sums = [
-        log_probability(address, window[:at], window[at])
+        found
         for window in task.get("windows", [])
-        for at in range(len(window) // 2 + 1, len(window))
+        for found in log_probabilities(address, window, task["vocab"])
     ]
     ppl = math.exp(-sum(sums) / len(sums)) if sums else None
-    json.dump({"greedy": greedy, "ppl": ppl, "tokens": len(sums)}, sys.stdout)
+    return {"greedy": greedy, "ppl": ppl, "tokens": len(sums)}
 
 
-main()
+json.dump([answer(task) for task in json.load(sys.stdin)], sys.stdout)

@@ -1,10 +1,14 @@
-//! A real model: SmolLM2-135M-Instruct in Q4_1, as `tests/fetch-models.sh` fetches it, beside llama.cpp.
+//! Real models, as `tests/fetch-models.sh` fetches them, beside llama.cpp: SmolLM2-135M-Instruct in Q4_1, and
+//! Gemma 3 270M in Q4_K_M where it was asked for.
 
+use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
-use edge_tests::{Ran, edgec, run, skip, target_folder, workspace};
+use edge_runtime::kernels::Kernels;
+use edge_tests::{Ran, build, edgec, run, skip, target_folder, workspace};
 
-/// Perplexity of llama.cpp (xllamacpp 2026.10.11549, through `llama.py`) on the same eight windows of 512
+/// Perplexity of llama.cpp (xllamacpp 2026.10.11549, each prediction asked of its server) on the same eight windows of 512
 /// tokens, the second half of each scored.
 const LLAMA_CPP_PERPLEXITY: f64 = 27.7755;
 const WINDOWS: &str = "8";
@@ -26,6 +30,50 @@ fn model() -> Option<PathBuf> {
         return None;
     }
     Some(path)
+}
+
+/// Gemma's perplexity in llama-perplexity (October 2026) over the first sixteen windows of the text.
+const GEMMA_PERPLEXITY: f64 = 19.359;
+/// Tokens of `"\n    if n == 0:\n        return 0\n    elif n == 1:"`, as the same llama.cpp goes on.
+const GEMMA_PROMPT: &str = "def fibonacci(n):";
+const GEMMA_TOKENS: [u32; 20] = [
+    107, 140, 584, 538, 1251, 236743, 236771, 236787, 107, 144, 2060, 236743, 236771, 107, 140, 36208, 538,
+    1251, 236743, 236770,
+];
+
+/// Gemma is 253 MB: nobody has to have it.
+fn gemma() -> Option<PathBuf> {
+    let path = target_folder().join("models/gemma-3-270m-q4_k_m.gguf");
+    let path = std::env::var_os("EDGE_TEST_GEMMA3").map_or(path, PathBuf::from);
+    if !path.is_file() {
+        eprintln!("SKIPPED: {} is missing (tests/fetch-models.sh gemma3 fetches it)", path.display());
+        return None;
+    }
+    Some(path)
+}
+
+#[test]
+fn gemma_is_as_sure_as_in_llama_cpp() {
+    let Some(model) = gemma() else { return };
+    let mut eval = edgec();
+    eval.arg("eval").arg(&model).args(["--windows", "16", "--json", "--data"]);
+    let found = Ran::of(eval.arg(workspace().join("tests/golden/text/sotu-eval-part.txt"))).json();
+    let ppl = found["ppl"].as_f64().unwrap();
+    println!("perplexity {ppl:.4}, llama.cpp {GEMMA_PERPLEXITY}");
+    assert_eq!(found["tokens"], 16 * 255);
+    assert!((ppl / GEMMA_PERPLEXITY - 1.0).abs() < 0.005, "{ppl}, llama.cpp {GEMMA_PERPLEXITY}");
+}
+
+#[test]
+fn gemma_says_the_same_through_every_kernel_table() {
+    let Some(model) = gemma() else { return };
+    for kernels in Kernels::available() {
+        let mut command = edgec();
+        command.arg("run").arg(&model).args(["--ids", "--prompt", GEMMA_PROMPT, "--kernels", kernels.name()]);
+        command.args(["--max-tokens", &GEMMA_TOKENS.len().to_string()]);
+        let found: Vec<u32> = serde_json::from_str(&run(&mut command)).unwrap();
+        assert_eq!(found, GEMMA_TOKENS, "{}", kernels.name());
+    }
 }
 
 #[test]
@@ -58,4 +106,21 @@ fn its_perplexity_is_that_of_llama_cpp_and_a_smaller_cache_hardly_moves_it() {
     let small = perplexity(&model, "q8_0");
     println!("with a q8_0 cache {small:.4}");
     assert!(small != ppl && (small / ppl - 1.0).abs() < 0.005, "{small}, with a cache of f16 {ppl}");
+}
+
+#[test]
+fn a_device_asks_it_as_the_chat_template_does() {
+    const QUESTION: &str = "What is the capital of France?";
+    let Some(model) = model() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    edgec::bundle::write_chat(&edgec::profile::open(&model).unwrap(), folder.path()).unwrap();
+    let mut device = Command::new(build("edge-run", None).join("edge-run"));
+    device.arg("generate").arg(&model).args(["--max-tokens", "24", "--prompt", QUESTION, "--chat"]);
+    let answer = run(device.arg(folder.path().join("chat.json")));
+    let question = folder.path().join("question");
+    fs::write(&question, QUESTION).unwrap();
+    let mut host = edgec();
+    host.arg("chat").arg(&model).args(["--max-tokens", "24"]);
+    assert_eq!(answer, run(host.stdin(fs::File::open(question).unwrap())));
+    assert!(answer.len() > 20, "{answer}");
 }

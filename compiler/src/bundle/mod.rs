@@ -1,11 +1,15 @@
-//! Builds the device library for a target and puts it, checked, into a run's folder.
+//! Builds the device library for a target and puts it, checked, into a run's folder, with the model's chat
+//! template in a form that devices can use.
 //!
 //! The library is compiled from this workspace with the Rust toolchain alone: no NDK, no cross
 //! compiler, no C library. What comes out is read back and refused unless it keeps the promises that
-//! the device side relies on; see [`elf::check`]. Nothing here looks at a model.
+//! the device side relies on; see [`elf::check`]. Nothing here looks at a model's weights.
 
 mod cargo;
+mod chat;
 pub mod elf;
+
+pub use chat::{CHAT_FILE, write_chat};
 
 use std::path::{Path, PathBuf};
 

@@ -35,6 +35,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         atomic::write(&copy, |file| file.write_all(model.bytes()))
             .with_context(|| copy.display().to_string())?;
     }
+    note("bundle", &bundle::write_chat(&model, &arguments.out)?);
     note(
         "bundle",
         &format!(

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use edgec::pipeline::{self, Data, Observer, Recipe, StudentSource, TeacherSource};
-use edgec::train::TrainConfig;
 use edgec::train::loss::Objective;
+use edgec::train::{RunFolder, TrainConfig};
 
 use super::output;
 use super::progress::{Progress, note};
@@ -72,6 +72,9 @@ pub struct Arguments {
     /// Seed of everything random
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// Steps between checkpoints; every two minutes there is one anyway
+    #[arg(long, value_name = "STEPS", value_parser = clap::value_parser!(u64).range(1..))]
+    checkpoint_every: Option<u64>,
     /// Go on with the run in --out
     #[arg(long, requires = "out")]
     resume: bool,
@@ -130,7 +133,8 @@ impl Arguments {
 pub fn run(arguments: Arguments) -> anyhow::Result<()> {
     let folder = arguments.folder();
     let mut screen = Screen { current: None };
-    let manifest = pipeline::distill(&arguments.recipe(), &folder, arguments.resume, &mut screen)?;
+    let run = RunFolder::new(&folder, arguments.resume, arguments.checkpoint_every);
+    let manifest = pipeline::distill(&arguments.recipe(), &run, &mut screen)?;
     screen.end();
     let summary = &manifest.summary;
     let mut rows = vec![vec![String::new()]];

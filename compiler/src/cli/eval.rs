@@ -69,7 +69,13 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     };
     let mut progress = Progress::start("eval");
     let outcome = evaluate(&student, teacher.as_ref(), &ids, &config, &settings, &mut |done, total, ppl| {
-        progress.update(done, total, &format!("ppl {ppl:.4}"))
+        progress.update(done, total, &format!("ppl {ppl:.4}"));
+    })
+    .map_err(|error| match error {
+        profile::Error::TextTooShort { .. } => {
+            anyhow::Error::new(error).context(arguments.data.display().to_string())
+        }
+        other => other.into(),
     })?;
     progress.finish(&format!("{} windows of {} tokens", outcome.windows, config.context));
     if arguments.json {

@@ -70,6 +70,9 @@ pub struct Arguments {
     /// Seed of everything random
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// Steps between checkpoints; every two minutes there is one anyway
+    #[arg(long, value_name = "STEPS", value_parser = clap::value_parser!(u64).range(1..))]
+    checkpoint_every: Option<u64>,
     /// Go on with the run in --out
     #[arg(long)]
     resume: bool,
@@ -103,7 +106,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<()> {
         ..TrainConfig::default()
     };
     let text = Text { ids: &corpus.ids, scored: &corpus.scored };
-    let folder = RunFolder::new(&arguments.out, arguments.resume);
+    let folder = RunFolder::new(&arguments.out, arguments.resume, arguments.checkpoint_every);
     let mut screen = Screen(Progress::start("pretrain"));
     let trained = trainer::train(None, model, text, &config, &folder, &mut screen)?;
     screen.0.finish("trained");

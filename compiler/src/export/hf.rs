@@ -127,7 +127,11 @@ fn check_place(folder: &Path) -> Result<(), HfError> {
 fn replace(folder: &Path, fill: impl FnOnce(&Path) -> Result<(), HfError>) -> Result<(), HfError> {
     let io = |source| HfError::Io { path: folder.into(), source };
     let parent = folder.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let temporary = tempfile::Builder::new().prefix(".edgec-").tempdir_in(parent).map_err(io)?;
+    let temporary = tempfile::Builder::new()
+        .prefix(".edgec-")
+        .tempdir_in(parent)
+        .map_err(crate::atomic::plain)
+        .map_err(io)?;
     let (new, old) = (temporary.path().join("new"), temporary.path().join("old"));
     fs::create_dir(&new).map_err(io)?;
     fill(&new)?;

@@ -62,7 +62,7 @@ pub fn pack(source: &ModelFile, out: &Path) -> Result<PackReport, PackError> {
     if file.packed_from().is_some() {
         return Err(PackError::Packed(source.path().into()));
     }
-    let limits = Limits { context: 1, batch: 1, logits_rows: 1, workers: 1 };
+    let limits = Limits { context: 1, ..Limits::default() };
     let plan = Plan::new(&file, limits).map_err(refused)?;
     let (body, tiled, left) =
         body(&file, &plan).map_err(|error| PackError::Layout(out.into(), error))?;

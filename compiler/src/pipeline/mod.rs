@@ -36,8 +36,8 @@ pub enum Error {
     OtherRecipe { path: PathBuf, difference: String },
     #[error("{}: {message}", path.display())]
     Damaged { path: PathBuf, message: String },
-    #[error("the text has {found} tokens, {needed} are needed")]
-    TextTooShort { found: usize, needed: usize },
+    #[error("{text}: {found} tokens, {needed} are needed")]
+    TextTooShort { text: String, found: usize, needed: usize },
     #[error("{0}")]
     Student(String),
     #[error(transparent)]

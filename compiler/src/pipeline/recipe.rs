@@ -59,6 +59,15 @@ pub enum Data {
 }
 
 impl Recipe {
+    /// What errors call the text: its files.
+    pub fn text(&self) -> String {
+        let files = match &self.data {
+            Data::Embedded => return "the embedded text".to_owned(),
+            Data::Files(files) => files.iter().chain(&self.eval_data),
+        };
+        files.map(|file| file.display().to_string()).collect::<Vec<_>>().join(", ")
+    }
+
     /// In what `self` and `other` differ, in words; `None` if in nothing.
     pub fn difference(&self, other: &Self) -> Option<String> {
         let fields = |recipe: &Self| match serde_json::to_value(recipe) {

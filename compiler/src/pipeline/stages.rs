@@ -51,33 +51,31 @@ struct Inputs {
     hashes: Vec<(String, String)>,
 }
 
-/// Does what `recipe` asks in `folder`, which must be new or empty, or hold a run to `resume`.
+/// Does what `recipe` asks in `folder`, which must be new or empty, or hold a run to resume.
 ///
 /// # Errors
-/// Whatever stops a stage. What the stages before it made stays, and `resume` goes on from there; inputs
+/// Whatever stops a stage. What the stages before it made stays, and resuming goes on from there; inputs
 /// that make no sense leave no trace in a new folder.
-pub fn distill(
-    recipe: &Recipe,
-    folder: &Path,
-    resume: bool,
-    observer: &mut dyn Observer,
-) -> Result<Manifest, Error> {
+pub fn distill(recipe: &Recipe, folder: &RunFolder, observer: &mut dyn Observer) -> Result<Manifest, Error> {
     let target = Target::by_name(&recipe.target).map_err(|error| Error::Student(error.to_string()))?;
     let mix: Mix = recipe.quant.parse().map_err(|error| Error::Student(format!("--quant: {error}")))?;
     recipe.train.validate()?;
-    let mut run = Run { recipe, folder, observer };
-    let made = !folder.exists();
-    run.open(resume)?;
+    let RunFolder { path, resume, .. } = folder;
+    let mut run = Run { recipe, folder: path, observer };
+    let made = !path.exists();
+    run.open(*resume)?;
     let inputs_and_student = run.load().and_then(|inputs| Ok((run.student(&inputs)?, inputs)));
     let ((untrained, kept), inputs) = inputs_and_student.inspect_err(|_| {
-        if !resume {
+        if !*resume {
             run.abandon(made);
         }
     })?;
-    let trained = run.train(&inputs, untrained, resume)?;
+    let trained = run.train(&inputs, untrained, folder)?;
     run.export(&trained, mix)?;
     run.observer.note("bundle", &format!("libedge for {} ({})", target.name, target.triple));
-    let library = bundle::build(&target, folder)?;
+    let library = bundle::build(&target, path)?;
+    let chat = bundle::write_chat(&profile::open(&run.path("student.gguf"))?, path)?;
+    run.observer.note("bundle", &chat);
     run.judge(&inputs, &trained, kept, &library)
 }
 
@@ -180,8 +178,8 @@ impl Run<'_> {
             }
         };
         if eval.len() < length || train.ids.len() <= length {
-            let found = train.ids.len() + eval.len();
-            return Err(Error::TextTooShort { found, needed: 2 * length + 1 });
+            let (text, found) = (recipe.text(), train.ids.len() + eval.len());
+            return Err(Error::TextTooShort { text, found, needed: 2 * length + 1 });
         }
         self.observer.note(
             "text",
@@ -235,12 +233,11 @@ impl Run<'_> {
         Ok(Layers { kept: choice.kept, kl: choice.kl })
     }
 
-    fn train(&mut self, inputs: &Inputs, untrained: Model, resume: bool) -> Result<Model, Error> {
-        let folder = RunFolder::new(self.folder, resume);
+    fn train(&mut self, inputs: &Inputs, untrained: Model, folder: &RunFolder) -> Result<Model, Error> {
         let text = Text { ids: &inputs.train.ids, scored: &inputs.train.scored };
         let mut watch = Watch { observer: &mut *self.observer };
         let trained =
-            trainer::distill(&inputs.teacher, untrained, text, &self.recipe.train, &folder, &mut watch)?;
+            trainer::distill(&inputs.teacher, untrained, text, &self.recipe.train, folder, &mut watch)?;
         Ok(trained)
     }
 
@@ -292,7 +289,7 @@ impl Run<'_> {
         };
         let inside =
             |path: &Path| path.strip_prefix(self.folder).unwrap_or(path).to_string_lossy().into_owned();
-        let artifacts = vec![
+        let mut artifacts = vec![
             Artifact {
                 path: "student".into(),
                 bytes: folder_bytes,
@@ -303,6 +300,9 @@ impl Run<'_> {
             artifact(&inside(&library.archive), None)?,
             artifact("report.html", None)?,
         ];
+        if self.path(bundle::CHAT_FILE).exists() {
+            artifacts.push(artifact(bundle::CHAT_FILE, None)?);
+        }
         let manifest = Manifest {
             edgec: env!("CARGO_PKG_VERSION").to_owned(),
             recipe: self.recipe.clone(),

@@ -33,7 +33,12 @@ pub fn from_gguf(gguf: &Gguf<'_>, path: &Path) -> Result<Model, LoadError> {
     let family = family_by_gguf_name(architecture)
         .ok_or_else(|| LoadError::UnknownFamily { path: path.into(), found: architecture.into() })?;
     let config = GgufConfig::new(*gguf).map_err(refuse)?;
-    let spec = (family.from_gguf)(&config).map_err(|source| LoadError::Spec { path: path.into(), source })?;
+    let prefix = || format!("{architecture}.");
+    let spec = (family.from_gguf)(&config).map_err(|source| LoadError::Spec {
+        path: path.into(),
+        prefix: prefix(),
+        source,
+    })?;
     let mut weights = weights(gguf, &spec, path)?;
     let spec = with_named_scaling(spec, &mut weights).map_err(tensor_error(path))?;
     let name = gguf.get("general.name").and_then(|value| value.as_str()).filter(|name| !name.is_empty());

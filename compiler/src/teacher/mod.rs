@@ -26,8 +26,8 @@ pub enum LoadError {
     Io { path: PathBuf, source: std::io::Error },
     #[error("{}: {source}", path.display())]
     Gguf { path: PathBuf, source: edge_runtime::Error },
-    #[error("{}: {source}", path.display())]
-    Spec { path: PathBuf, source: SpecError },
+    #[error("{}: {}", path.display(), source.behind(prefix))]
+    Spec { path: PathBuf, prefix: String, source: SpecError },
     #[error("{}: family `{found}` is not implemented; there are {}", path.display(), family_names())]
     UnknownFamily { path: PathBuf, found: String },
     #[error("{}: {message}", path.display())]

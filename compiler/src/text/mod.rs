@@ -4,6 +4,7 @@
 
 pub mod corpus;
 pub mod hf_vocabulary;
+mod pieces;
 mod template;
 
 pub use template::{ChatTemplate, Message};
@@ -34,6 +35,8 @@ pub enum TextError {
     Row { path: PathBuf, line: usize, message: String },
     #[error("chat template: {0}")]
     Template(#[from] minijinja::Error),
+    #[error("the chat template is not fixed texts between messages: {0}")]
+    Pieces(String),
 }
 
 /// The bytes of a file with nothing but metadata, and room for the index over its vocabulary.

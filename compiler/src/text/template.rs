@@ -23,9 +23,9 @@ impl Message {
 
 /// A model's chat template and the special tokens that it names.
 pub struct ChatTemplate {
-    source: String,
-    bos: String,
-    eos: String,
+    pub(super) source: String,
+    pub(super) bos: String,
+    pub(super) eos: String,
 }
 
 impl ChatTemplate {

@@ -156,7 +156,7 @@ impl TrainConfig {
 /// Where a run keeps its state.
 #[derive(Clone, Debug)]
 pub struct RunFolder {
-    /// An existing folder for the checkpoint and the metrics.
+    /// The folder for the checkpoint and the metrics; training wants it to exist.
     pub path: PathBuf,
     /// Go on from the checkpoint in the folder, if there is one.
     pub resume: bool,
@@ -167,8 +167,9 @@ pub struct RunFolder {
 }
 
 impl RunFolder {
-    /// A run in `path` with a checkpoint every two minutes and one at the end.
-    pub fn new(path: &Path, resume: bool) -> Self {
-        Self { path: path.into(), resume, every_steps: None, every: Duration::from_secs(120) }
+    /// A run in `path` with a checkpoint every two minutes, after each `every_steps` steps if that is given,
+    /// and at the end.
+    pub fn new(path: &Path, resume: bool, every_steps: Option<u64>) -> Self {
+        Self { path: path.into(), resume, every_steps, every: Duration::from_secs(120) }
     }
 }

@@ -66,7 +66,7 @@ fn run_saving(
     let ids = text(700);
     let scored: Vec<bool> = (0..ids.len()).map(|i| i % 7 != 0).collect();
     let mut watch = Watch { losses: vec![], notes: vec![], each };
-    let folder = RunFolder { every_steps: Some(every), ..RunFolder::new(folder, resume) };
+    let folder = RunFolder::new(folder, resume, Some(every));
     let text = Text { ids: &ids, scored: &scored };
     let before = super::trainer::fingerprint(&teacher).unwrap();
     let model = distill(&teacher, student, text, config, &folder, &mut watch)?;
@@ -147,7 +147,7 @@ fn another_recipe_is_refused_by_name() {
     let scored = vec![true; ids.len()];
     let mut watch = Watch { losses: vec![], notes: vec![], each: &mut go_on };
     let text = Text { ids: &ids, scored: &scored };
-    let folder = RunFolder::new(folder.path(), true);
+    let folder = RunFolder::new(folder.path(), true, None);
     let error = distill(&tiny(4, 2), tiny(2, 3), text, &first, &folder, &mut watch).unwrap_err().to_string();
     for name in ["teacher was", "student was", "text was"] {
         assert!(error.contains(name), "{error}");
@@ -197,7 +197,7 @@ fn a_language_model_learns_from_text_alone() {
     let config =
         TrainConfig { tokens: 150 * 8 * 16, batch: 8, length: 16, lr: 1e-2, ..TrainConfig::default() };
     let text = Text { ids: &ids, scored: &scored };
-    train(None, model, text, &config, &RunFolder::new(folder.path(), false), &mut watch).unwrap();
+    train(None, model, text, &config, &RunFolder::new(folder.path(), false, None), &mut watch).unwrap();
     let (first, last) = (watch.losses[0], watch.losses[149]);
     // Fresh weights know nothing; the walk's entropy is about 1.3 nats.
     assert!((first - 61f64.ln()).abs() < 0.05, "{first}");
@@ -209,7 +209,7 @@ fn bad_input_is_refused_before_anything_is_written() {
     let mut go_on = |_| ControlFlow::Continue(());
     let mut watch = Watch { losses: vec![], notes: vec![], each: &mut go_on };
     let folder = tempfile::tempdir().unwrap();
-    let run_folder = RunFolder::new(folder.path(), false);
+    let run_folder = RunFolder::new(folder.path(), false, None);
     let good = TrainConfig { length: 8, ..TrainConfig::default() };
     let mut fails = |ids: &[u32], config: TrainConfig, expected: &str| {
         let scored = vec![true; ids.len()];

@@ -18,6 +18,11 @@
  *   edge_generate(session, "Once upon a time", 16, 0, 64, print, NULL);
  *   free(arena);
  *
+ * A conversation: chat.json, which edgec writes beside the model, has the texts that the model expects
+ * around messages. Generate with flags EDGE_SPECIAL | EDGE_NO_BOS
+ *   begin, the user's message, answer        then, on the same session,
+ *   next, the user's next message, answer    and so on.
+ *
  * Errors: a function that can fail returns a negative number, EDGE_E_... with a minus sign; the
  * message with the place, what was found and what was expected is in the edge_error or, for a
  * session, in edge_last_error. A null pointer, a misaligned pointer, a buffer that is too small and a

@@ -5,10 +5,12 @@
 //! knows nothing of training or targets; `edgec` and the program `edge-run` share it.
 
 pub mod bench;
+mod chat;
 mod draft;
 mod engine;
 mod statistics;
 
+pub use chat::{ChatPieces, NoSystemMessage};
 pub use draft::{Drafter, Drafting};
 pub use engine::{Adapter, Engine, Error, ModelFile, Settings};
 pub use statistics::{Percentiles, Statistics};

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use edge_run::bench::{self, Options};
-use edge_run::{Adapter, Drafter, Engine, ModelFile, Settings};
+use edge_run::{Adapter, ChatPieces, Drafter, Engine, ModelFile, Settings};
 use edge_runtime::format::Gguf;
 use edge_runtime::session::{CacheType, Sampler, SamplerConfig, argmax};
 use edge_runtime::tokenizer::{Encode, Tokenizer, Utf8Stream};
@@ -16,9 +16,10 @@ Runs and times a small language model.
 
 edge-run generate MODEL --prompt TEXT [--max-tokens N] [-t THREADS] [--kernels NAME] [--ids]
                   [--adapter FILE[=SCALE]]... [--kv f16|q8_0]
-                  [--draft MODEL [--draft-tokens N]]
+                  [--draft MODEL [--draft-tokens N]] [--chat CHAT.JSON [--system TEXT]]
     continues TEXT with the most likely tokens; --ids prints their numbers as a JSON array; with --draft, a small
-    model of the same vocabulary drafts N tokens (4) at a time, which MODEL verifies: the tokens stay the same
+    model of the same vocabulary drafts N tokens (4) at a time, which MODEL verifies: the tokens stay the same;
+    with the file that `edgec bundle` puts beside the model, TEXT is a message to be answered
 edge-run bench MODEL [-p N] [-n N] [-b N] [-r N] [-t THREADS] [--kernels NAME] [-o json|md]
                [--adapter FILE[=SCALE]]... [--kv f16|q8_0]
     times a prompt of N tokens (512), N single tokens (128), each R times (5)
@@ -53,6 +54,8 @@ fn run() -> Result<()> {
 struct GenerateArguments {
     model: PathBuf,
     prompt: String,
+    chat: Option<PathBuf>,
+    system: Option<String>,
     max_tokens: usize,
     threads: usize,
     kernels: Option<String>,
@@ -67,10 +70,13 @@ impl GenerateArguments {
     fn parse(mut arguments: lexopt::Parser) -> Result<Self> {
         let (mut model, mut prompt, mut kernels, mut adapters) = (None, None, None, Vec::new());
         let (mut cache, mut draft, mut draft_tokens) = (CacheType::Auto, None, 4);
+        let (mut chat, mut system) = (None, None);
         let (mut max_tokens, mut threads, mut ids) = (128, Options::default().threads, false);
         while let Some(argument) = arguments.next()? {
             match argument {
                 Long("prompt") => prompt = Some(arguments.value()?.string()?),
+                Long("chat") => chat = Some(PathBuf::from(arguments.value()?)),
+                Long("system") => system = Some(arguments.value()?.string()?),
                 Long("max-tokens") | Short('n') => max_tokens = arguments.value()?.parse()?,
                 Long("threads") | Short('t') => threads = arguments.value()?.parse()?,
                 Long("kernels") => kernels = Some(arguments.value()?.string()?),
@@ -85,7 +91,35 @@ impl GenerateArguments {
         }
         let model = model.context("MODEL is missing")?;
         let prompt = prompt.context("--prompt is missing")?;
-        Ok(Self { model, prompt, max_tokens, threads, kernels, adapters, cache, draft, draft_tokens, ids })
+        if system.is_some() && chat.is_none() {
+            bail!("--system needs --chat");
+        }
+        Ok(Self {
+            model,
+            prompt,
+            chat,
+            system,
+            max_tokens,
+            threads,
+            kernels,
+            adapters,
+            cache,
+            draft,
+            draft_tokens,
+            ids,
+        })
+    }
+
+    /// The text to continue, and how to read it: one made by a chat template has all special tokens in it.
+    fn text(&self) -> Result<(String, Encode)> {
+        let Some(path) = &self.chat else {
+            return Ok((self.prompt.clone(), Encode { add_bos: true, parse_special: false }));
+        };
+        let place = || path.display().to_string();
+        let pieces: ChatPieces =
+            serde_json::from_slice(&std::fs::read(path).with_context(place)?).with_context(place)?;
+        let text = pieces.render(self.system.as_deref(), &[], &self.prompt).with_context(place)?;
+        Ok((text, Encode { add_bos: false, parse_special: true }))
     }
 }
 
@@ -107,7 +141,8 @@ fn generate(arguments: GenerateArguments) -> Result<()> {
     let refused = |error| model.refused(error);
     let mut index = vec![0; Tokenizer::index_words(&file).map_err(refused)?];
     let tokenizer = Tokenizer::new(&file, &mut index).map_err(refused)?;
-    let prompt = encode(&tokenizer, &arguments.prompt).map_err(refused)?;
+    let (text, options) = arguments.text()?;
+    let prompt = encode(&tokenizer, &text, options).map_err(refused)?;
     let draft = arguments.draft.as_deref().map(ModelFile::open).transpose()?;
     let drafted = if draft.is_some() { arguments.draft_tokens } else { 0 };
     let settings = Settings {
@@ -161,10 +196,9 @@ fn generate(arguments: GenerateArguments) -> Result<()> {
     Ok(())
 }
 
-fn encode(tokenizer: &Tokenizer<'_>, text: &str) -> edge_runtime::Result<Vec<u32>> {
+fn encode(tokenizer: &Tokenizer<'_>, text: &str, options: Encode) -> edge_runtime::Result<Vec<u32>> {
     let mut scratch = vec![0; Tokenizer::scratch_words(text.len())];
     let mut ids = vec![0; Tokenizer::most_ids(text.len())];
-    let options = Encode { add_bos: true, parse_special: false };
     let count = tokenizer.encode(text.as_bytes(), options, &mut scratch, &mut ids)?;
     ids.truncate(count);
     Ok(ids)

@@ -34,21 +34,30 @@ enum Pattern {
     Number,
     /// `[0-9][0-9][0-9]`, the rest left whole.
     ThreeDigits,
-    /// `[\p{P}\$\+<=>\^~\|]+`, the rest left whole.
-    Punctuation,
+    /// `[\p{P}\$\+<=>\^~\|]+`, the rest left whole; with other symbols behind `\p{P}` for other models.
+    Punctuation { symbols: &'static [u8] },
+    /// `[\r\n]`, the rest left whole.
+    Newline,
+    /// `\s?\p{L}+` or `\s?\p{P}+`, the rest left whole.
+    AfterSpace(Class),
+    /// `[一-龥ࠀ-一가-퟿]+` without white space, which llama.cpp hides from it; the rest left whole.
+    EastAsian,
 }
 
+/// The pattern of files that name none.
+const PUNCTUATION: Pattern = Pattern::Punctuation { symbols: b"$+<=>^~|" };
+
 /// Most patterns in a row.
-const MAX_PATTERNS: usize = 4;
+const MAX_PATTERNS: usize = 5;
 
 const PLAIN: PreTokenizer =
     PreTokenizer { names: &[], patterns: &[Pattern::Gpt2], ignore_merges: false, add_bos: false };
 
 /// Every pre-tokenizer. The first is the one of files that name none.
-pub(super) static TABLE: [PreTokenizer; 6] = [
+pub(super) static TABLE: [PreTokenizer; 8] = [
     PreTokenizer {
         names: &["default"],
-        patterns: &[Pattern::Punctuation, Pattern::Gpt2, Pattern::Number, Pattern::ThreeDigits],
+        patterns: &[PUNCTUATION, Pattern::Gpt2, Pattern::Number, Pattern::ThreeDigits],
         ..PLAIN
     },
     PreTokenizer {
@@ -94,6 +103,22 @@ pub(super) static TABLE: [PreTokenizer; 6] = [
         patterns: &[Pattern::Cl100k { digits: 1 }],
         ..PLAIN
     },
+    PreTokenizer {
+        names: &["falcon"],
+        patterns: &[Pattern::Punctuation { symbols: b"$+<=>^~|`" }, Pattern::Gpt2, Pattern::ThreeDigits],
+        ..PLAIN
+    },
+    PreTokenizer {
+        names: &["deepseek-coder"],
+        patterns: &[
+            Pattern::Newline,
+            Pattern::AfterSpace(Class::Letter),
+            Pattern::AfterSpace(Class::Punctuation),
+            Pattern::EastAsian,
+            Pattern::Digit,
+        ],
+        ..PLAIN
+    },
 ];
 
 /// What exists, for errors; a test keeps it equal to the table.
@@ -102,7 +127,7 @@ pub(super) const NAMES: &str = "pre-tokenizers: \
     granite-docling, exaone4, smollm, starcoder, refact, command-r, codeshell, exaone, \
     minerva-7b, mellum2, llama-bpe, llama3, llama-v3, falcon3, falcon-h1, pixtral, midm-2.0, \
     lfm2, dbrx, smaug-bpe, qwen2, deepseek-r1-qwen, kormo, f2llmv2, megrez, stablelm2, hunyuan, \
-    grok-2";
+    grok-2, falcon, deepseek-coder";
 
 impl PreTokenizer {
     /// The one that a file names.
@@ -157,9 +182,17 @@ impl Pattern {
             },
             Self::Number => alternate(text, |point| point.class == Class::Number),
             Self::ThreeDigits => three_digits(text),
-            Self::Punctuation => alternate(text, |point| {
+            Self::Punctuation { symbols } => alternate(text, |point| {
                 point.class == Class::Punctuation
-                    || matches!(u8::try_from(point.value), Ok(byte) if b"$+<=>^~|".contains(&byte))
+                    || matches!(u8::try_from(point.value), Ok(byte) if symbols.contains(&byte))
+            }),
+            Self::Newline => match first(text) {
+                Some(point) if is_newline(point) => point.len,
+                _ => run(text, |point| !is_newline(point)),
+            },
+            Self::AfterSpace(class) => after_space(text, |point| point.class == class),
+            Self::EastAsian => alternate(text, |point| {
+                matches!(point.value, 0x0800..=0x9FA5 | 0xAC00..=0xD7FF) && point.class != Class::Space
             }),
         }
     }
@@ -182,6 +215,27 @@ fn alternate(text: &[u8], accept: impl Fn(Point) -> bool) -> usize {
     match first(text) {
         Some(point) if accept(point) => run(text, accept),
         _ => run(text, |point| !accept(point)),
+    }
+}
+
+/// Bytes of the run at the start of `text` in which all satisfy `accept`, with at most one white space before
+/// it; where none starts there, the bytes before the first such run.
+fn after_space(text: &[u8], accept: impl Fn(Point) -> bool) -> usize {
+    let run_at = |at: usize| {
+        let space =
+            first(&text[at..]).filter(|point| point.class == Class::Space).map_or(0, |point| point.len);
+        let accepted = run(&text[at + space..], &accept);
+        if accepted > 0 { space + accepted } else { 0 }
+    };
+    match run_at(0) {
+        0 => {
+            let mut at = 0;
+            while let Some(point) = first(&text[at..]).filter(|_| at == 0 || run_at(at) == 0) {
+                at += point.len;
+            }
+            at
+        }
+        len => len,
     }
 }
 
@@ -308,5 +362,10 @@ mod tests {
         assert_eq!(split("qwen2", "$a  b!\n\n1"), ["$a", " ", " b", "!\n\n", "1"]);
         assert_eq!(split("default", "a+1234 b"), ["a", "+", "123", "4", " b"]);
         assert_eq!(split("gpt-2", "a  "), ["a", "  "]);
+        assert_eq!(split("falcon", "a`b` 12345 +"), ["a", "`", "b", "`", " ", "123", "45", " ", "+"]);
+        assert_eq!(
+            split("deepseek-coder", "a  bc (d);\n\n12 漢字 x=y"),
+            ["a", " ", " bc", " (", "d", ");", "\n", "\n", "1", "2", " ", "漢字", " x", "=", "y"]
+        );
     }
 }

@@ -41,6 +41,8 @@ ORACLES = [
     ("gpt-2", "default", False),
     ("gpt-2", "llama-bpe", False),
     ("gpt-2", "qwen2", False),
+    ("gpt-2", "falcon", False),
+    ("gpt-2", "deepseek-coder", False),
 ]
 CL100K = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"

@@ -102,7 +102,7 @@ pub enum GgufWriteError {
     #[error("tensor `{name}` came with {found} bytes, expected {expected}")]
     Size { name: String, found: u64, expected: u64 },
     /// The file system refused.
-    #[error("cannot write {path}: {source}")]
+    #[error("{path}: {source}")]
     Io { path: String, source: io::Error },
 }
 
