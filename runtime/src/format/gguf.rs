@@ -345,10 +345,8 @@ impl<'a> Gguf<'a> {
     pub fn parse(bytes: &'a [u8]) -> Result<Self> {
         match edgepack::open(bytes)? {
             None => Self::parse_gguf(bytes, None),
-            Some((source, body)) => Self::parse_gguf(body, Some(source)).map_err(|error| Error {
-                at: error.at.map(|at| at + PACK_HEADER_BYTES as u64),
-                ..error
-            }),
+            Some((source, body)) => Self::parse_gguf(body, Some(source))
+                .map_err(|error| Error { at: error.at.map(|at| at + PACK_HEADER_BYTES as u64), ..error }),
         }
     }
 
@@ -381,7 +379,8 @@ impl<'a> Gguf<'a> {
         for _ in 0..kv_count {
             let at = cursor.at;
             let (key, kind, start) = read_key(&mut cursor)?;
-            let value = cursor.value(kind, 0).map_err(|error| Error { name: crate::Name::new(key), ..error })?;
+            let value =
+                cursor.value(kind, 0).map_err(|error| Error { name: crate::Name::new(key), ..error })?;
             if let Some(list) = value.as_array().filter(|list| list.bytes.len() >= LONG)
                 && let Some(long) = lists.next()
             {

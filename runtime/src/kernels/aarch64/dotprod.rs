@@ -22,12 +22,7 @@ impl Dotprod {
 
     /// Adds the products of four weights of each of four rows with lane `LANE` of the activations.
     #[inline(always)]
-    pub(super) fn sdot<const LANE: i32>(
-        self,
-        mut sums: int32x4_t,
-        w: uint8x16_t,
-        a: int8x16_t,
-    ) -> int32x4_t {
+    pub(super) fn sdot<const LANE: i32>(self, mut sums: int32x4_t, w: uint8x16_t, a: int8x16_t) -> int32x4_t {
         // SAFETY: a `Dotprod` exists, so the CPU has the instruction; it touches no memory and no flags.
         unsafe {
             asm!(
@@ -164,8 +159,5 @@ crate::kernels::table::tile_table! {
 }
 
 /// The kernels of this instruction set: those of NEON, and tiles.
-pub(crate) static TABLE: crate::kernels::dispatch::Kernels = crate::kernels::dispatch::Kernels {
-    name: "dotprod",
-    tiles: &TILES,
-    ..super::neon::TABLE
-};
+pub(crate) static TABLE: crate::kernels::dispatch::Kernels =
+    crate::kernels::dispatch::Kernels { name: "dotprod", tiles: &TILES, ..super::neon::TABLE };

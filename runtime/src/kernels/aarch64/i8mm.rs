@@ -86,7 +86,9 @@ impl I8mm {
                     let tokens = pairs(vmulq_f32(vcvtq_f32_s32(vld1q_s32(sum_a.as_ptr().cast())), scale_a));
                     for i in 0..2 {
                         let rows = vld1q_f32(mins.as_ptr().add(8 * half + 4 * i));
-                        for (k, rows) in [vzip1q_f32(rows, rows), vzip2q_f32(rows, rows)].into_iter().enumerate() {
+                        for (k, rows) in
+                            [vzip1q_f32(rows, rows), vzip2q_f32(rows, rows)].into_iter().enumerate()
+                        {
                             for j in 0..2 {
                                 sums[2 * i + k][j] = vfmaq_f32(sums[2 * i + k][j], rows, tokens[j]);
                             }
@@ -184,8 +186,5 @@ crate::kernels::table::tile_table! {
 }
 
 /// The kernels of this instruction set: those of NEON, and tiles.
-pub(crate) static TABLE: crate::kernels::dispatch::Kernels = crate::kernels::dispatch::Kernels {
-    name: "i8mm",
-    tiles: &TILES,
-    ..super::neon::TABLE
-};
+pub(crate) static TABLE: crate::kernels::dispatch::Kernels =
+    crate::kernels::dispatch::Kernels { name: "i8mm", tiles: &TILES, ..super::neon::TABLE };
