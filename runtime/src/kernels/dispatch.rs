@@ -60,6 +60,9 @@ impl Features {
     }
 }
 
+/// Attention of query heads over a cache of elements of one type.
+type Attend<T> = unsafe fn(&[f32], &[Query], Cache<T>, Scores, &mut [f32]);
+
 /// The kernels of one instruction set.
 ///
 /// All tables agree bit for bit with [`Kernels::generic`], except for the payload and sign of NaNs.
@@ -78,9 +81,9 @@ pub struct Kernels {
     pub(super) geglu: unsafe fn(&mut [f32], &[f32]),
     pub(super) soft_cap: unsafe fn(&mut [f32], f32),
     pub(super) rope: unsafe fn(&mut [f32], &[f32], &[f32], RopePairing),
-    pub(super) attend_half: unsafe fn(&[f32], &[Query], Cache<u16>, Scores, &mut [f32]),
-    pub(super) attend_full: unsafe fn(&[f32], &[Query], Cache<f32>, Scores, &mut [f32]),
-    pub(super) attend_blocks: unsafe fn(&[f32], &[Query], Cache<Q8Block>, Scores, &mut [f32]),
+    pub(super) attend_half: Attend<u16>,
+    pub(super) attend_full: Attend<f32>,
+    pub(super) attend_blocks: Attend<Q8Block>,
     pub(super) add_low_rank: unsafe fn(&LowRank, &[f32], &mut [f32]),
     pub(super) rows: &'static RowsKernels,
     pub(super) tiles: &'static TileKernels,
@@ -321,7 +324,7 @@ impl Kernels {
             }
             KeyValues::Blocks { keys, values } => {
                 let cache = Cache { keys, values, stride, rows, width };
-                held = width % 32 == 0 && cache.holds(lanes, width / 32);
+                held = width.is_multiple_of(32) && cache.holds(lanes, width / 32);
                 if fit && held {
                     // SAFETY: as above.
                     unsafe { (self.attend_blocks)(queries, lanes, cache, scores, out) }

@@ -110,7 +110,7 @@ pub(crate) fn multiply_quad<S: Lanes, W: Format>(
     for ((((weights, scales), mins), quants), ((scales_a, all), halves)) in
         weights.zip(acts.quants).zip(numbers)
     {
-        for segment in 0..W::SEGMENTS {
+        for (segment, scales) in scales[..W::SEGMENTS].iter().enumerate() {
             let pairs = 4 / W::SEGMENTS;
             let mut starts = [0; SIDE];
             if !S::PANEL_WITHOUT_BIAS && bias::<S, W>() != 0 {
@@ -136,7 +136,7 @@ pub(crate) fn multiply_quad<S: Lanes, W: Format>(
                 p[2] = dot::<S, W, 1>(s, dot::<S, W, 0>(s, p[2], even, a23), odd, a23);
                 p[3] = dot::<S, W, 3>(s, dot::<S, W, 2>(s, p[3], even, a23), odd, a23);
             }
-            let scale = s.kept_scales(&scales[segment]);
+            let scale = s.kept_scales(scales);
             for (lane, sums) in sums.iter_mut().enumerate() {
                 let integers = finish::<S, W>(s, p[lane], starts[lane]);
                 *sums = s.fma(integers, s.mul(scale, s.splat(scales_a[lane])), *sums);
@@ -180,7 +180,7 @@ fn one_of_four<S: Lanes, W: Format, const TOKEN: usize>(
     let weights = panel.weights[..panel.blocks].iter().zip(&panel.scales).zip(&panel.mins);
     let numbers = acts.scales.iter().zip(acts.sums);
     for ((((weights, scales), mins), quants), (scales_a, all)) in weights.zip(acts.quants).zip(numbers) {
-        for segment in 0..W::SEGMENTS {
+        for (segment, scales) in scales[..W::SEGMENTS].iter().enumerate() {
             let pairs = 4 / W::SEGMENTS;
             let mut p = s.start(0);
             for pair in segment * pairs..(segment + 1) * pairs {
@@ -188,13 +188,13 @@ fn one_of_four<S: Lanes, W: Format, const TOKEN: usize>(
                 let a = s.activations(if TOKEN < 2 { a } else { b });
                 let [even, odd] = &weights[pair];
                 let (even, odd) = (s.bytes(even), s.bytes(odd));
-                p = if TOKEN % 2 == 0 {
+                p = if TOKEN.is_multiple_of(2) {
                     dot::<S, W, 1>(s, dot::<S, W, 0>(s, p, even, a), odd, a)
                 } else {
                     dot::<S, W, 3>(s, dot::<S, W, 2>(s, p, even, a), odd, a)
                 };
             }
-            let scale = s.mul(s.kept_scales(&scales[segment]), s.splat(scales_a[TOKEN]));
+            let scale = s.mul(s.kept_scales(scales), s.splat(scales_a[TOKEN]));
             sums = s.fma(finish::<S, W>(s, p, 0), scale, sums);
         }
         if W::MINS {
