@@ -15,6 +15,10 @@ const MAX_DIMS: u32 = 4;
 const MAX_NESTING: u32 = 4;
 const MAX_KEY: usize = 65_535;
 const MAX_ALIGNMENT: u64 = 1 << 16;
+/// Lists of metadata whose ends are remembered: tokens, merges, scores and types of a vocabulary.
+const LONG_LISTS: usize = 4;
+/// Bytes from which on that is worth it.
+const LONG: usize = 4096;
 
 /// A checked GGUF file.
 #[derive(Clone, Copy, Debug)]
@@ -29,6 +33,8 @@ pub struct Gguf<'a> {
     alignment: usize,
     /// SHA-256 of the file that a pack was made from.
     packed_from: Option<&'a [u8; 32]>,
+    /// Where the values of long lists start, and the lists: look-ups need not walk them.
+    long: [Option<(usize, Array<'a>)>; LONG_LISTS],
 }
 
 /// Kind of a metadata value. The numbers are GGUF's.
@@ -125,6 +131,7 @@ struct Cursor<'a> {
 }
 
 impl<'a> Cursor<'a> {
+    #[inline]
     fn take(&mut self, count: usize) -> Result<&'a [u8]> {
         let rest = self.bytes.len() - self.at;
         if count > rest {
@@ -160,6 +167,7 @@ impl<'a> Cursor<'a> {
         Ok(length as usize)
     }
 
+    #[inline]
     fn string(&mut self) -> Result<&'a [u8]> {
         let length = self.length(1)?;
         self.take(length)
@@ -209,10 +217,10 @@ impl<'a> Cursor<'a> {
                 if let Some(size) = element.fixed_bytes() {
                     // `length` proved that count * size bytes are left.
                     self.take(count * size)?;
+                } else if element == ValueType::String {
+                    (0..count).try_for_each(|_| self.string().map(drop))?;
                 } else {
-                    for _ in 0..count {
-                        self.value(element, depth + 1)?;
-                    }
+                    (0..count).try_for_each(|_| self.value(element, depth + 1).map(drop))?;
                 }
                 Value::Array(Array { element, count, bytes: &self.bytes[start..self.at] })
             }
@@ -365,10 +373,18 @@ impl<'a> Gguf<'a> {
             data_start: 0,
             alignment: 32,
             packed_from,
+            long: [None; LONG_LISTS],
         };
+        let mut lists = file.long.iter_mut();
         for _ in 0..kv_count {
             let at = cursor.at;
-            let (key, value) = read_kv(&mut cursor)?;
+            let (key, kind, start) = read_key(&mut cursor)?;
+            let value = cursor.value(kind, 0).map_err(|error| Error { name: crate::Name::new(key), ..error })?;
+            if let Some(list) = value.as_array().filter(|list| list.bytes.len() >= LONG)
+                && let Some(long) = lists.next()
+            {
+                *long = Some((start, list));
+            }
             if key == "general.alignment" {
                 let alignment = value.as_uint().unwrap_or(0);
                 if !alignment.is_power_of_two() || !(8..=MAX_ALIGNMENT).contains(&alignment) {
@@ -424,7 +440,16 @@ impl<'a> Gguf<'a> {
     /// Every metadata entry in order.
     pub fn metadata(&self) -> impl Iterator<Item = (&'a str, Value<'a>)> + use<'a> {
         let mut cursor = Cursor { bytes: self.bytes, at: self.kv_start };
-        (0..self.kv_count).map_while(move |_| read_kv(&mut cursor).ok())
+        let long = self.long;
+        (0..self.kv_count).map_while(move |_| {
+            let (key, kind, start) = read_key(&mut cursor).ok()?;
+            if let Some((_, list)) = long.into_iter().flatten().find(|(at, _)| *at == start) {
+                // Type and number of the elements, then the elements.
+                cursor.at = start + 12 + list.bytes.len();
+                return Some((key, Value::Array(list)));
+            }
+            Some((key, cursor.value(kind, 0).ok()?))
+        })
     }
 
     /// Every tensor in order.
@@ -449,7 +474,19 @@ impl<'a> Gguf<'a> {
 
     /// A tensor.
     pub fn tensor(&self, name: &str) -> Option<TensorInfo<'a>> {
-        self.tensors().find(|tensor| tensor.name == name)
+        let mut cursor = Cursor { bytes: self.bytes, at: self.tensor_start };
+        (0..self.tensor_count).find_map(|_| {
+            let start = cursor.at;
+            // Names are compared before anything else of an entry is looked at.
+            let found = cursor.string().ok()? == name.as_bytes();
+            if found {
+                cursor.at = start;
+                return self.locate(&read_tensor_header(&mut cursor).ok()?).ok();
+            }
+            let axes = cursor.u32().ok()?;
+            cursor.take(axes as usize * 8 + 12).ok()?;
+            None
+        })
     }
 
     /// `general.architecture`.
@@ -520,12 +557,11 @@ struct TensorHeader<'a> {
     offset: u64,
 }
 
-fn read_kv<'a>(cursor: &mut Cursor<'a>) -> Result<(&'a str, Value<'a>)> {
+/// The key and the type of a metadata entry, and where its value starts.
+fn read_key<'a>(cursor: &mut Cursor<'a>) -> Result<(&'a str, ValueType, usize)> {
     let key = cursor.name()?;
-    let named = |error: Error| Error { name: crate::Name::new(key), ..error };
-    let kind = cursor.value_type().map_err(named)?;
-    let value = cursor.value(kind, 0).map_err(named)?;
-    Ok((key, value))
+    let kind = cursor.value_type().map_err(|error| Error { name: crate::Name::new(key), ..error })?;
+    Ok((key, kind, cursor.at))
 }
 
 fn read_tensor_header<'a>(cursor: &mut Cursor<'a>) -> Result<TensorHeader<'a>> {

@@ -297,7 +297,7 @@ pub(crate) fn quantize<S: Simd>(s: S, acts: &mut ActivationsMut) {
         for (b, values) in values.iter().enumerate() {
             let (scale, halves) = quantize_block(s, values);
             scales[b] = scale;
-            sums[b] = halves.as_flattened().iter().map(|q| i32::from(*q)).sum::<i32>() as f32;
+            sums[b] = (s.sum_i8(&halves[0]) + s.sum_i8(&halves[1])) as f32;
             let (even_or_odd, pair) = (b % 2 * 16, &mut quants[b / 2]);
             pair[even_or_odd..][..16].copy_from_slice(&halves[0]);
             pair[even_or_odd + 32..][..16].copy_from_slice(&halves[1]);

@@ -126,7 +126,10 @@ impl Columns<'_> {
     #[inline(always)]
     pub fn get_rows<const N: usize>(&mut self, token: usize, first: usize, values: &mut [f32; N]) {
         let from = self.rows_mut::<N>(token, first);
-        values[..from.len()].copy_from_slice(from);
+        match from.as_array() {
+            Some(from) => *values = *from,
+            None => values[..from.len()].copy_from_slice(from),
+        }
     }
 }
 

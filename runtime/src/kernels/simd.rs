@@ -63,6 +63,8 @@ pub(crate) trait Simd: Copy {
     fn peak(self, x: [Self::F; 4]) -> u32;
     /// 16 floats within ±127.5, rounded to nearest, ties to even.
     fn round_i8(self, x: [Self::F; 2]) -> [i8; 16];
+    /// The sum of 16 integers.
+    fn sum_i8(self, x: &[i8; 16]) -> i32;
 
     /// 16 bytes of the even and of the odd block.
     fn pair(self, even: &[u8; 16], odd: &[u8; 16]) -> Self::B;

@@ -63,26 +63,22 @@ impl I8mm {
                 for segment in 0..T::SEGMENTS {
                     let octets = 4 / T::SEGMENTS;
                     let mut p = [[vdupq_n_s32(0); 2]; 4];
-                    for octet in segment * octets..(segment + 1) * octets {
-                        let a = quants[octet].as_ptr();
-                        let a = [vld1q_s8(a), vld1q_s8(a.add(16))];
+                    for octet in (segment * octets..(segment + 1) * octets).step_by(2) {
+                        let a = vld1q_s8_x4(quants[octet].as_ptr());
                         // `keep` put the eight pairs of rows one after another.
-                        let w = weights[octet][half].as_ptr();
-                        for i in 0..4 {
-                            let w = vld1q_u8(w.add(16 * i));
-                            p[i][0] = self.smmla(p[i][0], w, a[0]);
-                            p[i][1] = self.smmla(p[i][1], w, a[1]);
+                        let w = [octet, octet + 1].map(|octet| vld1q_u8_x4(weights[octet][half].as_ptr()));
+                        for (w, a) in [(w[0], [a.0, a.1]), (w[1], [a.2, a.3])] {
+                            for (i, w) in [w.0, w.1, w.2, w.3].into_iter().enumerate() {
+                                p[i][0] = self.smmla(p[i][0], w, a[0]);
+                                p[i][1] = self.smmla(p[i][1], w, a[1]);
+                            }
                         }
                     }
-                    let scale = scales[segment].as_ptr().add(8 * half);
-                    for i in 0..2 {
-                        let rows = vld1q_f32(scale.add(4 * i));
-                        for (k, rows) in [vzip1q_f32(rows, rows), vzip2q_f32(rows, rows)].into_iter().enumerate() {
-                            for j in 0..2 {
-                                let integers = vcvtq_f32_s32(p[2 * i + k][j]);
-                                let scale = vmulq_f32(rows, tokens[j]);
-                                sums[2 * i + k][j] = vfmaq_f32(sums[2 * i + k][j], integers, scale);
-                            }
+                    let rows = vld1q_f32_x4(scales[segment].as_ptr().add(16 * half));
+                    for (i, rows) in [rows.0, rows.1, rows.2, rows.3].into_iter().enumerate() {
+                        for j in 0..2 {
+                            let integers = vcvtq_f32_s32(p[i][j]);
+                            sums[i][j] = vfmaq_f32(sums[i][j], integers, vmulq_f32(rows, tokens[j]));
                         }
                     }
                 }
@@ -159,6 +155,17 @@ impl Lanes for I8mm {
                 let odd = vreinterpretq_u32_u8(vsubq_u8(odd, bias));
                 vst1q_u8(to.add(32 * i), vreinterpretq_u8_u32(vzip1q_u32(even, odd)));
                 vst1q_u8(to.add(32 * i + 16), vreinterpretq_u8_u32(vzip2q_u32(even, odd)));
+            }
+        });
+    }
+
+    /// Those of rows 0, 0, 1, 1, then of 2, 2, 3, 3, and so on.
+    #[inline(always)]
+    fn keep_scales(self, scales: F, to: &mut [f32; 32]) {
+        neon!({
+            for (i, scales) in scales.into_iter().enumerate() {
+                vst1q_f32(to.as_mut_ptr().add(8 * i), vzip1q_f32(scales, scales));
+                vst1q_f32(to.as_mut_ptr().add(8 * i + 4), vzip2q_f32(scales, scales));
             }
         });
     }

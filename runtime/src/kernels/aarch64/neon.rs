@@ -269,6 +269,11 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
+    fn sum_i8(self, x: &[i8; 16]) -> i32 {
+        neon!(i32::from(vaddlvq_s8(vld1q_s8(x.as_ptr()))))
+    }
+
+    #[inline(always)]
     fn pair(self, even: &[u8; 16], odd: &[u8; 16]) -> B {
         neon!([vld1q_u8(even.as_ptr()), vld1q_u8(odd.as_ptr())])
     }

@@ -24,12 +24,8 @@ macro_rules! shared_lanes {
 
         #[inline(always)]
         fn bytes(self, w: &[u8; 64]) -> W {
-            neon!([
-                vld1q_u8(w.as_ptr()),
-                vld1q_u8(w.as_ptr().add(16)),
-                vld1q_u8(w.as_ptr().add(32)),
-                vld1q_u8(w.as_ptr().add(48)),
-            ])
+            let w = neon!(vld1q_u8_x4(w.as_ptr()));
+            [w.0, w.1, w.2, w.3]
         }
 
         #[inline(always)]

@@ -1,6 +1,6 @@
 //! Attention of one query over a cache of blocks: keys meet the query as integers, and their sums are exact.
 
-use super::{Cache, POSITIONS, Q8Block, Query, Scores, exp1, exponentials};
+use super::{Cache, POSITIONS, Q8Block, Query, Scores, exp1, exponentials, peak};
 use crate::format::f16_to_f32;
 use crate::kernels::float::soft_cap;
 use crate::kernels::integers::{BLOCK, quantize};
@@ -53,7 +53,7 @@ fn one_query<S: Simd>(s: S, q: &[f32], lane: &Query, cache: Cache<Q8Block>, rule
         if rule.soft_cap > 0.0 {
             soft_cap(s, &mut weights[..n], rule.soft_cap);
         }
-        let peak = weights.iter().fold(highest, |peak, x| if *x > peak { *x } else { peak });
+        let peak = peak(s, highest, &weights);
         let mut keep = exp1(s, highest - peak);
         total = total * keep + exponentials(s, peak, &mut weights);
         for (range, row) in cache.runs(start, n) {

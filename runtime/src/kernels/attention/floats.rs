@@ -1,6 +1,6 @@
 //! Attention over rows of floating-point numbers.
 
-use super::{Cache, POSITIONS, Query, Scores, exp1, exponentials};
+use super::{Cache, POSITIONS, Query, Scores, exp1, exponentials, peak};
 use crate::kernels::float::{Element, soft_cap};
 use crate::kernels::simd::Simd;
 
@@ -70,7 +70,12 @@ fn tile<S: Simd, T: Element, const N: usize, const M: usize>(
                 weights.fill(0.0);
                 continue;
             }
-            let peak = weights.iter().fold(highest[l], |peak, x| if *x > peak { *x } else { peak });
+            // Whole registers around what is seen; the others' exponentials are zeros.
+            let (before, after) = (seen.start / 8 * 8, seen.end.next_multiple_of(8));
+            weights[..before].fill(0.0);
+            weights[after..].fill(0.0);
+            let weights = &mut weights[before..after];
+            let peak = peak(s, highest[l], weights);
             keep[l] = exp1(s, highest[l] - peak);
             total[l] = total[l] * keep[l] + exponentials(s, peak, weights);
             highest[l] = peak;
@@ -87,15 +92,14 @@ fn tile<S: Simd, T: Element, const N: usize, const M: usize>(
     }
 }
 
-/// The eight elements from `at` on, filled up with zeros.
+/// Up to eight elements, filled up with zeros.
 #[inline(always)]
-fn eight<S: Simd, T: Element>(s: S, x: &[T], at: usize) -> S::F {
-    if let Some(whole) = x[at..].first_chunk() {
-        return T::load8(s, whole);
+fn padded<S: Simd, T: Element>(s: S, x: &[T]) -> S::F {
+    let mut lanes = [T::default(); 8];
+    for (lane, x) in lanes.iter_mut().zip(x) {
+        *lane = *x;
     }
-    let mut padded = [T::default(); 8];
-    padded[..x.len() - at].copy_from_slice(&x[at..]);
-    T::load8(s, &padded)
+    T::load8(s, &lanes)
 }
 
 /// `scores[l][at + i] = scale * dot(q[l], key[i])` for `count` rows.
@@ -112,6 +116,7 @@ fn products<S: Simd, T: Element, const N: usize, const M: usize>(
     count: usize,
 ) {
     let width = q[0].len();
+    let (whole, rest) = (width / 8, width / 8 * 8..width);
     for i in (0..count).step_by(M) {
         let mut rows: [&[T]; M] = [&[]; M];
         for (j, row) in rows.iter_mut().enumerate() {
@@ -119,23 +124,51 @@ fn products<S: Simd, T: Element, const N: usize, const M: usize>(
             *row = &keys[(i + j).min(count - 1) * stride..][..width];
         }
         let mut sums = [s.splat(0.0); 8];
-        for at in (0..width).step_by(8) {
+        for c in 0..whole {
             let mut row = [s.splat(0.0); M];
             for (row, from) in row.iter_mut().zip(rows) {
-                *row = eight(s, from, at);
+                *row = T::load8(s, &from.as_chunks().0[c]);
             }
-            for l in 0..N {
-                let q = eight(s, q[l], at);
-                for j in 0..M {
-                    sums[l * M + j] = s.fma(q, row[j], sums[l * M + j]);
-                }
+            let mut query = [s.splat(0.0); N];
+            for (query, q) in query.iter_mut().zip(q) {
+                *query = s.load(&q.as_chunks().0[c]);
             }
+            add_products(s, query, row, &mut sums);
+        }
+        if !rest.is_empty() {
+            let mut row = [s.splat(0.0); M];
+            for (row, from) in row.iter_mut().zip(rows) {
+                *row = padded(s, &from[rest.clone()]);
+            }
+            let mut query = [s.splat(0.0); N];
+            for (query, q) in query.iter_mut().zip(q) {
+                *query = padded(s, &q[rest.clone()]);
+            }
+            add_products(s, query, row, &mut sums);
         }
         let mut lanes = [0.0; 8];
         s.store(s.mul(s.sums(sums), s.splat(scale)), &mut lanes);
         let here = M.min(count - i);
         for (scores, lanes) in scores.iter_mut().zip(lanes.as_chunks::<M>().0) {
-            scores[at + i..][..here].copy_from_slice(&lanes[..here]);
+            match scores[at + i..].first_chunk_mut::<M>() {
+                Some(scores) if here == M => *scores = *lanes,
+                _ => scores[at + i..][..here].copy_from_slice(&lanes[..here]),
+            }
+        }
+    }
+}
+
+/// `sums[l * M + j] += q[l] * row[j]`, eight lanes each.
+#[inline(always)]
+fn add_products<S: Simd, const N: usize, const M: usize>(
+    s: S,
+    q: [S::F; N],
+    row: [S::F; M],
+    sums: &mut [S::F; 8],
+) {
+    for l in 0..N {
+        for j in 0..M {
+            sums[l * M + j] = s.fma(q[l], row[j], sums[l * M + j]);
         }
     }
 }

@@ -102,9 +102,22 @@ fn exp1<S: Simd>(s: S, x: f32) -> f32 {
     lanes[0]
 }
 
-/// `x = exp(x - peak)`; returns their sum.
+/// The highest of `highest` and `x`, whose length is a multiple of 8; what is not a number is none of them.
 #[inline(always)]
-fn exponentials<S: Simd>(s: S, peak: f32, x: &mut [f32; POSITIONS]) -> f32 {
+fn peak<S: Simd>(s: S, highest: f32, x: &[f32]) -> f32 {
+    let mut lanes = s.splat(highest);
+    for x in x.as_chunks().0 {
+        let x = s.load(x);
+        lanes = s.select_less(lanes, x, x, lanes);
+    }
+    let mut eight = [0.0; 8];
+    s.store(lanes, &mut eight);
+    eight.into_iter().fold(highest, |peak, x| if x > peak { x } else { peak })
+}
+
+/// `x = exp(x - peak)`, of a multiple of 8; returns their sum.
+#[inline(always)]
+fn exponentials<S: Simd>(s: S, peak: f32, x: &mut [f32]) -> f32 {
     let mut sum = s.splat(0.0);
     for x in x.as_chunks_mut::<8>().0 {
         let y = exp_lanes(s, s.sub(s.load(x), s.splat(peak)));

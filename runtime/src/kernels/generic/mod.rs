@@ -138,6 +138,11 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
+    fn sum_i8(self, x: &[i8; 16]) -> i32 {
+        x.iter().map(|x| i32::from(*x)).sum()
+    }
+
+    #[inline(always)]
     fn pair(self, even: &[u8; 16], odd: &[u8; 16]) -> [u8; 32] {
         core::array::from_fn(|i| if i < 16 { even[i] } else { odd[i - 16] })
     }

@@ -98,8 +98,7 @@ pub(crate) fn quantize<S: Simd>(s: S, acts: &mut ActivationsMut) {
                 None => (0.0, [[0; 16]; 2]),
             };
             let at = group + block * side + lane;
-            let sum = |half: &[i8; 16]| half.iter().map(|q| i32::from(*q)).sum::<i32>();
-            let (first, second) = (sum(&quants[0]), sum(&quants[1]));
+            let (first, second) = (s.sum_i8(&quants[0]), s.sum_i8(&quants[1]));
             acts.scales[at] = scale;
             sums[at] = bits(first + second);
             halves[at] = bits(first);

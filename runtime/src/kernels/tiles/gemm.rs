@@ -1,6 +1,6 @@
 //! Many tokens: prefill.
 //!
-//! The weights of a tile are unpacked for up to 512 columns at a time into a panel on the stack, over which
+//! The weights of a tile are unpacked for up to 768 columns at a time into a panel on the stack, over which
 //! all tokens pass, four side by side. Sums wait in the output between two panels, so a token's sums are
 //! formed in the same order as alone.
 
@@ -12,8 +12,8 @@ use crate::format::TILE_ROWS as ROWS;
 use crate::kernels::matmul::Matrix;
 use crate::kernels::output::Columns;
 
-/// Blocks of a panel, a whole number of shares.
-pub(crate) const BLOCKS: usize = 16;
+/// Most blocks of a panel, a whole number of shares.
+pub(crate) const BLOCKS: usize = 24;
 
 /// The unpacked weights of one tile.
 #[repr(align(64))]
@@ -22,8 +22,8 @@ pub(crate) struct Panel {
     pub blocks: usize,
     /// For each block, the weights of its eight groups of four columns as [`Lanes::keep`] wrote them.
     pub weights: [[[[u8; 64]; 2]; 4]; BLOCKS],
-    /// Scales of each block's segments.
-    pub scales: [[[f32; ROWS]; 2]; BLOCKS],
+    /// Scales of each block's segments, as [`Lanes::keep_scales`] wrote them.
+    pub scales: [[[f32; 2 * ROWS]; 2]; BLOCKS],
     /// Minimums of each block.
     pub mins: [[f32; ROWS]; BLOCKS],
 }
@@ -32,7 +32,7 @@ impl Panel {
     const EMPTY: Self = Self {
         blocks: 0,
         weights: [[[[0; 64]; 2]; 4]; BLOCKS],
-        scales: [[[0.0; ROWS]; 2]; BLOCKS],
+        scales: [[[0.0; 2 * ROWS]; 2]; BLOCKS],
         mins: [[0.0; ROWS]; BLOCKS],
     };
 
@@ -54,7 +54,7 @@ impl Panel {
                 s.keep([W::group::<S, 6>(s, quants), W::group::<S, 7>(s, quants)], bias, d);
                 for segment in 0..W::SEGMENTS {
                     let (scale, min) = scales::<S, W>(s, factors, i, segment);
-                    s.store(scale, &mut self.scales[block][segment]);
+                    s.keep_scales(scale, &mut self.scales[block][segment]);
                     if W::MINS {
                         s.store(min, &mut self.mins[block]);
                     }
@@ -71,8 +71,11 @@ pub(crate) fn many_tokens<S: Lanes, W: Format>(s: S, weight: &Matrix, acts: &Til
     let mut panel = Panel::EMPTY;
     for row in rows.step_by(ROWS) {
         let Some(bytes) = weight.tile(row) else { return };
-        for first in (0..acts.blocks).step_by(BLOCKS) {
-            let count = BLOCKS.min(acts.blocks - first);
+        // Panels of about one size, each a whole number of shares.
+        let panels = acts.blocks.div_ceil(BLOCKS).max(1);
+        let size = acts.blocks.div_ceil(panels).next_multiple_of(W::Share::BLOCKS);
+        for first in (0..acts.blocks).step_by(size.max(1)) {
+            let count = size.min(acts.blocks - first);
             panel.fill::<S, W>(s, bytes, first, count);
             for quad in 0..acts.tokens.div_ceil(SIDE) {
                 let mut sums = [[0.0; ROWS]; SIDE];
@@ -133,7 +136,7 @@ pub(crate) fn multiply_quad<S: Lanes, W: Format>(
                 p[2] = dot::<S, W, 1>(s, dot::<S, W, 0>(s, p[2], even, a23), odd, a23);
                 p[3] = dot::<S, W, 3>(s, dot::<S, W, 2>(s, p[3], even, a23), odd, a23);
             }
-            let scale = s.load(&scales[segment]);
+            let scale = s.kept_scales(&scales[segment]);
             for (lane, sums) in sums.iter_mut().enumerate() {
                 let integers = finish::<S, W>(s, p[lane], starts[lane]);
                 *sums = s.fma(integers, s.mul(scale, s.splat(scales_a[lane])), *sums);
@@ -191,7 +194,7 @@ fn one_of_four<S: Lanes, W: Format, const TOKEN: usize>(
                     dot::<S, W, 3>(s, dot::<S, W, 2>(s, p, even, a), odd, a)
                 };
             }
-            let scale = s.mul(s.load(&scales[segment]), s.splat(scales_a[TOKEN]));
+            let scale = s.mul(s.kept_scales(&scales[segment]), s.splat(scales_a[TOKEN]));
             sums = s.fma(finish::<S, W>(s, p, 0), scale, sums);
         }
         if W::MINS {

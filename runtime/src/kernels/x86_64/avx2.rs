@@ -204,6 +204,16 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn sum_i8(self, x: &[i8; 16]) -> i32 {
+        avx2!({
+            // Unsigned bytes are summed in two halves; the offset is taken off again.
+            let bytes = _mm_xor_si128(_mm_loadu_si128(x.as_ptr().cast()), _mm_set1_epi8(-128));
+            let sums = _mm_sad_epu8(bytes, _mm_setzero_si128());
+            _mm_cvtsi128_si32(_mm_add_epi32(sums, _mm_unpackhi_epi64(sums, sums))) - 16 * 128
+        })
+    }
+
+    #[inline(always)]
     fn pair(self, even: &[u8; 16], odd: &[u8; 16]) -> __m256i {
         avx2!({
             let even = _mm256_castsi128_si256(_mm_loadu_si128(even.as_ptr().cast()));
