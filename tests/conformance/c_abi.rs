@@ -6,6 +6,7 @@ use std::ptr::{null, null_mut};
 
 use edge::*;
 use edge_runtime::Code;
+use edge_runtime::kernels::Kernels;
 use edge_tests::{TinyAdapter, TinyModel};
 
 const PROMPT: &str = "in the land";
@@ -396,6 +397,28 @@ fn wrong_arguments_have_their_own_numbers() {
     let mut arena = vec![0; plan(&open.model, &limits()).unwrap().arena_bytes as usize];
     let (code, message) = open_in(&open.model, &limits(), &one, &mut arena).unwrap_err();
     assert_eq!(code, number(Code::BadArgument), "{message}");
+}
+
+#[test]
+fn a_session_names_its_kernels() {
+    let fastest = Kernels::available().next().unwrap().name();
+    // x86-64 has to be told what its processor can do.
+    let untold = if cfg!(target_arch = "x86_64") { "generic" } else { fastest };
+    for (cpu_features, expected) in [(0, untold), (u64::MAX, fastest)] {
+        let open = Open::with(EdgeLimits { cpu_features, ..limits() }, null());
+        let name = |capacity: usize| {
+            let mut buffer = vec![0xA5u8; capacity];
+            // SAFETY: the session is open; the buffer is a slice.
+            let length = unsafe { edge_kernels(open.session, buffer.as_mut_ptr().cast(), buffer.len()) };
+            assert_eq!(length as usize, expected.len());
+            CStr::from_bytes_until_nul(&buffer).unwrap().to_str().unwrap().to_owned()
+        };
+        assert_eq!((name(32).as_str(), name(3).as_str()), (expected, &expected[..2]));
+    }
+    let mut buffer = [0u8; 8];
+    // SAFETY: null is refused; the buffer is a slice.
+    let refused = unsafe { edge_kernels(null(), buffer.as_mut_ptr().cast(), buffer.len()) };
+    assert_eq!(refused, number(Code::BadArgument));
 }
 
 #[test]

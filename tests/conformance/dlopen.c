@@ -1,4 +1,4 @@
-/* Loads libedge.so, continues a prompt with the most likely tokens and prints their numbers.
+/* Loads libedge.so, continues a prompt with the most likely tokens and prints their numbers, then the kernels.
  *
  *   dlopen LIBRARY MODEL PROMPT MAX_TOKENS THREADS
  *
@@ -20,7 +20,7 @@
 #define FUNCTIONS(X)                                                                                \
   X(edge_abi_version) X(edge_error_text) X(edge_plan) X(edge_open) X(edge_last_error)               \
   X(edge_tokenize) X(edge_piece) X(edge_is_end) X(edge_feed) X(edge_logits) X(edge_position)        \
-  X(edge_truncate) X(edge_set_sampling) X(edge_next) X(edge_generate)
+  X(edge_truncate) X(edge_set_sampling) X(edge_next) X(edge_generate) X(edge_kernels)
 
 static struct {
 #define FIELD(name) __typeof__(&name) name;
@@ -137,7 +137,9 @@ int main(int argc, char **argv) {
     printf(generated++ == 0 ? "%u" : ",%u", token);
     checked("edge_feed", api.edge_feed(session, &token, 1));
   }
-  printf("]\n");
+  char kernels[32] = "";
+  checked("edge_kernels", api.edge_kernels(session, kernels, sizeof kernels));
+  printf("]\n%s\n", kernels);
 
   /* The same once more by the convenience function, in the same session. */
   static struct text text;

@@ -8,8 +8,9 @@ use edge_tests::{TinyModel, build, command, require_tool, run, workspace};
 
 const PROMPT: &str = "in the land of Athens, the king sang";
 const TOKENS: &str = "20";
-/// The processors that qemu plays: the oldest that we serve, and one with every extension.
-const CPUS: [&str; 2] = ["cortex-a53", "max"];
+/// The processors that qemu plays, each with the fastest kernels that it can run: the oldest that we serve, one with
+/// the dot product, and one with every extension.
+const CPUS: [(&str, &str); 3] = [("cortex-a53", "neon"), ("cortex-a76", "dotprod"), ("max", "i8mm")];
 const MUSL: &str = "aarch64-unknown-linux-musl";
 const QEMU: &str = "qemu-aarch64";
 const CROSS_CC: &str = "aarch64-linux-gnu-gcc";
@@ -20,8 +21,15 @@ const CROSS_ROOT: &str = "/usr/aarch64-linux-gnu";
 const LLAMA_CPP: &str = "[149,92,105,244,17,241,213,49,110,184,260,152,256,59,76,256,79,102,137,223]";
 
 struct Model {
-    _folder: tempfile::TempDir,
+    folder: tempfile::TempDir,
     path: PathBuf,
+}
+
+/// What a model said: the ids of its tokens, and the bits of the logits after the last of them.
+#[derive(Debug, PartialEq)]
+struct Said {
+    ids: String,
+    logits: Vec<u8>,
 }
 
 impl Model {
@@ -29,31 +37,47 @@ impl Model {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("tiny.gguf");
         std::fs::write(&path, TinyModel::gguf()).unwrap();
-        Self { _folder: folder, path }
+        Self { folder, path }
+    }
+
+    /// The same weights as a pack.
+    fn packed() -> Self {
+        let Self { folder, path } = Self::new();
+        let pack = folder.path().join("tiny.edgepack");
+        edgec::pack::pack(&edgec::profile::open(&path).unwrap(), &pack).unwrap();
+        Self { folder, path: pack }
     }
 
     /// The reference: portable kernels, one thread, on the host.
-    fn reference(&self) -> String {
+    fn reference(&self) -> Said {
         let host = build("edge-run", None).join("edge-run");
-        self.ids(command(host, []), &["--kernels", "generic", "-t", "1"])
+        self.say(command(host, []), &["--kernels", "generic", "-t", "1"])
     }
 
-    fn ids(&self, mut program: std::process::Command, options: &[&str]) -> String {
+    fn say(&self, mut program: std::process::Command, options: &[&str]) -> Said {
+        let logits = self.folder.path().join("logits");
         program.arg("generate").arg(&self.path);
-        program.args(["--prompt", PROMPT, "--max-tokens", TOKENS, "--ids"]).args(options);
-        run(&mut program).trim().to_owned()
+        program.args(["--prompt", PROMPT, "--max-tokens", TOKENS, "--ids", "--logits"]).arg(&logits);
+        let ids = run(program.args(options)).trim().to_owned();
+        let said = Said { ids, logits: std::fs::read(&logits).unwrap() };
+        std::fs::remove_file(&logits).unwrap();
+        said
     }
 }
 
 #[test]
 fn host_kernels_and_threads_agree_with_each_other_and_with_llama_cpp() {
-    let (model, host) = (Model::new(), build("edge-run", None).join("edge-run"));
-    let reference = model.reference();
-    assert_eq!(reference, LLAMA_CPP);
-    for kernels in edge_runtime::kernels::Kernels::available() {
-        for threads in ["1", "2", "3"] {
-            let found = model.ids(command(&host, []), &["--kernels", kernels.name(), "-t", threads]);
-            assert_eq!(found, reference, "{} with {threads} threads", kernels.name());
+    let host = build("edge-run", None).join("edge-run");
+    for model in [Model::new(), Model::packed()] {
+        let reference = model.reference();
+        // A pack sums its products in another order: its choices are the same, its logits are not.
+        assert_eq!(reference.ids, LLAMA_CPP, "{}", model.path.display());
+        assert!(!reference.logits.is_empty());
+        for kernels in edge_runtime::kernels::Kernels::available() {
+            for threads in ["1", "2", "3"] {
+                let found = model.say(command(&host, []), &["--kernels", kernels.name(), "-t", threads]);
+                assert!(found == reference, "{} with {threads} threads: {}", kernels.name(), found.ids);
+            }
         }
     }
 }
@@ -63,12 +87,28 @@ fn aarch64_kernels_agree_with_the_host() {
     if !require_tool(QEMU) {
         return;
     }
-    let (model, device) = (Model::new(), build("edge-run", Some(MUSL)).join("edge-run"));
-    let reference = model.reference();
-    for cpu in CPUS {
-        for options in [&["--kernels", "generic"][..], &["--kernels", "neon"], &["-t", "2"]] {
-            let found = model.ids(command(QEMU, [&"-cpu", &cpu, &device]), options);
-            assert_eq!(found, reference, "{cpu} {options:?}");
+    let device = build("edge-run", Some(MUSL)).join("edge-run");
+    for model in [Model::new(), Model::packed()] {
+        let reference = model.reference();
+        for (index, (cpu, fastest)) in CPUS.into_iter().enumerate() {
+            let qemu = || command(QEMU, [&"-cpu", &cpu, &device]);
+            let slower = CPUS[..index].iter().map(|(_, kernels)| *kernels);
+            for kernels in slower.chain(["generic", fastest]) {
+                let found = model.say(qemu(), &["--kernels", kernels, "-t", "1"]);
+                assert!(found == reference, "{cpu} {kernels}: {}", found.ids);
+            }
+            assert!(model.say(qemu(), &["-t", "2"]) == reference, "{cpu}");
+            // What the processor has not cannot be asked for.
+            for (_, missing) in &CPUS[index + 1..] {
+                let mut refused = qemu();
+                refused.arg("generate").arg(&model.path).args(["--prompt", "x", "--kernels", missing]);
+                let refused = refused.output().unwrap();
+                let error = String::from_utf8_lossy(&refused.stderr);
+                assert!(
+                    !refused.status.success() && error.contains(&format!("no kernels `{missing}`")),
+                    "{error}"
+                );
+            }
         }
     }
 }
@@ -78,17 +118,21 @@ fn the_device_library_agrees_with_the_host() {
     if !require_tool(QEMU) || !require_tool(CROSS_CC) {
         return;
     }
-    let (model, out) = (Model::new(), tempfile::tempdir().unwrap());
-    let reference = model.reference();
+    let out = tempfile::tempdir().unwrap();
+    let models = [Model::new(), Model::packed()].map(|model| (model.reference(), model));
     for name in ["aarch64-android", "aarch64-linux"] {
         let bundle = edgec::bundle::build(&Target::by_name(name).unwrap(), out.path()).unwrap();
         let loader = compile(CROSS_CC, &bundle.folder, &["-ldl"]);
         let linked = compile(CROSS_CC, &bundle.folder, &["-DEDGE_STATIC", "libedge.a"]);
-        for cpu in CPUS {
+        for (cpu, fastest) in CPUS {
             for (program, threads) in [(&loader, "1"), (&loader, "3"), (&linked, "1")] {
-                let qemu = command(QEMU, [&"-cpu", &cpu, &"-L", &CROSS_ROOT, program]);
-                let found = through_c(qemu, &bundle.shared, &model.path, threads);
-                assert_eq!(found, reference, "{name} {cpu} {} {threads}", program.display());
+                for (reference, model) in &models {
+                    let qemu = command(QEMU, [&"-cpu", &cpu, &"-L", &CROSS_ROOT, program]);
+                    let (ids, kernels) = through_c(qemu, &bundle.shared, &model.path, threads);
+                    assert_eq!(ids, reference.ids, "{name} {cpu} {} {threads}", program.display());
+                    // Nobody told the library: it found out what the processor has.
+                    assert_eq!(kernels, fastest, "{name} {cpu} {}", program.display());
+                }
             }
         }
     }
@@ -105,8 +149,9 @@ fn the_host_library_agrees_with_the_host() {
     let loader = compile("cc", &bundle.folder, &["-ldl"]);
     let linked = compile("cc", &bundle.folder, &["-DEDGE_STATIC", "libedge.a"]);
     for program in [loader, linked] {
-        let found = through_c(command(program, []), &bundle.shared, &model.path, "2");
-        assert_eq!(found, model.reference());
+        let (ids, kernels) = through_c(command(program, []), &bundle.shared, &model.path, "2");
+        // On x86-64 the application says what its processor has; this one does not.
+        assert_eq!((ids, kernels.as_str()), (model.reference().ids, "generic"));
     }
 }
 
@@ -121,8 +166,15 @@ fn compile(compiler: &str, folder: &Path, options: &[&str]) -> PathBuf {
     program
 }
 
-/// The ids that `dlopen.c` prints on its first line.
-fn through_c(mut program: std::process::Command, library: &Path, model: &Path, threads: &str) -> String {
+/// The ids and the kernels that `dlopen.c` prints on its first lines.
+fn through_c(
+    mut program: std::process::Command,
+    library: &Path,
+    model: &Path,
+    threads: &str,
+) -> (String, String) {
     program.arg(library).arg(model).args([PROMPT, TOKENS, threads]);
-    run(&mut program).lines().next().unwrap_or_default().to_owned()
+    let said = run(&mut program);
+    let mut lines = said.lines().map(str::to_owned);
+    (lines.next().unwrap_or_default(), lines.next().unwrap_or_default())
 }

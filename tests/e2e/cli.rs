@@ -216,10 +216,13 @@ fn bench_has_the_fields_of_llama_bench() {
     for (test, (prompt, generated)) in tests.iter().zip([(32, 0), (0, 16)]) {
         assert_eq!((&test["n_prompt"], &test["n_gen"]), (&Value::from(prompt), &Value::from(generated)));
         assert_eq!(test["n_threads"], 1);
-        for key in ["build_commit", "cpu_info", "model_filename", "model_type"] {
+        for key in
+            ["build_commit", "backends", "cpu_info", "model_filename", "model_type", "type_k", "type_v"]
+        {
             assert!(test[key].as_str().is_some_and(|text| !text.is_empty()), "{key}");
         }
-        for key in ["model_size", "model_n_params", "n_batch", "avg_ns", "avg_ts"] {
+        for key in ["build_number", "model_size", "model_n_params", "n_batch", "n_ubatch", "avg_ns", "avg_ts"]
+        {
             assert!(test[key].as_f64().is_some_and(|number| number > 0.0), "{key}");
         }
         for key in ["stddev_ns", "stddev_ts"] {
@@ -227,6 +230,22 @@ fn bench_has_the_fields_of_llama_bench() {
         }
         for key in ["samples_ns", "samples_ts"] {
             assert_eq!(test[key].as_array().unwrap().len(), 2, "{key}");
+        }
+        // What llama-bench has not: each test has its latencies, and the memory where the system tells.
+        let latencies = [("ttft", prompt), ("inter_token", generated)];
+        for (key, tokens) in latencies {
+            let percentiles = ["p50_ns", "p95_ns", "p99_ns"].map(|percent| test[key][percent].as_u64());
+            match tokens {
+                0 => assert!(test[key].is_null(), "{key}"),
+                _ => assert!(percentiles[0] > Some(0) && percentiles.is_sorted(), "{key}: {percentiles:?}"),
+            }
+        }
+        let [peak, anonymous, file] =
+            ["peak_rss_bytes", "rss_anon_bytes", "rss_file_bytes"].map(|key| test[key].as_u64());
+        if cfg!(target_os = "linux") {
+            assert!(anonymous.max(file) <= peak && anonymous >= test["arena_bytes"].as_u64(), "{test}");
+        } else {
+            assert_eq!([peak, anonymous, file], [None; 3]);
         }
     }
     let table = run(on_model("bench").args(["-p", "8", "-n", "0", "-r", "1"]));

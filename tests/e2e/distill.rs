@@ -52,7 +52,7 @@ fn the_files_are_those_of_the_manifest(out: &Path, manifest: &Value) {
         assert_eq!(artifact["sha256"].as_str().unwrap().len(), 64, "{path}");
         paths.push(path);
     }
-    for path in ["student", "student.gguf", "report.html"] {
+    for path in ["student", "student.gguf", "student.edgepack", "report.html"] {
         assert!(paths.contains(&path), "{path}: {paths:?}");
     }
     let library = out.join("lib").join(TARGET);
@@ -115,6 +115,13 @@ fn eval_finds_what_the_manifest_says(out: &Path, manifest: &Value) {
     close(&found(out), &summary["student"]["quality"]);
     close(&found(&out.join("student.gguf")), &summary["student"]["quality"]);
     close(&found(&out.join("student")), &summary["trained"]["quality"]);
+    // The pack holds the weights of the file: it is as far from the trained weights.
+    let parity = |path: &str| {
+        let artifacts = manifest["artifacts"].as_array().unwrap();
+        artifacts.iter().find(|artifact| artifact["path"] == path).unwrap()["parity"]["kl"].as_f64().unwrap()
+    };
+    let (file, pack) = (parity("student.gguf"), parity("student.edgepack"));
+    assert!(pack > 0.0 && (pack - file).abs() < 0.1 * file, "KL {pack} of the pack, {file} of the GGUF");
     let [teacher, student] = ["teacher", "student"].map(|model| &summary[model]["quality"]);
     assert_eq!(student["teacher_ppl"], teacher["ppl"]);
     assert!(student["kl"].as_f64().unwrap() > 0.0 && teacher["kl"] == 0.0);

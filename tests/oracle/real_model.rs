@@ -109,6 +109,18 @@ fn its_perplexity_is_that_of_llama_cpp_and_a_smaller_cache_hardly_moves_it() {
 }
 
 #[test]
+fn its_q4_0_pack_is_as_sure_as_the_file() {
+    let Some(model) = model() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let (gguf, pack) = (folder.path().join("q4_0.gguf"), folder.path().join("q4_0.edgepack"));
+    run(edgec().arg("quantize").arg(&model).args(["--type", "Q4_0", "--out"]).arg(&gguf));
+    run(edgec().arg("pack").arg(&gguf).args(["--target", "raspberry-pi-5"]));
+    let [packed, plain] = [&pack, &gguf].map(|path| perplexity(path, "auto"));
+    println!("Q4_0: perplexity {plain:.4}, in tiles {packed:.4}");
+    assert!((packed / plain - 1.0).abs() < 0.005, "{packed} in tiles, {plain} in rows");
+}
+
+#[test]
 fn a_device_asks_it_as_the_chat_template_does() {
     const QUESTION: &str = "What is the capital of France?";
     let Some(model) = model() else { return };

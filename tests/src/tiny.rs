@@ -22,6 +22,15 @@ impl TinyModel {
 
     /// One of the same shape and vocabulary with other weights.
     pub fn of_seed(seed: u64) -> Vec<u8> {
+        Self::write(seed, LAYERS)
+    }
+
+    /// One of `layers` layers: each adds about 600 KiB.
+    pub fn of_layers(layers: usize) -> Vec<u8> {
+        Self::write(7, layers)
+    }
+
+    fn write(seed: u64, layers: usize) -> Vec<u8> {
         let tokens = tokens();
         let mut tensors = Tensors { state: seed, list: Vec::new() };
         tensors.matrix("token_embd.weight", HIDDEN, tokens.len() as u64, DType::Q8_0);
@@ -29,7 +38,7 @@ impl TinyModel {
         tensors.matrix("output.weight", HIDDEN, tokens.len() as u64, DType::Q6K);
         let kv = HIDDEN * u64::from(KV_HEADS) / u64::from(HEADS);
         let mut types = DType::ALL.into_iter().cycle();
-        for layer in 0..LAYERS {
+        for layer in 0..layers {
             tensors.ones(&format!("blk.{layer}.attn_norm.weight"), HIDDEN);
             tensors.ones(&format!("blk.{layer}.ffn_norm.weight"), HIDDEN);
             for (name, cols, rows) in [
@@ -45,7 +54,7 @@ impl TinyModel {
                 tensors.matrix(&format!("blk.{layer}.{name}.weight"), cols, rows, dtype);
             }
         }
-        write_file(&metadata(&tokens), &tensors.list)
+        write_file(&metadata(&tokens, layers), &tensors.list)
     }
 }
 
@@ -181,7 +190,7 @@ impl Tensors {
 }
 
 /// Keys with GGUF's number of their type and their bytes.
-fn metadata(tokens: &[String]) -> Vec<(&'static str, u32, Vec<u8>)> {
+fn metadata(tokens: &[String], layers: usize) -> Vec<(&'static str, u32, Vec<u8>)> {
     let text = |text: &str| [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat();
     let uint = |value: u32| value.to_le_bytes().to_vec();
     let texts = |texts: &mut dyn Iterator<Item = &str>| {
@@ -199,7 +208,7 @@ fn metadata(tokens: &[String]) -> Vec<(&'static str, u32, Vec<u8>)> {
     vec![
         ("general.architecture", TEXT, text("llama")),
         ("general.name", TEXT, text("tiny")),
-        ("llama.block_count", UINT, uint(LAYERS as u32)),
+        ("llama.block_count", UINT, uint(layers as u32)),
         ("llama.context_length", UINT, uint(256)),
         ("llama.embedding_length", UINT, uint(HIDDEN as u32)),
         ("llama.feed_forward_length", UINT, uint(FFN as u32)),

@@ -11,7 +11,7 @@ use super::{EngineArguments, output};
 
 #[derive(Args)]
 pub struct Arguments {
-    /// GGUF files, Hugging Face folders or runs' folders
+    /// GGUF files, packs, Hugging Face folders or runs' folders
     #[arg(required = true)]
     models: Vec<PathBuf>,
     /// Tokens in the prompt; 0 leaves the test out

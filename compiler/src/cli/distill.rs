@@ -146,7 +146,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<()> {
     }));
     output::line(output::table(&rows))?;
     output::line(format!(
-        "\nlibedge.so for {}: {}\neverything is in {}: student.gguf, student/, lib/, report.html",
+        "\nlibedge.so for {}: {}\neverything is in {}: student.gguf, student.edgepack, student/, lib/, report.html",
         summary.target,
         output::bytes(summary.library_bytes),
         folder.display()

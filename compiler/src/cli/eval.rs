@@ -13,7 +13,7 @@ use super::{EngineArguments, output};
 
 #[derive(Args)]
 pub struct Arguments {
-    /// GGUF file, Hugging Face folder or run's folder
+    /// GGUF file, pack, Hugging Face folder or run's folder
     model: PathBuf,
     /// Model to compare with; of the same vocabulary
     #[arg(long)]

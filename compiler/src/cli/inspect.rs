@@ -8,6 +8,7 @@ use edge_models::{DecoderSpec, FAMILIES, Rope, RopeScaling};
 use edge_runtime::Code;
 use edge_runtime::format::{DType, Gguf, Layout, TensorInfo, Value};
 use edge_runtime::session::{Limits, Plan};
+use edgec::pack::hex;
 use edgec::profile::{self, ModelFile};
 use edgec::text::{ChatTemplate, HostTokenizer};
 use serde_json::json;
@@ -16,7 +17,7 @@ use super::output;
 
 #[derive(Args)]
 pub struct Arguments {
-    /// GGUF file, Hugging Face folder or run's folder
+    /// GGUF file, pack, Hugging Face folder or run's folder
     model: PathBuf,
     /// List every tensor and every metadata entry
     #[arg(long)]
@@ -50,6 +51,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         gguf.architecture().unwrap_or("?"),
     ))?;
     let mut lines = Vec::new();
+    lines.extend(gguf.packed_from().map(|hash| format!("pack of the file with SHA-256 {}", hex(hash))));
     if let Some(plan) = &plan {
         lines.extend(of_spec(plan.spec()));
         lines.push(format!(
@@ -303,6 +305,7 @@ fn document(
         "path": file.path().display().to_string(),
         "bytes": file.bytes().len(),
         "version": gguf.version(),
+        "packed_from": gguf.packed_from().map(|hash| hex(hash)),
         "spec": plan.map(|plan| spec_document(plan.spec())),
         "tokenizer": tokenizer.map(tokenizer_document),
         "metadata": metadata,

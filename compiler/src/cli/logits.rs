@@ -13,7 +13,7 @@ use super::progress::note;
 
 #[derive(Args)]
 pub struct Arguments {
-    /// GGUF file, Hugging Face folder or run's folder
+    /// GGUF file, pack, Hugging Face folder or run's folder
     model: PathBuf,
     /// Token ids: `1,2,3`, or a file that holds such a list or a JSON array
     #[arg(long)]

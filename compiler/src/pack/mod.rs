@@ -20,8 +20,15 @@ use crate::export::gguf::{GgufWriteError, GgufWriter};
 use crate::model::owned;
 use crate::profile::ModelFile;
 
+/// Name of a student's pack in a run's folder and beside a bundle.
+pub const PACK_FILE: &str = "student.edgepack";
 /// Tensors start at multiples of this: a cache line, and a register of any kernel.
 const ALIGNMENT: u32 = 64;
+
+/// A hash as people read it.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
 
 /// Why a file cannot be packed.
 #[derive(Debug, thiserror::Error)]

@@ -8,6 +8,7 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use super::Recipe;
+use crate::pack::hex;
 use crate::profile::eval::Outcome;
 use crate::report::Summary;
 
@@ -64,7 +65,7 @@ pub fn sha256(path: &Path) -> io::Result<String> {
     loop {
         let count = file.read(&mut buffer)?;
         if count == 0 {
-            return Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect());
+            return Ok(hex(&hash.finalize()));
         }
         hash.update(&buffer[..count]);
     }

@@ -53,6 +53,8 @@ pub enum Error {
     #[error(transparent)]
     ExportHf(#[from] crate::export::hf::HfError),
     #[error(transparent)]
+    Pack(#[from] crate::pack::PackError),
+    #[error(transparent)]
     Bundle(#[from] crate::bundle::BundleError),
     #[error(transparent)]
     Measure(#[from] crate::profile::Error),

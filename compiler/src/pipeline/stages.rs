@@ -12,6 +12,7 @@ use super::manifest::{Artifact, Manifest, sha256};
 use super::{Data, Error, Observer, Recipe, StudentSource, TeacherSource};
 use crate::export::gguf::Mix;
 use crate::model::Model;
+use crate::pack::{self, PACK_FILE};
 use crate::profile::eval::{Config, Outcome, Score, evaluate_all};
 use crate::profile::{self, ModelFile, Settings, bench};
 use crate::report::{self, ModelRow, Summary};
@@ -248,6 +249,8 @@ impl Run<'_> {
         let report = quantize::quantize_file(trained, mix, &path)?;
         self.observer
             .note("export", &format!("student.gguf ({mix}, {:.2} bits per weight)", report.bits_per_weight));
+        let packed = pack::pack(&profile::open(&path)?, &self.path(PACK_FILE))?;
+        self.observer.note("pack", &format!("{PACK_FILE}: {} matrices in tiles", packed.tiled));
         Ok(())
     }
 
@@ -262,7 +265,9 @@ impl Run<'_> {
         let teacher = &inputs.teacher_file;
         let trained_file = profile::lay_out(trained, Path::new("student (f32)"))?;
         let shipped = profile::open(&self.path("student.gguf"))?;
-        let [quality, trained_quality, parity] = self.evaluate(inputs, &trained_file, &shipped)?;
+        let packed = profile::open(&self.path(PACK_FILE))?;
+        let [quality, trained_quality, parity, pack_parity] =
+            self.evaluate(inputs, [&trained_file, &shipped, &packed])?;
         let folder_parity = self.folder_parity(trained, trained_quality)?;
         let of_teacher = Outcome {
             ppl: quality.teacher_ppl.unwrap_or(f64::NAN),
@@ -296,6 +301,7 @@ impl Run<'_> {
                 ..artifact("student/model.safetensors", Some(folder_parity))?
             },
             artifact("student.gguf", Some(parity))?,
+            artifact(PACK_FILE, Some(pack_parity))?,
             artifact(&inside(&library.shared), None)?,
             artifact(&inside(&library.archive), None)?,
             artifact("report.html", None)?,
@@ -315,21 +321,21 @@ impl Run<'_> {
         Ok(manifest)
     }
 
-    /// The shipped student and the trained weights beside the teacher, and the former beside the latter.
+    /// The shipped student and the trained weights beside the teacher, and the shipped student and its pack beside
+    /// the trained weights.
     fn evaluate(
         &mut self,
         inputs: &Inputs,
-        trained: &ModelFile,
-        shipped: &ModelFile,
-    ) -> Result<[Outcome; 3], Error> {
+        [trained, shipped, packed]: [&ModelFile; 3],
+    ) -> Result<[Outcome; 4], Error> {
         let config = Config {
             context: self.recipe.train.length,
             windows: Some(EVAL_WINDOWS),
             score: Score::All,
             bos: inputs.tokenizer.bos_to_add(),
         };
-        let models = [&inputs.teacher_file, trained, shipped];
-        let pairs = [(2, Some(0)), (1, Some(0)), (2, Some(1))];
+        let models = [&inputs.teacher_file, trained, shipped, packed];
+        let pairs = [(2, Some(0)), (1, Some(0)), (2, Some(1)), (3, Some(1))];
         let observer = &mut *self.observer;
         let mut tell = |done, total, ppl| {
             observer.progress("evaluate", done, total, &format!("student's perplexity {ppl:.2}"));

@@ -56,7 +56,7 @@ pub enum Error {
     },
 }
 
-/// Opens a GGUF file in place, a run's folder (its `student.gguf`), or a Hugging Face folder, which is
+/// Opens a GGUF file or a pack in place, a run's folder (its `student.gguf`), or a Hugging Face folder, which is
 /// laid out as an f32 GGUF in memory first.
 ///
 /// # Errors

@@ -11,6 +11,7 @@ use rayon::prelude::*;
 
 use super::{LoadError, check_finite};
 use crate::model::{Model, Vocabulary, Weights};
+use crate::pack::hex;
 
 pub(super) fn load(path: &Path) -> Result<Model, LoadError> {
     let io = |source| LoadError::Io { path: path.into(), source };
@@ -26,8 +27,11 @@ pub(super) fn load(path: &Path) -> Result<Model, LoadError> {
 /// The model in a checked GGUF file; `path` is what errors call it.
 ///
 /// # Errors
-/// An unknown family, a missing or misshapen tensor, or one of a type that is not read.
+/// A pack, an unknown family, a missing or misshapen tensor, or one of a type that is not read.
 pub fn from_gguf(gguf: &Gguf<'_>, path: &Path) -> Result<Model, LoadError> {
+    if let Some(hash) = gguf.packed_from() {
+        return Err(LoadError::Packed { path: path.into(), source_hash: hex(hash) });
+    }
     let refuse = |source| LoadError::Gguf { path: path.into(), source };
     let architecture = gguf.architecture().map_err(refuse)?;
     let family = family_by_gguf_name(architecture)

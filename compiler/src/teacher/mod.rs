@@ -26,6 +26,8 @@ pub enum LoadError {
     Io { path: PathBuf, source: std::io::Error },
     #[error("{}: {source}", path.display())]
     Gguf { path: PathBuf, source: edge_runtime::Error },
+    #[error("{}: is a pack, laid out for a device's kernels; give the GGUF file that it was made from (SHA-256 {source_hash})", path.display())]
+    Packed { path: PathBuf, source_hash: String },
     #[error("{}: {}", path.display(), source.behind(prefix))]
     Spec { path: PathBuf, prefix: String, source: SpecError },
     #[error("{}: family `{found}` is not implemented; there are {}", path.display(), family_names())]

@@ -1,10 +1,12 @@
 /* edge.h - C interface of libedge, the runtime for small language models.
  *
- * The library never allocates, opens a file, starts a thread or probes the CPU. The caller brings
- *   - the bytes of a model file (GGUF), best mapped read-only;
+ * The library never allocates, keeps a file open, starts a thread or calls another library. On 64-bit ARM,
+ * edge_plan and edge_open read /proc/self/auxv where Linux or Android has it, to learn whether there are dot-product
+ * and matrix instructions. The caller brings
+ *   - the bytes of a model file (GGUF or pack), best mapped read-only;
  *   - one block of memory, the arena, whose size edge_plan tells beforehand;
  *   - threads, if it wants more than its own (edge_workers);
- *   - what its CPU can do beyond the baseline (edge_limits.cpu_features).
+ *   - on x86-64 what its CPU can do beyond the baseline (edge_limits.cpu_features).
  *
  * Use:
  *   edge_limits limits = {0};
@@ -46,7 +48,7 @@ extern "C" {
 /* Error numbers; functions return them negated. */
 enum {
   EDGE_E_TRUNCATED = 1,            /* the file ends before what it announces */
-  EDGE_E_BAD_MAGIC = 2,            /* not a GGUF file */
+  EDGE_E_BAD_MAGIC = 2,            /* neither a GGUF file nor a pack */
   EDGE_E_UNSUPPORTED_VERSION = 3,  /* a version of the format that is not read */
   EDGE_E_BAD_LENGTH = 4,           /* a count beyond what the file can hold */
   EDGE_E_BAD_VALUE_TYPE = 5,       /* a metadata value of an unknown type */
@@ -162,6 +164,10 @@ int32_t edge_open(const void *model, size_t model_size, const edge_limits *limit
 /* Writes the last error of a session into `buffer`, ended with 0 and cut if need be. Returns its whole
  * length without the 0; 0 if nothing has failed yet. */
 int32_t edge_last_error(const edge_session *session, char *buffer, size_t capacity);
+
+/* Writes the name of the kernels that a session runs on (such as "neon", "dotprod" or "i8mm") into `buffer`, as
+ * edge_last_error does. */
+int32_t edge_kernels(const edge_session *session, char *buffer, size_t capacity);
 
 /* Turns text, any bytes, into tokens and returns how many. There are at most 2 * `length` + 1; with a
  * byte-level vocabulary at most `length` + 1. */

@@ -1,6 +1,7 @@
 //! How the caller's block of memory is divided: planned once, carved once.
 
 use crate::abi::{CPU_AVX2, EdgeLimits, EdgePlanInfo};
+use crate::cpu;
 use crate::session::EdgeSession;
 use crate::team::Team;
 use edge_runtime::format::Gguf;
@@ -213,8 +214,8 @@ fn floats(bytes: &mut [u8]) -> &mut [f32] {
 }
 
 /// The fastest kernels for a CPU with these `EDGE_CPU_` bits. Without the bit, x86-64 gets the baseline
-/// even if the CPU has more; a bit that lies is caught by [`Features::detect`].
+/// even if the CPU has more; a bit that lies is caught by [`cpu::features`].
 fn kernels(cpu_features: u64) -> &'static Kernels {
     let allowed = !cfg!(target_arch = "x86_64") || cpu_features & CPU_AVX2 != 0;
-    Kernels::select(if allowed { Features::detect() } else { Features::NONE })
+    Kernels::select(if allowed { cpu::features() } else { Features::NONE })
 }

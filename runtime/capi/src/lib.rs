@@ -13,6 +13,7 @@ extern crate std;
 
 mod abi;
 mod arena;
+mod cpu;
 #[cfg(all(feature = "freestanding", panic = "abort"))]
 mod freestanding;
 #[cfg(any(feature = "memory", test))]
@@ -122,6 +123,26 @@ pub unsafe extern "C" fn edge_last_error(
     };
     match arguments {
         Ok((session, buffer)) => session.last_error().map_or(0, |error| Message::write(&error, buffer)),
+        Err(error) => abi::negative(&error),
+    }
+}
+
+/// The name of a session's kernels.
+///
+/// # Safety
+/// Pointers are null or valid as `edge.h` says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn edge_kernels(
+    session: *const EdgeSession,
+    buffer: *mut c_char,
+    capacity: usize,
+) -> i32 {
+    // SAFETY: the caller's promise for both; the session is only read.
+    let arguments = unsafe {
+        input_one(session, "session").and_then(|s| Ok((s, output(buffer.cast(), capacity, "buffer")?)))
+    };
+    match arguments {
+        Ok((session, buffer)) => Message::write(&session.kernels(), buffer),
         Err(error) => abi::negative(&error),
     }
 }

@@ -1,16 +1,14 @@
-//! Errors as C strings.
+//! Texts as C strings.
 
 use core::ffi::CStr;
 use core::fmt::{self, Write};
-
-use edge_runtime::Error;
 
 /// A text for an error number, negated or not.
 pub(crate) fn text(code: i32) -> &'static CStr {
     match code.unsigned_abs() {
         0 => c"no error",
         1 => c"the file ends before what it announces",
-        2 => c"not a GGUF file",
+        2 => c"neither a GGUF file nor a pack",
         3 => c"a version of the format that is not read",
         4 => c"a count beyond what the file can hold",
         5 => c"a metadata value of an unknown type",
@@ -47,12 +45,12 @@ pub(crate) struct Message<'b> {
 }
 
 impl Message<'_> {
-    /// Writes an error as a C string, cut at a character boundary if need be; returns its whole length
+    /// Writes `text` as a C string, cut at a character boundary if need be; returns its whole length
     /// without the final 0.
-    pub(crate) fn write(error: &Error, buffer: &mut [u8]) -> i32 {
+    pub(crate) fn write(text: &dyn fmt::Display, buffer: &mut [u8]) -> i32 {
         let mut message = Message { buffer, length: 0 };
         // Writing into memory cannot fail.
-        let _ = write!(message, "{error}");
+        let _ = write!(message, "{text}");
         let length = message.length;
         let last = message.buffer.len().saturating_sub(1);
         let mut end = length.min(last);
@@ -82,7 +80,7 @@ impl Write for Message<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use edge_runtime::Code;
+    use edge_runtime::{Code, Error};
 
     #[test]
     fn a_message_is_cut_at_a_character_and_ended() {
@@ -102,11 +100,11 @@ mod tests {
 
     #[test]
     fn every_code_has_a_text() {
-        for code in 1..=23 {
+        for code in 1..=27 {
             assert_ne!(text(code), c"an unknown error");
             assert_eq!(text(code), text(-code));
         }
-        assert_eq!(text(24), c"an unknown error");
+        assert_eq!(text(28), c"an unknown error");
         assert_eq!(text(i32::MIN), c"an unknown error");
     }
 }

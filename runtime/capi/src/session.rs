@@ -21,6 +21,7 @@ pub struct EdgeSession {
     logits: &'static mut [f32],
     candidates: &'static mut [u32],
     text: Option<Text>,
+    kernels: &'static str,
     error: Option<Error>,
 }
 
@@ -57,6 +58,7 @@ pub(crate) fn open(
         logits,
         candidates,
         text,
+        kernels: layout.kernels.name(),
         error: None,
     };
     place(parts.session, value)
@@ -104,6 +106,10 @@ impl EdgeSession {
 
     pub(crate) fn last_error(&self) -> Option<Error> {
         self.error
+    }
+
+    pub(crate) fn kernels(&self) -> &'static str {
+        self.kernels
     }
 
     fn text(&mut self) -> Result<&mut Text> {

@@ -44,6 +44,10 @@ impl Default for Options {
 pub struct Test {
     /// Version of this program.
     pub build_commit: &'static str,
+    /// The same as a number: a hundred for each minor version, ten thousand for each major one.
+    pub build_number: u32,
+    /// What computes: the CPU.
+    pub backends: &'static str,
     /// Name of the processor.
     pub cpu_info: String,
     /// The file.
@@ -56,18 +60,29 @@ pub struct Test {
     pub model_n_params: u64,
     /// Prompt tokens computed together.
     pub n_batch: usize,
+    /// The same: a batch is not divided further.
+    pub n_ubatch: usize,
     /// Threads.
     pub n_threads: usize,
+    /// Type of the keys in the cache.
+    pub type_k: &'static str,
+    /// Type of the values in the cache.
+    pub type_v: &'static str,
     /// Kernels in use.
     pub kernels: &'static str,
     /// Bytes of the arena.
     pub arena_bytes: u64,
     /// The part of it that is the KV cache.
     pub kv_bytes: u64,
+    /// Memory of the process after the test; `None` where the system does not tell.
+    #[serde(flatten)]
+    pub memory: Memory,
     /// Tokens of the prompt.
     pub n_prompt: usize,
     /// Tokens that followed one another.
     pub n_gen: usize,
+    /// Tokens in the context before.
+    pub n_depth: usize,
     /// Mean duration of a run.
     pub avg_ns: u64,
     /// Its standard deviation.
@@ -86,6 +101,39 @@ pub struct Test {
     /// Time from one token to the next, over all runs. Token test only.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub inter_token: Option<Percentiles>,
+}
+
+/// Memory that the process occupies, as Linux and Android tell. What is anonymous is its own and cannot be had
+/// back; what belongs to a file, such as a mapped model, can be read again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Memory {
+    /// The most that was ever resident.
+    pub peak_rss_bytes: Option<u64>,
+    /// Of what is resident now, the anonymous part. It only grows while a model runs.
+    pub rss_anon_bytes: Option<u64>,
+    /// Of what is resident now, the part that belongs to files.
+    pub rss_file_bytes: Option<u64>,
+}
+
+impl Memory {
+    /// Of this process.
+    pub fn now() -> Self {
+        Self::of(&std::fs::read_to_string("/proc/self/status").unwrap_or_default())
+    }
+
+    /// As `/proc/PID/status` says (Linux `Documentation/filesystems/proc.rst`).
+    fn of(status: &str) -> Self {
+        let value = |key: &str| {
+            let rest = status.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))?;
+            let kibibytes: u64 = rest.trim().strip_suffix("kB")?.trim().parse().ok()?;
+            Some(kibibytes * 1024)
+        };
+        Self {
+            peak_rss_bytes: value("VmHWM"),
+            rss_anon_bytes: value("RssAnon"),
+            rss_file_bytes: value("RssFile"),
+        }
+    }
 }
 
 /// Runs both tests on a model.
@@ -206,18 +254,25 @@ fn blank_test(model: &ModelFile, engine: &Engine) -> Result<Test, Error> {
     let (model_type, model_size, model_n_params) = describe(&model.parse()?);
     Ok(Test {
         build_commit: env!("CARGO_PKG_VERSION"),
+        build_number: build_number(env!("CARGO_PKG_VERSION")),
+        backends: "CPU",
         cpu_info: processor(),
         model_filename: model.path().display().to_string(),
         model_type,
         model_size,
         model_n_params,
         n_batch: engine.settings.batch,
+        n_ubatch: engine.settings.batch,
         n_threads: engine.settings.threads.max(1),
+        type_k: engine.plan.limits().cache.name(),
+        type_v: engine.plan.limits().cache.name(),
         kernels: engine.kernels.name(),
         arena_bytes: engine.plan.arena_bytes() as u64,
         kv_bytes: engine.plan.kv_bytes() as u64,
+        memory: Memory::default(),
         n_prompt: 0,
         n_gen: 0,
+        n_depth: 0,
         avg_ns: 0,
         stddev_ns: 0,
         avg_ts: 0.0,
@@ -235,6 +290,7 @@ fn timed(blank: &Test, tokens: usize, runs: &[u64]) -> Test {
     let samples_ts: Vec<f64> = times.iter().map(|ns| tokens as f64 * 1e9 / ns.max(1.0)).collect();
     let (time, speed) = (Statistics::of(&times), Statistics::of(&samples_ts));
     Test {
+        memory: Memory::now(),
         avg_ns: time.mean as u64,
         stddev_ns: time.deviation as u64,
         avg_ts: speed.mean,
@@ -245,6 +301,11 @@ fn timed(blank: &Test, tokens: usize, runs: &[u64]) -> Test {
     }
 }
 
+/// A version `major.minor.patch` as one number.
+fn build_number(version: &str) -> u32 {
+    version.split('.').fold(0, |number, part| number * 100 + part.parse::<u32>().unwrap_or(0))
+}
+
 /// What Linux calls the processor; elsewhere, and where it has no name, the architecture.
 pub fn processor() -> String {
     let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
@@ -253,4 +314,28 @@ pub fn processor() -> String {
         matches!(key.trim(), "model name" | "Model" | "Hardware").then(|| value.trim().to_owned())
     });
     named.filter(|name| !name.is_empty()).unwrap_or_else(|| std::env::consts::ARCH.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_what_the_system_says() {
+        let status = "Name:\tx\nVmHWM:\t    2048 kB\nVmRSS:\t    1536 kB\nRssAnon:\t     512 kB\nRssFile:\t    1024 kB\n";
+        let found = Memory::of(status);
+        let expected = [2 << 20, 512 << 10, 1 << 20].map(Some);
+        assert_eq!([found.peak_rss_bytes, found.rss_anon_bytes, found.rss_file_bytes], expected);
+        assert_eq!(Memory::of(""), Memory::default());
+        assert_eq!(Memory::of("VmHWM: many kB"), Memory::default());
+        assert_eq!(
+            Memory::now().rss_anon_bytes.is_some(),
+            cfg!(any(target_os = "linux", target_os = "android"))
+        );
+    }
+
+    #[test]
+    fn a_version_is_a_number() {
+        assert_eq!(["0.1.0", "1.0.7"].map(build_number), [100, 10_007]);
+    }
 }

@@ -15,16 +15,18 @@ const HELP: &str = "\
 Runs and times a small language model.
 
 edge-run generate MODEL --prompt TEXT [--max-tokens N] [-t THREADS] [--kernels NAME] [--ids]
-                  [--adapter FILE[=SCALE]]... [--kv f16|q8_0]
+                  [--adapter FILE[=SCALE]]... [--kv f16|q8_0] [--logits FILE]
                   [--draft MODEL [--draft-tokens N]] [--chat CHAT.JSON [--system TEXT]]
     continues TEXT with the most likely tokens; --ids prints their numbers as a JSON array; with --draft, a small
     model of the same vocabulary drafts N tokens (4) at a time, which MODEL verifies: the tokens stay the same;
+    --logits writes the last logits as f32, for comparing devices;
     with the file that `edgec bundle` puts beside the model, TEXT is a message to be answered
 edge-run bench MODEL [-p N] [-n N] [-b N] [-r N] [-t THREADS] [--kernels NAME] [-o json|md]
                [--adapter FILE[=SCALE]]... [--kv f16|q8_0]
     times a prompt of N tokens (512), N single tokens (128), each R times (5)
 
-MODEL is a GGUF file, an adapter's FILE a GGUF LoRA for it. NAME is generic, neon or avx2; by default the fastest.
+MODEL is a GGUF file or a pack, an adapter's FILE a GGUF LoRA for it. NAME is generic, neon, dotprod, i8mm, avx2 or
+avx512; by default the fastest that the processor has.
 ";
 
 fn main() -> std::process::ExitCode {
@@ -64,13 +66,14 @@ struct GenerateArguments {
     draft: Option<PathBuf>,
     draft_tokens: usize,
     ids: bool,
+    logits: Option<PathBuf>,
 }
 
 impl GenerateArguments {
     fn parse(mut arguments: lexopt::Parser) -> Result<Self> {
         let (mut model, mut prompt, mut kernels, mut adapters) = (None, None, None, Vec::new());
         let (mut cache, mut draft, mut draft_tokens) = (CacheType::Auto, None, 4);
-        let (mut chat, mut system) = (None, None);
+        let (mut chat, mut system, mut logits) = (None, None, None);
         let (mut max_tokens, mut threads, mut ids) = (128, Options::default().threads, false);
         while let Some(argument) = arguments.next()? {
             match argument {
@@ -85,6 +88,7 @@ impl GenerateArguments {
                 Long("draft") => draft = Some(PathBuf::from(arguments.value()?)),
                 Long("draft-tokens") => draft_tokens = arguments.value()?.parse()?,
                 Long("ids") => ids = true,
+                Long("logits") => logits = Some(PathBuf::from(arguments.value()?)),
                 Value(path) if model.is_none() => model = Some(PathBuf::from(path)),
                 other => return Err(other.unexpected().into()),
             }
@@ -107,6 +111,7 @@ impl GenerateArguments {
             draft,
             draft_tokens,
             ids,
+            logits,
         })
     }
 
@@ -184,6 +189,10 @@ fn generate(arguments: GenerateArguments) -> Result<()> {
             ids.push(token);
             printer.print(&tokenizer, token).map_err(refused)?;
         }
+    }
+    if let Some(path) = &arguments.logits {
+        let bytes: Vec<u8> = session.logits().iter().flat_map(|logit| logit.to_le_bytes()).collect();
+        std::fs::write(path, bytes).with_context(|| path.display().to_string())?;
     }
     if let Some(drafting) = drafting {
         eprintln!("{}", drafting.report());

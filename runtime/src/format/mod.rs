@@ -12,3 +12,6 @@ pub use gguf::{Array, Gguf, GgufConfig, TensorInfo, Value, ValueType};
 pub use half::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
 pub(crate) use tiles::{Factors, Geometry};
 pub use tiles::{Layout, TILE_ROWS, tiled_bytes};
+
+#[cfg(test)]
+mod pack_tests;

@@ -29,8 +29,17 @@ pub enum CacheType {
 impl CacheType {
     /// The type called `auto`, `f16`, `f32` or `q8_0`.
     pub fn by_name(name: &str) -> Option<Self> {
-        let known = [("auto", Self::Auto), ("f16", Self::F16), ("f32", Self::F32), ("q8_0", Self::Q8_0)];
-        known.into_iter().find(|(known, _)| *known == name).map(|(_, kind)| kind)
+        [Self::Auto, Self::F16, Self::F32, Self::Q8_0].into_iter().find(|kind| kind.name() == name)
+    }
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::F16 => "f16",
+            Self::F32 => "f32",
+            Self::Q8_0 => "q8_0",
+        }
     }
 
     /// Refuses heads that are not whole blocks.

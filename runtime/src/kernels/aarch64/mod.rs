@@ -1,4 +1,5 @@
 //! 64-bit ARM.
+#![allow(clippy::needless_range_loop, reason = "indices name registers")]
 
 pub(super) mod dotprod;
 pub(super) mod i8mm;

@@ -5,6 +5,7 @@ extern crate std;
 mod float;
 mod golden;
 mod matmul;
+mod tables;
 mod tiles;
 
 use super::{Activations, ActivationsMut, Kernels, KeyValues, Matrix, Query, Ring, Scores};

@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# Guest instructions of `edge-run` on a 64-bit ARM processor that qemu plays, one thread.
+#
+#   tests/bench/instructions.sh MODEL [CPU]...      CPU is one of `qemu-aarch64 -cpu help` (max)
+#
+# MODEL is a GGUF or a pack. Counts are exact, and differences of two runs: what both do falls out.
+#   decode      a token of 64 that follow one another from an empty context
+#   prefill     a token of a prompt of 128, and of 512
+#   start       from the process's start to the first token's logits, that token included
+# EDGE_RUN names another program, EDGE_RUN_ARGS adds arguments (--adapter FILE, --kernels NAME).
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+[ $# -ge 1 ] || { sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+model=$1
+shift
+[ $# -gt 0 ] || set -- max
+target=${CARGO_TARGET_DIR:-target}
+musl=aarch64-unknown-linux-musl
+for tool in qemu-aarch64 cc; do
+    command -v "$tool" > /dev/null || { echo "$0: $tool is missing" >&2; exit 1; }
+done
+
+mkdir -p "$target/bench"
+cc -O2 -Wall -Werror -shared -fPIC -o "$target/bench/count.so" tests/bench/instructions/count.c
+if [ -z "${EDGE_RUN:-}" ]; then
+    cargo build --quiet --release --package edge-run --target $musl
+    EDGE_RUN=$target/$musl/release/edge-run
+fi
+
+# count CPU ARGUMENTS...: instructions of one run.
+count() {
+    local cpu=$1 said
+    shift
+    # shellcheck disable=SC2086
+    if ! said=$(qemu-aarch64 -cpu "$cpu" -plugin "$target/bench/count.so" -d plugin "$EDGE_RUN" "$@" \
+        -t 1 ${EDGE_RUN_ARGS:-} 2>&1 > /dev/null); then
+        echo "$0: $said" >&2
+        return 1
+    fi
+    awk '$1 == "instructions" { print $2 }' <<< "$said"
+}
+
+# A test of N tokens runs them once to warm up and as often as -r says: a second repetition is N tokens more.
+tokens() { # CPU -p|-n N
+    local once twice
+    case $2 in
+        -n) once=$(count "$1" bench "$model" -p 0 -n "$3" -r 1); twice=$(count "$1" bench "$model" -p 0 -n "$3" -r 2) ;;
+        -p) once=$(count "$1" bench "$model" -n 0 -p "$3" -r 1); twice=$(count "$1" bench "$model" -n 0 -p "$3" -r 2) ;;
+    esac
+    echo $(((twice - once) / $3))
+}
+
+echo "| million instructions | decode | prefill 128 | prefill 512 | start |"
+echo "|---|---:|---:|---:|---:|"
+for cpu in "$@"; do
+    decode=$(tokens "$cpu" -n 64)
+    short=$(tokens "$cpu" -p 128)
+    long=$(tokens "$cpu" -p 512)
+    # Of a run of one token, the second time that it is computed is taken off.
+    first=$(count "$cpu" bench "$model" -p 0 -n 1 -r 1)
+    second=$(count "$cpu" bench "$model" -p 0 -n 1 -r 2)
+    awk -v name="$(basename "$model"), $cpu" -v d="$decode" -v p="$short" -v q="$long" -v s=$((2 * first - second)) \
+        'BEGIN { printf "| %s | %.2f | %.2f | %.2f | %.2f |\n", name, d / 1e6, p / 1e6, q / 1e6, s / 1e6 }'
+done
