@@ -3,14 +3,15 @@
 #
 #   tests/bench/instructions.sh MODEL [CPU]...      CPU is one of `qemu-aarch64 -cpu help` (max)
 #
-# MODEL is a GGUF or a pack. Counts are exact, and differences of two runs: what both do falls out.
+# MODEL is a GGUF or a pack. Counts are exact; what a run does before its first token is taken off by differences.
+# A prompt of 512 takes minutes.
 #   decode      a token of 64 that follow one another from an empty context
 #   prefill     a token of a prompt of 128, and of 512
 #   start       from the process's start to the first token's logits, that token included
 # EDGE_RUN names another program, EDGE_RUN_ARGS adds arguments (--adapter FILE, --kernels NAME).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-[ $# -ge 1 ] || { sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 model=$1
 shift
 [ $# -gt 0 ] || set -- max
@@ -40,25 +41,17 @@ count() {
     awk '$1 == "instructions" { print $2 }' <<< "$said"
 }
 
-# A test of N tokens runs them once to warm up and as often as -r says: a second repetition is N tokens more.
-tokens() { # CPU -p|-n N
-    local once twice
-    case $2 in
-        -n) once=$(count "$1" bench "$model" -p 0 -n "$3" -r 1); twice=$(count "$1" bench "$model" -p 0 -n "$3" -r 2) ;;
-        -p) once=$(count "$1" bench "$model" -n 0 -p "$3" -r 1); twice=$(count "$1" bench "$model" -n 0 -p "$3" -r 2) ;;
-    esac
-    echo $(((twice - once) / $3))
-}
-
 echo "| million instructions | decode | prefill 128 | prefill 512 | start |"
 echo "|---|---:|---:|---:|---:|"
 for cpu in "$@"; do
-    decode=$(tokens "$cpu" -n 64)
-    short=$(tokens "$cpu" -p 128)
-    long=$(tokens "$cpu" -p 512)
-    # Of a run of one token, the second time that it is computed is taken off.
-    first=$(count "$cpu" bench "$model" -p 0 -n 1 -r 1)
-    second=$(count "$cpu" bench "$model" -p 0 -n 1 -r 2)
-    awk -v name="$(basename "$model"), $cpu" -v d="$decode" -v p="$short" -v q="$long" -v s=$((2 * first - second)) \
+    # A test runs its tokens once to warm up and then as often as -r says.
+    two=$(count "$cpu" bench "$model" -p 0 -n 1 -r 1)
+    three=$(count "$cpu" bench "$model" -p 0 -n 1 -r 2)
+    token=$((three - two))
+    before=$((two - 2 * token))
+    decode=$((($(count "$cpu" bench "$model" -p 0 -n 64 -r 1) - before) / 128))
+    short=$((($(count "$cpu" bench "$model" -n 0 -p 128 -r 1) - before) / 256))
+    long=$((($(count "$cpu" bench "$model" -n 0 -p 512 -r 1) - before) / 1024))
+    awk -v name="$(basename "$model"), $cpu" -v d="$decode" -v p="$short" -v q="$long" -v s=$((before + token)) \
         'BEGIN { printf "| %s | %.2f | %.2f | %.2f | %.2f |\n", name, d / 1e6, p / 1e6, q / 1e6, s / 1e6 }'
 done
