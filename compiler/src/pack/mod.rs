@@ -64,8 +64,7 @@ pub fn pack(source: &ModelFile, out: &Path) -> Result<PackReport, PackError> {
     }
     let limits = Limits { context: 1, ..Limits::default() };
     let plan = Plan::new(&file, limits).map_err(refused)?;
-    let (body, tiled, left) =
-        body(&file, &plan).map_err(|error| PackError::Layout(out.into(), error))?;
+    let (body, tiled, left) = body(&file, &plan).map_err(|error| PackError::Layout(out.into(), error))?;
     let header = pack_header(&Sha256::digest(source.bytes()).into(), body.file_bytes());
     let mut bytes = header.len() as u64;
     atomic::write(out, |file| {

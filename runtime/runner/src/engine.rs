@@ -225,7 +225,8 @@ pub(crate) fn describe(file: &Gguf<'_>) -> (String, u64, u64) {
     for tensor in file.tensors() {
         bytes += tensor.data.len() as u64;
         parameters += tensor.dims.iter().product::<u64>();
-        if let Some(index) = DType::ALL.iter().position(|dtype| Some(*dtype) == tensor.weights().map(|w| w.0)) {
+        if let Some(index) = DType::ALL.iter().position(|dtype| Some(*dtype) == tensor.weights().map(|w| w.0))
+        {
             by_type[index] += tensor.data.len();
         }
     }

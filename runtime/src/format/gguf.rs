@@ -337,10 +337,8 @@ impl<'a> Gguf<'a> {
     pub fn parse(bytes: &'a [u8]) -> Result<Self> {
         match edgepack::open(bytes)? {
             None => Self::parse_gguf(bytes, None),
-            Some((source, body)) => Self::parse_gguf(body, Some(source)).map_err(|error| Error {
-                at: error.at.map(|at| at + PACK_HEADER_BYTES as u64),
-                ..error
-            }),
+            Some((source, body)) => Self::parse_gguf(body, Some(source))
+                .map_err(|error| Error { at: error.at.map(|at| at + PACK_HEADER_BYTES as u64), ..error }),
         }
     }
 

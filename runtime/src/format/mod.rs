@@ -10,5 +10,5 @@ pub use dtype::DType;
 pub use edgepack::{PACK_HEADER_BYTES, pack_header, tiled_type_id};
 pub use gguf::{Array, Gguf, GgufConfig, TensorInfo, Value, ValueType};
 pub use half::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
-pub use tiles::{Layout, TILE_ROWS, tiled_bytes};
 pub(crate) use tiles::{Factors, Geometry};
+pub use tiles::{Layout, TILE_ROWS, tiled_bytes};

@@ -9,8 +9,8 @@
 //! `[even 0..16, odd 0..16, even 16..32, odd 16..32]`, the order in which nibbles come out of the weights. For
 //! weights in tiles, see [`super::tiles`].
 
-use crate::format::Layout;
 use super::tiles::{TileActs, padded_tokens};
+use crate::format::Layout;
 use crate::{Code, Error, Result};
 
 /// Values in a block.

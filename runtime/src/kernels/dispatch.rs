@@ -186,8 +186,7 @@ impl Kernels {
         acts: &Activations,
         products: [(&Matrix, &mut [f32]); N],
     ) -> Result<()> {
-        let products =
-            products.map(|(weight, out)| Product { kernel: self.kernel(weight), weight, out });
+        let products = products.map(|(weight, out)| Product { kernel: self.kernel(weight), weight, out });
         // SAFETY: whoever holds this table has a CPU that can run it.
         unsafe { matmul::run(workers, acts, products) }
     }

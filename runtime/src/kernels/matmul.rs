@@ -8,11 +8,11 @@
 
 use super::activations::{Activations, GROUP, GROUP_LEN, QuantizedRow};
 use super::blocks::{Format, Group, MOST_BLOCK_BYTES};
+use super::dequantize_row;
 use super::float::load16;
 use super::output::{Columns, Output};
 use super::simd::Simd;
 use super::tiles::dequantize_tile_row;
-use super::dequantize_row;
 use crate::format::{DType, Geometry, Layout, TILE_ROWS as ROWS};
 use crate::workers::Workers;
 use crate::{Code, Error, Result};

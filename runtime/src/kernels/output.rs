@@ -70,9 +70,9 @@ impl<'a> Output<'a> {
             };
             Some(len.min(left))
         };
-        let start = self.next.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |start| {
-            part(start).map(|len| start + len)
-        });
+        let start = self
+            .next
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |start| part(start).map(|len| start + len));
         let start = start.ok()?;
         let rows = start..start + part(start)?;
         Some(Columns { start: self.start, tokens: self.tokens, stride: self.rows, rows, output: PhantomData })

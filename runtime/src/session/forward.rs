@@ -107,8 +107,7 @@ impl Step<'_> {
 
         let mut inner = ActivationsMut::new(n, spec.ffn, wide, wide_quants)?;
         let up = &mut outputs[..n * spec.ffn];
-        let outs =
-            [(Target::Gate, &layer.gate, inner.values_mut()), (Target::Up, &layer.up, &mut *up)];
+        let outs = [(Target::Gate, &layer.gate, inner.values_mut()), (Target::Up, &layer.up, &mut *up)];
         self.adapted(&input, outs, adapters)?;
         let up = &*up;
         self.rows(inner.values_mut(), spec.ffn, 16, &|token, gate| {

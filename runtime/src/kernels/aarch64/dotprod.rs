@@ -3,7 +3,7 @@
 //! `sdot` is not stable as an intrinsic, so it is written in assembly, one instruction at a time, for the
 //! compiler to schedule.
 
-use super::rows16::{F, W, keep, neon, shared_lanes};
+use super::rows16::{F, W, for_panel, keep, neon, shared_lanes};
 use crate::kernels::tiles::{Format, Lanes, Panel, Quad, SIDE};
 use core::arch::aarch64::*;
 use core::arch::asm;
@@ -22,12 +22,7 @@ impl Dotprod {
 
     /// Adds the products of four weights of each of four rows with lane `LANE` of the activations.
     #[inline(always)]
-    pub(super) fn sdot<const LANE: i32>(
-        self,
-        mut sums: int32x4_t,
-        w: uint8x16_t,
-        a: int8x16_t,
-    ) -> int32x4_t {
+    pub(super) fn sdot<const LANE: i32>(self, mut sums: int32x4_t, w: uint8x16_t, a: int8x16_t) -> int32x4_t {
         // SAFETY: a `Dotprod` exists, so the CPU has the instruction; it touches no memory and no flags.
         unsafe {
             asm!(
@@ -152,9 +147,17 @@ impl Lanes for Dotprod {
 
     #[inline(always)]
     fn multiply_quad<T: Format>(self, panel: &Panel, acts: Quad, out: &mut [[f32; 16]; SIDE]) {
-        self.eight_rows::<T>(panel, acts, 0, out);
-        self.eight_rows::<T>(panel, acts, 1, out);
+        // SAFETY: a token exists, so the CPU has the extension.
+        unsafe { for_panel!(T, multiply(self, panel, acts, out)) }
     }
+}
+
+/// [`Lanes::multiply_quad`].
+#[inline(never)]
+#[target_feature(enable = "dotprod")]
+fn multiply<T: Format>(s: Dotprod, panel: &Panel, acts: Quad, out: &mut [[f32; 16]; SIDE]) {
+    s.eight_rows::<T>(panel, acts, 0, out);
+    s.eight_rows::<T>(panel, acts, 1, out);
 }
 
 crate::kernels::table::tile_table! {
@@ -164,8 +167,5 @@ crate::kernels::table::tile_table! {
 }
 
 /// The kernels of this instruction set: those of NEON, and tiles.
-pub(crate) static TABLE: crate::kernels::dispatch::Kernels = crate::kernels::dispatch::Kernels {
-    name: "dotprod",
-    tiles: &TILES,
-    ..super::neon::TABLE
-};
+pub(crate) static TABLE: crate::kernels::dispatch::Kernels =
+    crate::kernels::dispatch::Kernels { name: "dotprod", tiles: &TILES, ..super::neon::TABLE };

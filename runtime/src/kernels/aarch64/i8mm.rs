@@ -5,7 +5,7 @@
 //! instruction.
 
 use super::dotprod::Dotprod;
-use super::rows16::{F, W, neon, shared_lanes};
+use super::rows16::{F, W, for_panel, neon, shared_lanes};
 use crate::kernels::tiles::{Format, Lanes, Panel, Quad, SIDE};
 use core::arch::aarch64::*;
 use core::arch::asm;
@@ -77,7 +77,9 @@ impl I8mm {
                     let scale = scales[segment].as_ptr().add(8 * half);
                     for i in 0..2 {
                         let rows = vld1q_f32(scale.add(4 * i));
-                        for (k, rows) in [vzip1q_f32(rows, rows), vzip2q_f32(rows, rows)].into_iter().enumerate() {
+                        for (k, rows) in
+                            [vzip1q_f32(rows, rows), vzip2q_f32(rows, rows)].into_iter().enumerate()
+                        {
                             for j in 0..2 {
                                 let integers = vcvtq_f32_s32(p[2 * i + k][j]);
                                 let scale = vmulq_f32(rows, tokens[j]);
@@ -90,7 +92,9 @@ impl I8mm {
                     let tokens = pairs(vmulq_f32(vcvtq_f32_s32(vld1q_s32(sum_a.as_ptr().cast())), scale_a));
                     for i in 0..2 {
                         let rows = vld1q_f32(mins.as_ptr().add(8 * half + 4 * i));
-                        for (k, rows) in [vzip1q_f32(rows, rows), vzip2q_f32(rows, rows)].into_iter().enumerate() {
+                        for (k, rows) in
+                            [vzip1q_f32(rows, rows), vzip2q_f32(rows, rows)].into_iter().enumerate()
+                        {
                             for j in 0..2 {
                                 sums[2 * i + k][j] = vfmaq_f32(sums[2 * i + k][j], rows, tokens[j]);
                             }
@@ -165,9 +169,17 @@ impl Lanes for I8mm {
 
     #[inline(always)]
     fn multiply_quad<T: Format>(self, panel: &Panel, acts: Quad, out: &mut [[f32; 16]; SIDE]) {
-        self.eight_rows::<T>(panel, acts, 0, out);
-        self.eight_rows::<T>(panel, acts, 1, out);
+        // SAFETY: a token exists, so the CPU has both extensions.
+        unsafe { for_panel!(T, multiply(self, panel, acts, out)) }
     }
+}
+
+/// [`Lanes::multiply_quad`].
+#[inline(never)]
+#[target_feature(enable = "dotprod,i8mm")]
+fn multiply<T: Format>(s: I8mm, panel: &Panel, acts: Quad, out: &mut [[f32; 16]; SIDE]) {
+    s.eight_rows::<T>(panel, acts, 0, out);
+    s.eight_rows::<T>(panel, acts, 1, out);
 }
 
 crate::kernels::table::tile_table! {
@@ -177,8 +189,5 @@ crate::kernels::table::tile_table! {
 }
 
 /// The kernels of this instruction set: those of NEON, and tiles.
-pub(crate) static TABLE: crate::kernels::dispatch::Kernels = crate::kernels::dispatch::Kernels {
-    name: "i8mm",
-    tiles: &TILES,
-    ..super::neon::TABLE
-};
+pub(crate) static TABLE: crate::kernels::dispatch::Kernels =
+    crate::kernels::dispatch::Kernels { name: "i8mm", tiles: &TILES, ..super::neon::TABLE };

@@ -156,10 +156,32 @@ fn add_values<S: Simd, T: Element, const N: usize, const M: usize>(
 ) {
     let whole = cache.width / (8 * M) * (8 * M);
     for column in (0..whole).step_by(8 * M) {
-        columns::<S, T, N, M>(s, weights, at, count, &values[column..], cache.stride, lanes, column, keep, out);
+        columns::<S, T, N, M>(
+            s,
+            weights,
+            at,
+            count,
+            &values[column..],
+            cache.stride,
+            lanes,
+            column,
+            keep,
+            out,
+        );
     }
     for column in (whole..cache.width / 8 * 8).step_by(8) {
-        columns::<S, T, N, 1>(s, weights, at, count, &values[column..], cache.stride, lanes, column, keep, out);
+        columns::<S, T, N, 1>(
+            s,
+            weights,
+            at,
+            count,
+            &values[column..],
+            cache.stride,
+            lanes,
+            column,
+            keep,
+            out,
+        );
     }
     for column in cache.width / 8 * 8..cache.width {
         for (l, lane) in lanes.iter().enumerate() {

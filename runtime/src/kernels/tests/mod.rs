@@ -25,7 +25,8 @@ pub struct Batch {
 impl Batch {
     pub fn new(tokens: usize, cols: usize, values: &[f32]) -> Self {
         // What the buffers hold before must not matter.
-        let mut floats = vec![f32::NAN; ActivationsMut::padded_tokens(tokens) * ActivationsMut::floats_per_token(cols)];
+        let mut floats =
+            vec![f32::NAN; ActivationsMut::padded_tokens(tokens) * ActivationsMut::floats_per_token(cols)];
         floats[..tokens * cols].copy_from_slice(values);
         let quants = vec![77; ActivationsMut::padded_tokens(tokens) * ActivationsMut::quants_per_token(cols)];
         Self { tokens, cols, floats, quants }

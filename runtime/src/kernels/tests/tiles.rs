@@ -33,9 +33,8 @@ fn exact(weight: &Matrix, tokens: usize, values: &[f32]) -> Vec<(f64, f64)> {
         let mut batch = Batch::new(1, weight.cols(), x);
         let mut rows = batch.rows();
         let acts = Kernels::generic().quantize(&mut rows, Layout::Tiles).tile_acts();
-        let x: Vec<f64> = (0..weight.cols())
-            .map(|i| f64::from(acts.quants[i]) * f64::from(acts.scales[i / 32]))
-            .collect();
+        let x: Vec<f64> =
+            (0..weight.cols()).map(|i| f64::from(acts.quants[i]) * f64::from(acts.scales[i / 32])).collect();
         for row in 0..weight.rows() {
             let mut w = vec![0.0; weight.cols()];
             weight.dequantize(row, &mut w).unwrap();
@@ -116,8 +115,9 @@ proptest! {
 #[test]
 fn extreme_integers_do_not_overflow() {
     for dtype in DType::ALL.into_iter().filter(|dtype| !dtype.is_float()) {
-        for (fill, sign, tokens) in
-            [0x00, 0x7f, 0x80, 0xff].into_iter().flat_map(|fill| [(fill, 1.0, 1), (fill, -1.0, 1), (fill, -1.0, 4)])
+        for (fill, sign, tokens) in [0x00, 0x7f, 0x80, 0xff]
+            .into_iter()
+            .flat_map(|fill| [(fill, 1.0, 1), (fill, -1.0, 1), (fill, -1.0, 4)])
         {
             let mut weights = vec![fill; dtype.row_bytes(512).unwrap()];
             for block in weights.chunks_exact_mut(dtype.block_bytes()) {
@@ -130,7 +130,10 @@ fn extreme_integers_do_not_overflow() {
                 let found = product(kernels, &weight, tokens, &values);
                 for (found, (exact, magnitude)) in found.iter().zip(exact(&weight, tokens, &values)) {
                     let what = (kernels.name(), dtype.name(), fill);
-                    assert!((f64::from(*found) - exact).abs() <= 1e-6 * magnitude, "{what:?}: {found}, {exact}");
+                    assert!(
+                        (f64::from(*found) - exact).abs() <= 1e-6 * magnitude,
+                        "{what:?}: {found}, {exact}"
+                    );
                 }
             }
         }

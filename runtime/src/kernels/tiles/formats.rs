@@ -164,7 +164,12 @@ fn part<const N: usize>(bytes: &[u8], at: usize) -> &[u8; N] {
 /// Scales and minimums of segment `segment` of block `block` of a share, from its factors. Minimums are those to
 /// be added, 0 if there are none.
 #[inline(always)]
-pub(crate) fn scales<S: Lanes, W: Format>(s: S, factors: &[u8], block: usize, segment: usize) -> (S::F, S::F) {
+pub(crate) fn scales<S: Lanes, W: Format>(
+    s: S,
+    factors: &[u8],
+    block: usize,
+    segment: usize,
+) -> (S::F, S::F) {
     let halves = |at| s.halves(part(factors, at));
     match W::GEOMETRY.factors {
         Factors::Scale => (halves(block * 2 * ROWS), s.splat(0.0)),

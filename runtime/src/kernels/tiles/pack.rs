@@ -17,9 +17,7 @@ pub fn pack_tiles(dtype: DType, rows: usize, cols: usize, from: &[u8], to: &mut 
     let row_bytes = dtype.row_bytes(cols).filter(|bytes| *bytes > 0);
     let expected = row_bytes.and_then(|bytes| bytes.checked_mul(rows));
     let (Some(row_bytes), Some(tiled)) = (row_bytes, tiled_bytes(dtype, rows, cols)) else {
-        return Err(
-            Error::new(Code::WrongShape, dtype.name()).found(cols as u64, dtype.block_len() as u64)
-        );
+        return Err(Error::new(Code::WrongShape, dtype.name()).found(cols as u64, dtype.block_len() as u64));
     };
     for (held, expected) in [(from.len(), expected), (to.len(), Some(tiled))] {
         if Some(held) != expected {

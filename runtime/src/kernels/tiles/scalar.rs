@@ -35,12 +35,7 @@ impl Lanes for Scalar {
         w.map(|w| w >> 4)
     }
 
-    fn insert<const LEFT: i32, const RIGHT: i32>(
-        self,
-        w: [u8; 64],
-        from: [u8; 64],
-        mask: u8,
-    ) -> [u8; 64] {
+    fn insert<const LEFT: i32, const RIGHT: i32>(self, w: [u8; 64], from: [u8; 64], mask: u8) -> [u8; 64] {
         core::array::from_fn(|i| w[i] | from[i] << LEFT >> RIGHT & mask)
     }
 

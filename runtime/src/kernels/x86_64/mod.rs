@@ -20,9 +20,8 @@ pub(super) fn features() -> (bool, bool) {
     let saved = unsafe { xcr0() };
     let more = __cpuid_count(7, 0);
     let avx2 = saved & 0x06 == 0x06 && more.ebx & AVX2 != 0;
-    let avx512 = saved & 0xe6 == 0xe6
-        && more.ebx & AVX512_F_BW_VL == AVX512_F_BW_VL
-        && more.ecx & AVX512_VNNI != 0;
+    let avx512 =
+        saved & 0xe6 == 0xe6 && more.ebx & AVX512_F_BW_VL == AVX512_F_BW_VL && more.ecx & AVX512_VNNI != 0;
     (avx2, avx2 && avx512)
 }
 
