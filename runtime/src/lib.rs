@@ -12,6 +12,7 @@ mod error;
 pub mod format;
 pub mod kernels;
 pub mod session;
+mod sort;
 pub mod tokenizer;
 pub mod workers;
 

@@ -103,31 +103,42 @@ impl Kernels {
 
     /// The fastest kernels for a CPU with `features`.
     pub fn select(features: Features) -> &'static Self {
-        Self::for_features(features).next().unwrap_or(Self::generic())
+        Self::beyond_baseline(features).into_iter().flatten().next().unwrap_or(Self::baseline())
     }
 
-    /// All tables that this build has and a CPU with `features` can run, the fastest first.
-    fn for_features(features: Features) -> impl Iterator<Item = &'static Self> {
+    /// What every CPU that this build is for can run, fast: where NEON is there, a library need not have the
+    /// portable kernels.
+    fn baseline() -> &'static Self {
+        #[cfg(all(target_arch = "aarch64", target_feature = "neon"))]
+        return &super::aarch64::neon::TABLE;
+        #[cfg(not(all(target_arch = "aarch64", target_feature = "neon")))]
+        Self::generic()
+    }
+
+    /// The tables for `features`, the fastest first.
+    fn beyond_baseline(features: Features) -> [Option<&'static Self>; 2] {
         #[cfg(target_arch = "x86_64")]
-        let tables = [
+        return [
             features.avx512.then_some(&super::x86_64::avx512::TABLE),
             features.avx2.then_some(&super::x86_64::avx2::TABLE),
         ];
         #[cfg(all(target_arch = "aarch64", target_feature = "neon"))]
-        let tables = [
+        return [
             features.i8mm.then_some(&super::aarch64::i8mm::TABLE),
             features.dotprod.then_some(&super::aarch64::dotprod::TABLE),
-            Some(&super::aarch64::neon::TABLE),
         ];
         #[cfg(not(any(target_arch = "x86_64", all(target_arch = "aarch64", target_feature = "neon"))))]
-        let tables: [Option<&'static Self>; 0] = [];
-        let _ = features;
-        tables.into_iter().flatten().chain(core::iter::once(Self::generic()))
+        {
+            let _ = features;
+            [None; 2]
+        }
     }
 
     /// All tables that this build has and this CPU can run, the fastest first.
     pub fn available() -> impl Iterator<Item = &'static Self> {
-        Self::for_features(Features::detect())
+        let baseline = Some(Self::baseline()).filter(|kernels| kernels.name != Self::generic().name);
+        let tables = Self::beyond_baseline(Features::detect()).into_iter().chain([baseline]);
+        tables.flatten().chain([Self::generic()])
     }
 
     /// The table of that name; `None` if this build or this CPU has none.

@@ -5,8 +5,7 @@
 //! fixed order and the exponential is the kernels' own.
 
 use crate::kernels::exp;
-use crate::{Code, Error, Result};
-use core::cmp::Ordering;
+use crate::{Code, Error, Result, sort};
 
 /// How the next token is chosen.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -110,7 +109,7 @@ impl Sampler {
         let count = self.keep(logits, candidates);
         let highest = logits[best];
         let kept = &mut candidates[..count];
-        kept.sort_unstable();
+        sort::sort(kept, |a, b| a < b);
         let mut kept = kept.iter().peekable();
         let mut total = 0.0;
         for (token, logit) in (0u32..).zip(logits.iter_mut()) {
@@ -275,14 +274,10 @@ fn check(logits: &[f32]) -> Result<()> {
 
 /// Puts the `count` likeliest of `candidates` first, in order; equals by their number.
 fn likeliest_first(logits: &[f32], candidates: &mut [u32], count: usize) {
-    let order = |a: &u32, b: &u32| -> Ordering {
-        let logit = |token: &u32| logits[*token as usize];
-        logit(b).partial_cmp(&logit(a)).unwrap_or(Ordering::Equal).then(a.cmp(b))
-    };
-    if count < candidates.len() {
-        candidates.select_nth_unstable_by(count, order);
-    }
-    candidates[..count].sort_unstable_by(order);
+    sort::first(candidates, count, |a, b| {
+        let (x, y) = (logits[a as usize], logits[b as usize]);
+        x > y || x == y && a < b
+    });
 }
 
 /// Moves the candidates that pass to the front, in their order; how many there are.

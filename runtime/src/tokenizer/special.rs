@@ -4,7 +4,7 @@
 //! before any pre-tokenizer. The leftmost match wins, the longest of those that start together.
 
 use super::vocab::{Kind, NONE, Vocab};
-use crate::{Code, Error, Result};
+use crate::{Code, Error, Result, sort};
 
 /// Texts that make a token a control token whatever type the file gives it, and whether it ends a
 /// generation. As in llama.cpp (`src/llama-vocab.cpp`), because many files get the types wrong.
@@ -101,7 +101,7 @@ impl<'a> Vocab<'a> {
             count += 1;
         }
         let slots = &mut slots[..count];
-        slots.sort_unstable_by_key(|&token| self.text(token));
+        sort::sort(slots, |a, b| self.text(a) < self.text(b));
         Ok(slots)
     }
 }

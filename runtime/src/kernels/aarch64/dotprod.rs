@@ -3,7 +3,7 @@
 //! `sdot` is not stable as an intrinsic, so it is written in assembly, one instruction at a time, for the
 //! compiler to schedule.
 
-use super::rows16::{F, W, keep, neon, shared_lanes};
+use super::rows16::{F, W, for_panel, keep, neon, shared_lanes};
 use crate::kernels::tiles::{Format, Lanes, Panel, Quad, SIDE};
 use core::arch::aarch64::*;
 use core::arch::asm;
@@ -147,9 +147,17 @@ impl Lanes for Dotprod {
 
     #[inline(always)]
     fn multiply_quad<T: Format>(self, panel: &Panel, acts: Quad, out: &mut [[f32; 16]; SIDE]) {
-        self.eight_rows::<T>(panel, acts, 0, out);
-        self.eight_rows::<T>(panel, acts, 1, out);
+        // SAFETY: a token exists, so the CPU has the extension.
+        unsafe { for_panel!(T, multiply(self, panel, acts, out)) }
     }
+}
+
+/// [`Lanes::multiply_quad`].
+#[inline(never)]
+#[target_feature(enable = "dotprod")]
+fn multiply<T: Format>(s: Dotprod, panel: &Panel, acts: Quad, out: &mut [[f32; 16]; SIDE]) {
+    s.eight_rows::<T>(panel, acts, 0, out);
+    s.eight_rows::<T>(panel, acts, 1, out);
 }
 
 crate::kernels::table::tile_table! {

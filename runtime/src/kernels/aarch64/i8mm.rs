@@ -5,7 +5,7 @@
 //! instruction.
 
 use super::dotprod::Dotprod;
-use super::rows16::{F, W, neon, shared_lanes};
+use super::rows16::{F, W, for_panel, neon, shared_lanes};
 use crate::kernels::tiles::{Format, Lanes, Panel, Quad, SIDE};
 use core::arch::aarch64::*;
 use core::arch::asm;
@@ -174,9 +174,17 @@ impl Lanes for I8mm {
 
     #[inline(always)]
     fn multiply_quad<T: Format>(self, panel: &Panel, acts: Quad, out: &mut [[f32; 16]; SIDE]) {
-        self.eight_rows::<T>(panel, acts, 0, out);
-        self.eight_rows::<T>(panel, acts, 1, out);
+        // SAFETY: a token exists, so the CPU has both extensions.
+        unsafe { for_panel!(T, multiply(self, panel, acts, out)) }
     }
+}
+
+/// [`Lanes::multiply_quad`].
+#[inline(never)]
+#[target_feature(enable = "dotprod,i8mm")]
+fn multiply<T: Format>(s: I8mm, panel: &Panel, acts: Quad, out: &mut [[f32; 16]; SIDE]) {
+    s.eight_rows::<T>(panel, acts, 0, out);
+    s.eight_rows::<T>(panel, acts, 1, out);
 }
 
 crate::kernels::table::tile_table! {

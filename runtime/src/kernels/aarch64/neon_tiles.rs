@@ -5,7 +5,7 @@
 //! the end of a segment.
 
 use super::neon::Neon;
-use super::rows16::{F, W, keep, neon, shared_lanes};
+use super::rows16::{F, W, for_panel, keep, neon, shared_lanes};
 use crate::kernels::tiles::{Format, Lanes, Panel, Quad, SIDE, multiply_each};
 use core::arch::aarch64::*;
 
@@ -80,6 +80,12 @@ impl Lanes for Neon {
 
     #[inline(always)]
     fn multiply_quad<T: Format>(self, panel: &Panel, acts: Quad, out: &mut [[f32; 16]; SIDE]) {
-        multiply_each::<Self, T>(self, panel, acts, out);
+        for_panel!(T, multiply(self, panel, acts, out));
     }
+}
+
+/// [`Lanes::multiply_quad`].
+#[inline(never)]
+fn multiply<T: Format>(s: Neon, panel: &Panel, acts: Quad, out: &mut [[f32; 16]; SIDE]) {
+    multiply_each::<Neon, T>(s, panel, acts, out);
 }

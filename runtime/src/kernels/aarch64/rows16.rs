@@ -168,3 +168,18 @@ pub(super) fn keep(w: [W; 2], bias: i32, to: &mut [[u8; 64]; 2]) {
         }
     });
 }
+
+/// Calls `$each::<T>` with one of the types that a panel does not tell apart from `$format`: bias and bits are gone
+/// from it. So a table has four such functions, not one for each type.
+macro_rules! for_panel {
+    ($format:ident, $each:ident($($arg:expr),*)) => {{
+        use $crate::kernels::tiles::{Format, Q4_0, Q4_1, Q6K, Q8_0};
+        match (<$format as Format>::WIDE, <$format as Format>::SEGMENTS, <$format as Format>::MINS) {
+            (true, ..) => $each::<Q8_0>($($arg),*),
+            (_, 2, _) => $each::<Q6K>($($arg),*),
+            (_, _, true) => $each::<Q4_1>($($arg),*),
+            _ => $each::<Q4_0>($($arg),*),
+        }
+    }};
+}
+pub(super) use for_panel;
