@@ -33,13 +33,9 @@ impl Kind {
 
 /// Compiler flags of both libraries. The linker is the one that rustup ships with every toolchain; it
 /// is given no library and no start file, and refuses symbols that nobody defines. Pages are 16 KiB,
-/// as Android asks for. Nothing unwinds, so there are no tables for it. Kernels are written with vectors and
-/// inlined by name; of the rest, small code matters more than fast code.
+/// as Android asks for. Nothing unwinds, so there are no tables for it.
 const FLAGS: &[&str] = &[
     "-Cforce-unwind-tables=no",
-    "-Cno-vectorize-loops",
-    "-Cno-vectorize-slp",
-    "-Cllvm-args=-inline-threshold=50",
     "-Clinker=rust-lld",
     "-Clinker-flavor=ld.lld",
     "-Cdefault-linker-libraries=no",
@@ -48,8 +44,6 @@ const FLAGS: &[&str] = &[
     "-Clink-arg=-zmax-page-size=16384",
     "-Clink-arg=-soname=libedge.so",
     "-Clink-arg=--build-id=sha1",
-    "-Clink-arg=--no-eh-frame-hdr",
-    "-Clink-arg=--icf=all",
 ];
 
 /// Without `crt-static`, since musl's default is a static program, which could not be a shared library.
@@ -140,8 +134,6 @@ impl Workspace {
         let mut flags = OsString::from(FLAGS.join("\u{1f}"));
         flags.push("\u{1f}");
         flags.push(feature_flag(triple));
-        flags.push("\u{1f}-Clink-arg=-T");
-        flags.push(self.root.join("runtime/capi/freestanding.ld"));
         let home = std::env::var_os("CARGO_HOME").map(PathBuf::from);
         let home = home.or_else(|| Some(std::env::home_dir()?.join(".cargo")));
         for (folder, name) in [(Some(self.root.clone()), "edge"), (home, "cargo")] {
