@@ -1,7 +1,7 @@
 //! Kernels on `f32` rows against formulas in double precision, and all tables against each other.
 
 use super::*;
-use crate::kernels::{Features, LowRank, Precision, dequantize_row, exp, q8_0_block};
+use crate::kernels::{LowRank, Precision, dequantize_row, exp, q8_0_block};
 use edge_models::RopePairing;
 
 /// Distance of two positive floats in units of the last place.
@@ -413,7 +413,7 @@ fn tables_have_names() {
     assert!(names.iter().all(|name| Kernels::by_name(name).is_some_and(|k| k.name() == *name)));
     assert!(Kernels::by_name("avx1024").is_none());
     #[cfg(target_arch = "x86_64")]
-    assert_eq!(Kernels::select(Features::NONE).name(), "generic");
+    assert_eq!(Kernels::select(crate::kernels::Features::NONE).name(), "generic");
     #[cfg(target_arch = "x86_64")]
     assert_eq!(
         names.contains(&"avx2"),
