@@ -6,8 +6,8 @@
 //!
 //! `lane[b % 8] += (scale_w[b] * (v - BIAS * sum_a[b]) + min_w[b] * sum_a[b]) * scale_a[b]`
 
-use super::activations::{Activations, GROUP, GROUP_LEN, QuantizedRow};
-use super::blocks::{Format, Group, MOST_BLOCK_BYTES};
+use super::activations::{Activations, BLOCK, GROUP, GROUP_LEN, QuantizedRow};
+use super::blocks::{Format, Group};
 use super::dequantize_row;
 use super::float::load16;
 use super::output::{Columns, Output};
@@ -268,17 +268,15 @@ fn tile<S: Simd, W: Format, const N: usize>(
     x: &[QuantizedRow],
 ) -> [S::F; N] {
     let mut lanes = [s.splat(0.0); N];
-    let (groups, rest) = bytes.split_at(cols / GROUP_LEN * W::GROUP_BYTES);
-    // A last group that is not whole is filled up with zeros, so that there is one loop, not two.
-    let mut last = [0; GROUP * MOST_BLOCK_BYTES];
-    let last = &mut last[..W::GROUP_BYTES];
-    if !rest.is_empty() {
-        last[..rest.len()].copy_from_slice(rest);
+    let full = cols / GROUP_LEN;
+    for index in 0..full {
+        let group = W::group(s, bytes, index, GROUP);
+        add_group(s, &group, GROUP, x, index, &mut lanes);
     }
-    for index in 0..cols.div_ceil(GROUP_LEN) {
-        let bytes = groups.get(index * W::GROUP_BYTES..).and_then(|bytes| bytes.get(..W::GROUP_BYTES));
-        let group = W::group(s, bytes.unwrap_or(last));
-        add_group(s, &group, x, index, &mut lanes);
+    let rest = cols % GROUP_LEN / BLOCK;
+    if rest > 0 {
+        let group = W::group(s, bytes, full, rest);
+        add_group(s, &group, rest, x, full, &mut lanes);
     }
     lanes
 }
@@ -288,6 +286,7 @@ fn tile<S: Simd, W: Format, const N: usize>(
 fn add_group<S: Simd, W: Format>(
     s: S,
     group: &Group<S, W>,
+    blocks: usize,
     x: &[QuantizedRow],
     index: usize,
     lanes: &mut [S::F],
@@ -296,7 +295,9 @@ fn add_group<S: Simd, W: Format>(
         let mut products = [s.no_products(); 4];
         let quants = row.quants[index].as_chunks::<64>().0;
         for (i, (product, a)) in products.iter_mut().zip(quants).enumerate() {
-            *product = W::dot(s, group.pairs[i], a);
+            if 2 * i < blocks {
+                *product = W::dot(s, group.pairs[i], a);
+            }
         }
         let (scale, sum) = (s.load(&row.scales[index]), s.load(&row.sums[index]));
         let mut x = s.totals(products);
