@@ -7,6 +7,17 @@ const FFN: u64 = 512;
 const HEADS: u32 = 4;
 const KV_HEADS: u32 = 2;
 const LAYERS: usize = 2;
+const KV_WIDTH: u64 = HIDDEN * KV_HEADS as u64 / HEADS as u64;
+/// Name, columns and rows of the linear maps of a layer.
+const LINEARS: [(&str, u64, u64); 7] = [
+    ("attn_q", HIDDEN, HIDDEN),
+    ("attn_k", HIDDEN, KV_WIDTH),
+    ("attn_v", HIDDEN, KV_WIDTH),
+    ("attn_output", HIDDEN, HIDDEN),
+    ("ffn_gate", HIDDEN, FFN),
+    ("ffn_up", HIDDEN, FFN),
+    ("ffn_down", FFN, HIDDEN),
+];
 const SPREAD: f32 = 0.12;
 const MERGES: &[&str] = &["t h", "th e", "i n", "e r", "a n", "Ġ the", "o n", "an d", "Ġ and", "in g"];
 
@@ -36,20 +47,11 @@ impl TinyModel {
         tensors.matrix("token_embd.weight", HIDDEN, tokens.len() as u64, DType::Q8_0);
         tensors.ones("output_norm.weight", HIDDEN);
         tensors.matrix("output.weight", HIDDEN, tokens.len() as u64, DType::Q6K);
-        let kv = HIDDEN * u64::from(KV_HEADS) / u64::from(HEADS);
         let mut types = DType::ALL.into_iter().cycle();
         for layer in 0..layers {
             tensors.ones(&format!("blk.{layer}.attn_norm.weight"), HIDDEN);
             tensors.ones(&format!("blk.{layer}.ffn_norm.weight"), HIDDEN);
-            for (name, cols, rows) in [
-                ("attn_q", HIDDEN, HIDDEN),
-                ("attn_k", HIDDEN, kv),
-                ("attn_v", HIDDEN, kv),
-                ("attn_output", HIDDEN, HIDDEN),
-                ("ffn_gate", HIDDEN, FFN),
-                ("ffn_up", HIDDEN, FFN),
-                ("ffn_down", FFN, HIDDEN),
-            ] {
+            for (name, cols, rows) in LINEARS {
                 let dtype = types.next().unwrap_or(DType::F32);
                 tensors.matrix(&format!("blk.{layer}.{name}.weight"), cols, rows, dtype);
             }
@@ -66,20 +68,8 @@ impl TinyAdapter {
     /// whose rank is a multiple of 32 are Q8_0, the others F32 and F16 in turn.
     pub fn gguf(seed: u64, rank: u64) -> Vec<u8> {
         let mut tensors = Tensors { state: seed, list: Vec::new() };
-        let kv = HIDDEN * u64::from(KV_HEADS) / u64::from(HEADS);
         for layer in 0..LAYERS {
-            for (index, (name, cols, rows)) in [
-                ("attn_q", HIDDEN, HIDDEN),
-                ("attn_k", HIDDEN, kv),
-                ("attn_v", HIDDEN, kv),
-                ("attn_output", HIDDEN, HIDDEN),
-                ("ffn_gate", HIDDEN, FFN),
-                ("ffn_up", HIDDEN, FFN),
-                ("ffn_down", FFN, HIDDEN),
-            ]
-            .into_iter()
-            .enumerate()
-            {
+            for (index, (name, cols, rows)) in LINEARS.into_iter().enumerate() {
                 let dtype = match (rank % 32, index % 2) {
                     (0, _) => DType::Q8_0,
                     (_, 0) => DType::F32,

@@ -77,23 +77,25 @@ pub(crate) struct Geometry {
     pub factors: Factors,
     /// Vectors of 64 bytes that hold the quants of a block.
     pub vectors: usize,
+    /// What is taken off a quant before its scale applies.
+    pub bias: i32,
 }
 
 impl Geometry {
     /// `None` for floating-point types, which stay rows.
     pub const fn of(dtype: DType) -> Option<Self> {
-        let (factors, vectors) = match dtype {
+        let (factors, vectors, bias) = match dtype {
             DType::F32 | DType::F16 | DType::BF16 => return None,
-            DType::Q8_0 => (Factors::Scale, 8),
-            DType::Q4_0 => (Factors::Scale, 4),
-            DType::Q4_1 => (Factors::ScaleMin, 4),
-            DType::Q5_0 => (Factors::Scale, 5),
-            DType::Q5_1 => (Factors::ScaleMin, 5),
-            DType::Q4K => (Factors::Super, 4),
-            DType::Q5K => (Factors::Super, 5),
-            DType::Q6K => (Factors::SuperHalves, 6),
+            DType::Q8_0 => (Factors::Scale, 8, 0),
+            DType::Q4_0 => (Factors::Scale, 4, 8),
+            DType::Q4_1 => (Factors::ScaleMin, 4, 0),
+            DType::Q5_0 => (Factors::Scale, 5, 16),
+            DType::Q5_1 => (Factors::ScaleMin, 5, 0),
+            DType::Q4K => (Factors::Super, 4, 0),
+            DType::Q5K => (Factors::Super, 5, 0),
+            DType::Q6K => (Factors::SuperHalves, 6, 32),
         };
-        Some(Self { factors, vectors })
+        Some(Self { factors, vectors, bias })
     }
 
     /// Bytes of a share.

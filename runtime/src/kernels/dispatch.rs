@@ -3,7 +3,7 @@
 use super::activations::{Activations, ActivationsMut};
 use super::attention::{Cache, KeyValues, Q8Block, Query, Ring, Scores};
 use super::low_rank::LowRank;
-use super::matmul::{self, Matrix, Product, RowsKernel, RowsKernels, TileKernels};
+use super::matmul::{self, BlockKernels, Matrix, Product, RowsKernel};
 use crate::format::{DType, Layout};
 use crate::workers::Workers;
 use crate::{Result, kernels::generic};
@@ -85,8 +85,11 @@ pub struct Kernels {
     pub(super) attend_full: Attend<f32>,
     pub(super) attend_blocks: Attend<Q8Block>,
     pub(super) add_low_rank: unsafe fn(&LowRank, &[f32], &mut [f32]),
-    pub(super) rows: &'static RowsKernels,
-    pub(super) tiles: &'static TileKernels,
+    pub(super) f32_rows: RowsKernel,
+    pub(super) f16_rows: RowsKernel,
+    pub(super) bf16_rows: RowsKernel,
+    pub(super) rows: &'static BlockKernels,
+    pub(super) tiles: &'static BlockKernels,
 }
 
 impl core::fmt::Debug for Kernels {
@@ -196,27 +199,22 @@ impl Kernels {
 
     /// The kernel for a matrix.
     fn kernel(&self, weight: &Matrix) -> RowsKernel {
-        let (rows, tiles) = (self.rows, self.tiles);
-        match (weight.dtype(), weight.layout()) {
-            (DType::F32, _) => rows.f32,
-            (DType::F16, _) => rows.f16,
-            (DType::BF16, _) => rows.bf16,
-            (DType::Q8_0, Layout::Rows) => rows.q8_0,
-            (DType::Q4_0, Layout::Rows) => rows.q4_0,
-            (DType::Q4_1, Layout::Rows) => rows.q4_1,
-            (DType::Q5_0, Layout::Rows) => rows.q5_0,
-            (DType::Q5_1, Layout::Rows) => rows.q5_1,
-            (DType::Q4K, Layout::Rows) => rows.q4_k,
-            (DType::Q5K, Layout::Rows) => rows.q5_k,
-            (DType::Q6K, Layout::Rows) => rows.q6_k,
-            (DType::Q8_0, Layout::Tiles) => tiles.q8_0,
-            (DType::Q4_0, Layout::Tiles) => tiles.q4_0,
-            (DType::Q4_1, Layout::Tiles) => tiles.q4_1,
-            (DType::Q5_0, Layout::Tiles) => tiles.q5_0,
-            (DType::Q5_1, Layout::Tiles) => tiles.q5_1,
-            (DType::Q4K, Layout::Tiles) => tiles.q4_k,
-            (DType::Q5K, Layout::Tiles) => tiles.q5_k,
-            (DType::Q6K, Layout::Tiles) => tiles.q6_k,
+        let blocks = match weight.layout() {
+            Layout::Rows => self.rows,
+            Layout::Tiles => self.tiles,
+        };
+        match weight.dtype() {
+            DType::F32 => self.f32_rows,
+            DType::F16 => self.f16_rows,
+            DType::BF16 => self.bf16_rows,
+            DType::Q8_0 => blocks.q8_0,
+            DType::Q4_0 => blocks.q4_0,
+            DType::Q4_1 => blocks.q4_1,
+            DType::Q5_0 => blocks.q5_0,
+            DType::Q5_1 => blocks.q5_1,
+            DType::Q4K => blocks.q4_k,
+            DType::Q5K => blocks.q5_k,
+            DType::Q6K => blocks.q6_k,
         }
     }
 

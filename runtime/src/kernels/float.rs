@@ -275,7 +275,7 @@ pub(crate) fn rope<S: Simd>(_: S, head: &mut [f32], cos: &[f32], sin: &[f32], pa
 }
 
 /// The largest magnitude that is too small to quantize (2^-100): such a block counts as zero.
-const TINY: f32 = f32::from_bits((127 - 100) << 23);
+pub(super) const TINY: f32 = f32::from_bits((127 - 100) << 23);
 
 /// Fills the quantized twin of every row. A block with a value that is not finite gets the scale NaN, so
 /// that whatever it is multiplied with becomes NaN too.

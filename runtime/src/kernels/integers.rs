@@ -1,11 +1,8 @@
 //! Blocks of 32 values as 8-bit integers with one scale, one value at a time.
 
+use super::activations::BLOCK;
+use super::float::TINY;
 use crate::format::f32_to_f16;
-
-/// Values in a block.
-pub(crate) const BLOCK: usize = 32;
-/// Largest magnitude that is too small to quantize (2^-100): such a block counts as zero.
-const TINY: f32 = f32::from_bits((127 - 100) << 23);
 
 /// Up to 32 values as `scale * q`, `q` within ±127 and rounded to nearest even. A value that is not finite
 /// makes the scale NaN.

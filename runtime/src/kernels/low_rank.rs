@@ -5,7 +5,8 @@
 //! for each row and 32 columns beside a quantized one. Sums of integers are exact, and all others are made
 //! in the same order by every instruction set.
 
-use super::integers::{BLOCK, quantize};
+use super::activations::BLOCK;
+use super::integers::quantize;
 use super::simd::Simd;
 use crate::{Code, Error, Result};
 

@@ -138,23 +138,8 @@ impl<'a> Matrix<'a> {
 /// One kernel: computes the rows of one part for all tokens.
 pub(crate) type RowsKernel = unsafe fn(&Matrix, &Activations, &mut Columns);
 
-/// One kernel for each weight type.
-pub(crate) struct RowsKernels {
-    pub f32: RowsKernel,
-    pub f16: RowsKernel,
-    pub bf16: RowsKernel,
-    pub q8_0: RowsKernel,
-    pub q4_0: RowsKernel,
-    pub q4_1: RowsKernel,
-    pub q5_0: RowsKernel,
-    pub q5_1: RowsKernel,
-    pub q4_k: RowsKernel,
-    pub q5_k: RowsKernel,
-    pub q6_k: RowsKernel,
-}
-
-/// One kernel for each quantized type in tiles.
-pub(crate) struct TileKernels {
+/// One kernel for each quantized type, for weights that lie in one way.
+pub(crate) struct BlockKernels {
     pub q8_0: RowsKernel,
     pub q4_0: RowsKernel,
     pub q4_1: RowsKernel,

@@ -34,14 +34,6 @@ macro_rules! kernel_table {
             fn f32_rows(w: &Matrix, x: &Activations, out: &mut Columns) = matmul::float_rows::<_, matmul::F32>;
             fn f16_rows(w: &Matrix, x: &Activations, out: &mut Columns) = matmul::float_rows::<_, matmul::F16>;
             fn bf16_rows(w: &Matrix, x: &Activations, out: &mut Columns) = matmul::float_rows::<_, matmul::BF16>;
-            fn q8_0_rows(w: &Matrix, x: &Activations, out: &mut Columns) = matmul::quantized_rows::<_, blocks::Q8_0>;
-            fn q4_0_rows(w: &Matrix, x: &Activations, out: &mut Columns) = matmul::quantized_rows::<_, blocks::Q4_0>;
-            fn q4_1_rows(w: &Matrix, x: &Activations, out: &mut Columns) = matmul::quantized_rows::<_, blocks::Q4_1>;
-            fn q5_0_rows(w: &Matrix, x: &Activations, out: &mut Columns) = matmul::quantized_rows::<_, blocks::Q5_0>;
-            fn q5_1_rows(w: &Matrix, x: &Activations, out: &mut Columns) = matmul::quantized_rows::<_, blocks::Q5_1>;
-            fn q4_k_rows(w: &Matrix, x: &Activations, out: &mut Columns) = matmul::quantized_rows::<_, blocks::Q4K>;
-            fn q5_k_rows(w: &Matrix, x: &Activations, out: &mut Columns) = matmul::quantized_rows::<_, blocks::Q5K>;
-            fn q6_k_rows(w: &Matrix, x: &Activations, out: &mut Columns) = matmul::quantized_rows::<_, blocks::Q6K>;
         }
 
         /// The kernels of this instruction set, for CPUs that have it.
@@ -49,41 +41,52 @@ macro_rules! kernel_table {
             name: $name,
             quantize, quantize_tiles, dot, axpy, to_half, round_to_half, rms_norm, rms_norm_in_place, swiglu, geglu, soft_cap, rope,
             attend_half, attend_full, attend_blocks, add_low_rank,
-            rows: &matmul::RowsKernels {
-                f32: f32_rows, f16: f16_rows, bf16: bf16_rows,
-                q8_0: q8_0_rows, q4_0: q4_0_rows, q4_1: q4_1_rows, q5_0: q5_0_rows, q5_1: q5_1_rows,
-                q4_k: q4_k_rows, q5_k: q5_k_rows, q6_k: q6_k_rows,
-            },
+            f32_rows, f16_rows, bf16_rows,
+            rows: &ROWS,
             tiles: &TILES,
         };
 
+        $crate::kernels::table::block_entries! {
+            [$token, $(#[$features])*]
+            /// The kernels for quantized weights in rows.
+            static ROWS = matmul::quantized_rows, blocks;
+        }
         $crate::kernels::table::tile_table! { $token, $(#[$features])* }
     };
 }
 
-/// Defines `TILES`, the kernels for weights in tiles.
+/// Defines `TILES`, the kernels for quantized weights in tiles.
 macro_rules! tile_table {
     ($token:expr, $(#[$features:meta])*) => {
-        $crate::kernels::table::tile_entries! {
+        use $crate::kernels::tiles as tile_kernels;
+        $crate::kernels::table::block_entries! {
             [$token, $(#[$features])*]
-            q8_0 Q8_0, q4_0 Q4_0, q4_1 Q4_1, q5_0 Q5_0, q5_1 Q5_1, q4_k Q4K, q5_k Q5K, q6_k Q6K,
+            /// The kernels for quantized weights in tiles.
+            static TILES = tile_kernels::multiply, tile_kernels;
         }
     };
 }
 
-/// One function for each quantized type, and the table of them.
-macro_rules! tile_entries {
-    ([$token:expr, $($features:tt)*] $($name:ident $format:ident,)*) => {
-        pub(crate) static TILES: $crate::kernels::matmul::TileKernels = {
+/// One function for each quantized type, whose formats are in the module `$formats`, and the table of them.
+macro_rules! block_entries {
+    ([$token:expr, $($features:tt)*] $(#[$doc:meta])* static $table:ident = $module:ident::$algorithm:ident, $formats:ident;) => {
+        $crate::kernels::table::block_entries! {
+            [$token, $($features)*] $(#[$doc])* static $table = $module::$algorithm, $formats:
+            q8_0 Q8_0, q4_0 Q4_0, q4_1 Q4_1, q5_0 Q5_0, q5_1 Q5_1, q4_k Q4K, q5_k Q5K, q6_k Q6K,
+        }
+    };
+    ([$token:expr, $($features:tt)*] $(#[$doc:meta])* static $table:ident = $module:ident::$algorithm:ident, $formats:ident:
+     $($name:ident $format:ident,)*) => {
+        $(#[$doc])*
+        pub(crate) static $table: $crate::kernels::matmul::BlockKernels = {
             use $crate::kernels::activations::Activations;
             use $crate::kernels::matmul::Matrix;
             use $crate::kernels::output::Columns;
-            use $crate::kernels::tiles;
             $crate::kernels::table::entries! {
                 [$token, $($features)*]
-                $(fn $name(w: &Matrix, x: &Activations, out: &mut Columns) = tiles::multiply::<_, tiles::$format>;)*
+                $(fn $name(w: &Matrix, x: &Activations, out: &mut Columns) = $module::$algorithm::<_, $formats::$format>;)*
             }
-            $crate::kernels::matmul::TileKernels { $($name,)* }
+            $crate::kernels::matmul::BlockKernels { $($name,)* }
         };
     };
 }
@@ -101,4 +104,4 @@ macro_rules! entries {
     };
 }
 
-pub(crate) use {entries, kernel_table, tile_entries, tile_table};
+pub(crate) use {block_entries, entries, kernel_table, tile_table};

@@ -126,18 +126,8 @@ impl Lanes for Dotprod {
     }
 
     #[inline(always)]
-    fn dot_wide<const LANE: i32>(self, p: [int32x4_t; 4], w: W, a: int8x16_t) -> [int32x4_t; 4] {
-        self.dot::<LANE>(p, w, a)
-    }
-
-    #[inline(always)]
     fn finish(self, p: [int32x4_t; 4], _: i32) -> F {
         p.map(|p| neon!(vcvtq_f32_s32(p)))
-    }
-
-    #[inline(always)]
-    fn finish_wide(self, p: [int32x4_t; 4], bias: i32) -> F {
-        self.finish(p, bias)
     }
 
     #[inline(always)]

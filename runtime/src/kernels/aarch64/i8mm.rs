@@ -132,17 +132,7 @@ impl Lanes for I8mm {
     }
 
     #[inline(always)]
-    fn dot_wide<const LANE: i32>(self, p: [int32x4_t; 4], w: W, a: int8x16_t) -> [int32x4_t; 4] {
-        self.0.dot::<LANE>(p, w, a)
-    }
-
-    #[inline(always)]
     fn finish(self, p: [int32x4_t; 4], bias: i32) -> F {
-        self.0.finish(p, bias)
-    }
-
-    #[inline(always)]
-    fn finish_wide(self, p: [int32x4_t; 4], bias: i32) -> F {
         self.0.finish(p, bias)
     }
 

@@ -2,8 +2,9 @@
 
 use super::{Cache, POSITIONS, Q8Block, Query, Scores, exp1, exponentials, peak};
 use crate::format::f16_to_f32;
+use crate::kernels::activations::BLOCK;
 use crate::kernels::float::soft_cap;
-use crate::kernels::integers::{BLOCK, quantize};
+use crate::kernels::integers::quantize;
 use crate::kernels::simd::Simd;
 
 /// Blocks of the widest head that a specification allows.

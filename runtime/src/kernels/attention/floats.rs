@@ -3,6 +3,7 @@
 use super::{Cache, POSITIONS, Query, Scores, exp1, exponentials, peak};
 use crate::kernels::float::{Element, soft_cap};
 use crate::kernels::simd::Simd;
+use core::ops::Range;
 
 /// `out = softmax(scores(q K^T)) V` of all lanes.
 #[inline(always)]
@@ -92,14 +93,28 @@ fn tile<S: Simd, T: Element, const N: usize, const M: usize>(
     }
 }
 
-/// Up to eight elements, filled up with zeros.
+/// Elements `8 * c..8 * c + 8` of each row.
 #[inline(always)]
-fn padded<S: Simd, T: Element>(s: S, x: &[T]) -> S::F {
-    let mut lanes = [T::default(); 8];
-    for (lane, x) in lanes.iter_mut().zip(x) {
-        *lane = *x;
+fn eights<S: Simd, T: Element, const N: usize>(s: S, rows: [&[T]; N], c: usize) -> [S::F; N] {
+    let mut lanes = [s.splat(0.0); N];
+    for (lanes, row) in lanes.iter_mut().zip(rows) {
+        *lanes = T::load8(s, &row.as_chunks().0[c]);
     }
-    T::load8(s, &lanes)
+    lanes
+}
+
+/// The elements in `range`, fewer than eight, of each row, filled up with zeros.
+#[inline(always)]
+fn lasts<S: Simd, T: Element, const N: usize>(s: S, rows: [&[T]; N], range: &Range<usize>) -> [S::F; N] {
+    let mut lanes = [s.splat(0.0); N];
+    for (lanes, row) in lanes.iter_mut().zip(rows) {
+        let mut eight = [T::default(); 8];
+        for (to, from) in eight.iter_mut().zip(&row[range.clone()]) {
+            *to = *from;
+        }
+        *lanes = T::load8(s, &eight);
+    }
+    lanes
 }
 
 /// `scores[l][at + i] = scale * dot(q[l], key[i])` for `count` rows.
@@ -125,26 +140,10 @@ fn products<S: Simd, T: Element, const N: usize, const M: usize>(
         }
         let mut sums = [s.splat(0.0); 8];
         for c in 0..whole {
-            let mut row = [s.splat(0.0); M];
-            for (row, from) in row.iter_mut().zip(rows) {
-                *row = T::load8(s, &from.as_chunks().0[c]);
-            }
-            let mut query = [s.splat(0.0); N];
-            for (query, q) in query.iter_mut().zip(q) {
-                *query = s.load(&q.as_chunks().0[c]);
-            }
-            add_products(s, query, row, &mut sums);
+            add_products(s, eights(s, q, c), eights(s, rows, c), &mut sums);
         }
         if !rest.is_empty() {
-            let mut row = [s.splat(0.0); M];
-            for (row, from) in row.iter_mut().zip(rows) {
-                *row = padded(s, &from[rest.clone()]);
-            }
-            let mut query = [s.splat(0.0); N];
-            for (query, q) in query.iter_mut().zip(q) {
-                *query = padded(s, &q[rest.clone()]);
-            }
-            add_products(s, query, row, &mut sums);
+            add_products(s, lasts(s, q, &rest), lasts(s, rows, &rest), &mut sums);
         }
         let mut lanes = [0.0; 8];
         s.store(s.mul(s.sums(sums), s.splat(scale)), &mut lanes);

@@ -57,12 +57,12 @@ fn q8_0(b: &[u8; 34], out: &mut [f32; 32]) {
 }
 
 /// Element `i` of 32 in nibbles: the low ones first, then the high ones.
-fn nibble(qs: &[u8], i: usize) -> u8 {
+pub(crate) fn nibble(qs: &[u8], i: usize) -> u8 {
     if i < 16 { qs[i] & 15 } else { qs[i - 16] >> 4 }
 }
 
 /// The fifth bit of element `i`, in its place.
-fn fifth_bit(qh: &[u8], i: usize) -> u8 {
+pub(crate) fn fifth_bit(qh: &[u8], i: usize) -> u8 {
     (qh[i / 8] >> (i % 8) & 1) << 4
 }
 
@@ -97,7 +97,7 @@ fn q5_1(b: &[u8; 24], out: &mut [f32; 32]) {
 /// The 6-bit scale and minimum of sub-block `j` (of 8) in the 12 packed bytes of Q4_K and Q5_K: four whole
 /// scales, four whole minimums, then the low nibbles of the other four, whose upper two bits sit in the
 /// upper bits of the first eight bytes.
-fn scale_min(packed: &[u8], j: usize) -> (u8, u8) {
+pub(crate) fn scale_min(packed: &[u8], j: usize) -> (u8, u8) {
     if j < 4 {
         (packed[j] & 63, packed[j + 4] & 63)
     } else {

@@ -6,6 +6,7 @@ use super::simd::Simd;
 use crate::format::{bf16_to_f32, f16_to_f32, f32_to_f16};
 
 pub use dequantize::dequantize_row;
+pub(crate) use dequantize::{fifth_bit, nibble, scale_min};
 
 /// No vector unit at all.
 #[derive(Clone, Copy)]

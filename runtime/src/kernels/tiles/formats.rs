@@ -61,11 +61,11 @@ pub(crate) trait Format {
         None => panic!("not a quantized type"),
     };
     /// A weight is `scale * (q - BIAS)`, plus the minimum.
-    const BIAS: i32;
+    const BIAS: i32 = Self::GEOMETRY.bias;
     /// Whether weights do not fit `0..64`.
-    const WIDE: bool = false;
+    const WIDE: bool = Self::GEOMETRY.vectors == 8;
     /// Segments of a block, each with a scale of its own.
-    const SEGMENTS: usize = 1;
+    const SEGMENTS: usize = if matches!(Self::GEOMETRY.factors, Factors::SuperHalves) { 2 } else { 1 };
     /// Whether there are minimums.
     const MINS: bool = matches!(Self::GEOMETRY.factors, Factors::ScaleMin | Factors::Super);
 
@@ -122,15 +122,13 @@ fn six_bits<S: Lanes, const G: usize>(s: S, quants: &[[u8; 64]]) -> S::W {
 
 /// Implements [`Format`].
 macro_rules! format {
-    ($name:ident, $dtype:ident, $share:ty, bias $bias:literal, $group:ident $(, $item:item)*) => {
+    ($name:ident, $dtype:ident, $share:ty, $group:ident) => {
         #[doc = concat!("Tiles of ", stringify!($name), ".")]
         pub(crate) struct $name;
 
         impl Format for $name {
             type Share = $share;
             const DTYPE: DType = DType::$dtype;
-            const BIAS: i32 = $bias;
-            $($item)*
 
             #[inline(always)]
             fn group<S: Lanes, const G: usize>(s: S, quants: &[[u8; 64]]) -> S::W {
@@ -146,14 +144,14 @@ fn whole_bytes<S: Lanes, const G: usize>(s: S, quants: &[[u8; 64]]) -> S::W {
     s.signed(vector(s, quants, G))
 }
 
-format!(Q8_0, Q8_0, Share<64, 8, 2>, bias 0, whole_bytes, const WIDE: bool = true;);
-format!(Q4_0, Q4_0, Share<64, 4, 2>, bias 8, nibbles);
-format!(Q4_1, Q4_1, Share<128, 4, 2>, bias 0, nibbles);
-format!(Q5_0, Q5_0, Share<64, 5, 2>, bias 16, five_bits);
-format!(Q5_1, Q5_1, Share<128, 5, 2>, bias 0, five_bits);
-format!(Q4K, Q4K, Share<320, 4, 8>, bias 0, nibbles);
-format!(Q5K, Q5K, Share<320, 5, 8>, bias 0, five_bits);
-format!(Q6K, Q6K, Share<320, 6, 8>, bias 32, six_bits, const SEGMENTS: usize = 2;);
+format!(Q8_0, Q8_0, Share<64, 8, 2>, whole_bytes);
+format!(Q4_0, Q4_0, Share<64, 4, 2>, nibbles);
+format!(Q4_1, Q4_1, Share<128, 4, 2>, nibbles);
+format!(Q5_0, Q5_0, Share<64, 5, 2>, five_bits);
+format!(Q5_1, Q5_1, Share<128, 5, 2>, five_bits);
+format!(Q4K, Q4K, Share<320, 4, 8>, nibbles);
+format!(Q5K, Q5K, Share<320, 5, 8>, five_bits);
+format!(Q6K, Q6K, Share<320, 6, 8>, six_bits);
 
 /// The sixteen numbers of `N / 16` bytes each at `at`.
 #[inline(always)]

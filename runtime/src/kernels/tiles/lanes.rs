@@ -42,11 +42,17 @@ pub(crate) trait Lanes: Copy {
     /// `0..64`, and there are at most 8 calls from [`Lanes::start`] to [`Lanes::finish`].
     fn dot<const LANE: i32>(self, p: Self::P, w: Self::W, a: Self::A) -> Self::P;
     /// As [`Lanes::dot`], for any bytes that came through [`Lanes::signed`].
-    fn dot_wide<const LANE: i32>(self, p: Self::P, w: Self::W, a: Self::A) -> Self::P;
+    #[inline(always)]
+    fn dot_wide<const LANE: i32>(self, p: Self::P, w: Self::W, a: Self::A) -> Self::P {
+        self.dot::<LANE>(p, w, a)
+    }
     /// The sums and the `bias` that [`Lanes::start`] got, below 2^24.
     fn finish(self, p: Self::P, bias: i32) -> Self::F;
     /// As [`Lanes::finish`], after [`Lanes::dot_wide`].
-    fn finish_wide(self, p: Self::P, bias: i32) -> Self::F;
+    #[inline(always)]
+    fn finish_wide(self, p: Self::P, bias: i32) -> Self::F {
+        self.finish(p, bias)
+    }
 
     /// `x` for all rows.
     fn splat(self, x: f32) -> Self::F;

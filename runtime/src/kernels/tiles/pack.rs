@@ -2,6 +2,7 @@
 
 use crate::format::{DType, Factors, Geometry, TILE_ROWS as ROWS, f16_to_f32, tiled_bytes};
 use crate::kernels::activations::BLOCK;
+use crate::kernels::generic::{fifth_bit, nibble, scale_min};
 use crate::{Code, Error, Result};
 
 /// The largest block of any type.
@@ -59,16 +60,6 @@ struct Parts {
     quants: [u8; LARGEST],
 }
 
-/// Nibble `i % 32 / 16` of byte `at + i % 16`, for the types with blocks of 32.
-fn nibble(block: &[u8], at: usize, i: usize) -> u8 {
-    block[at + i % 16] >> (i / 16 * 4) & 15
-}
-
-/// Bit `i` of the four bytes at `at`, as bit 4.
-fn fifth(block: &[u8], at: usize, i: usize) -> u8 {
-    (block[at + i / 8] >> (i % 8) & 1) << 4
-}
-
 /// Weight `i` of 256 in nibbles from byte `at`: of each 64, the low ones first.
 fn super_nibble(block: &[u8], at: usize, i: usize) -> u8 {
     block[at + i / 64 * 32 + i % 32] >> (i % 64 / 32 * 4) & 15
@@ -82,10 +73,10 @@ impl Parts {
             // `pack_tiles` has no geometry for these.
             DType::F32 | DType::F16 | DType::BF16 => return parts,
             DType::Q8_0 => &|i| b[2 + i],
-            DType::Q4_0 => &|i| nibble(b, 2, i),
-            DType::Q4_1 => &|i| nibble(b, 4, i),
-            DType::Q5_0 => &|i| nibble(b, 6, i) | fifth(b, 2, i),
-            DType::Q5_1 => &|i| nibble(b, 8, i) | fifth(b, 4, i),
+            DType::Q4_0 => &|i| nibble(&b[2..], i),
+            DType::Q4_1 => &|i| nibble(&b[4..], i),
+            DType::Q5_0 => &|i| nibble(&b[6..], i) | fifth_bit(&b[2..6], i),
+            DType::Q5_1 => &|i| nibble(&b[8..], i) | fifth_bit(&b[4..8], i),
             DType::Q4K => &|i| super_nibble(b, 16, i),
             DType::Q5K => &|i| super_nibble(b, 48, i) | (b[16 + i % 32] >> (i / 32) & 1) << 4,
             DType::Q6K => &|i| {
@@ -106,8 +97,8 @@ impl Parts {
             }
             DType::Q4K | DType::Q5K => {
                 parts.halves = [at(0), at(2)];
-                for (i, scale_min) in parts.bytes.iter_mut().enumerate() {
-                    *scale_min = scale_and_min(b, i);
+                for (i, factors) in parts.bytes.iter_mut().enumerate() {
+                    *factors = scale_min(&b[4..16], i).into();
                 }
             }
             DType::Q4_1 | DType::Q5_1 => parts.halves = [at(0), at(2)],
@@ -127,17 +118,6 @@ impl Parts {
                 to[halves * 2 * ROWS + i * ROWS + lane] = *byte;
             }
         }
-    }
-}
-
-/// The 6-bit scale and minimum of block `i` of a Q4_K or Q5_K super-block.
-fn scale_and_min(b: &[u8], i: usize) -> [u8; 2] {
-    let packed = &b[4..16];
-    if i < 4 {
-        [packed[i] & 63, packed[i + 4] & 63]
-    } else {
-        let high = |at: usize| packed[at] >> 6 << 4;
-        [packed[i + 4] & 15 | high(i - 4), packed[i + 4] >> 4 | high(i)]
     }
 }
 
@@ -169,12 +149,7 @@ pub fn dequantize_tile_row(dtype: DType, tiles: &[u8], row: usize, out: &mut [f3
     let Some(bytes) = geometry.tile_bytes(out.len()) else { return Err(wrong()) };
     let tile = tiles.chunks_exact(bytes.max(1)).nth(row / ROWS).ok_or_else(wrong)?;
     let (lane, kind, vectors) = (row % ROWS, geometry.factors, geometry.vectors * 64);
-    let bias = match dtype {
-        DType::Q4_0 => 8.0,
-        DType::Q5_0 => 16.0,
-        DType::Q6K => 32.0,
-        _ => 0.0,
-    };
+    let bias = geometry.bias as f32;
     for (index, out) in out.as_chunks_mut::<BLOCK>().0.iter_mut().enumerate() {
         let share = &tile[index / kind.blocks() * geometry.share_bytes()..][..geometry.share_bytes()];
         let (factors, quants) = share.split_at(kind.bytes());

@@ -59,16 +59,8 @@ impl Lanes for Scalar {
         })
     }
 
-    fn dot_wide<const LANE: i32>(self, p: [i32; ROWS], w: [u8; 64], a: [i8; 16]) -> [i32; ROWS] {
-        self.dot::<LANE>(p, w, a)
-    }
-
     fn finish(self, p: [i32; ROWS], _: i32) -> F {
         p.map(|p| p as f32)
-    }
-
-    fn finish_wide(self, p: [i32; ROWS], bias: i32) -> F {
-        self.finish(p, bias)
     }
 
     fn splat(self, x: f32) -> F {

@@ -96,11 +96,6 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    fn finish_wide(self, p: W, bias: i32) -> F {
-        self.finish(p, bias)
-    }
-
-    #[inline(always)]
     fn splat(self, x: f32) -> F {
         avx2!([_mm256_set1_ps(x); 2])
     }

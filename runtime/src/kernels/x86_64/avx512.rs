@@ -85,18 +85,8 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
-    fn dot_wide<const LANE: i32>(self, p: __m512i, w: __m512i, a: [i32; 4]) -> __m512i {
-        self.dot::<LANE>(p, w, a)
-    }
-
-    #[inline(always)]
     fn finish(self, p: __m512i, _: i32) -> __m512 {
         avx512!(_mm512_cvtepi32_ps(p))
-    }
-
-    #[inline(always)]
-    fn finish_wide(self, p: __m512i, bias: i32) -> __m512 {
-        self.finish(p, bias)
     }
 
     #[inline(always)]
