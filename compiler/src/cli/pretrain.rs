@@ -14,7 +14,7 @@ use edgec::text::HostTokenizer;
 use edgec::text::corpus::{self, Corpus};
 use edgec::train::pretrain::{initialize, learn_vocabulary};
 use edgec::train::trainer::{self, Progress as Watch, StepReport, Text};
-use edgec::train::{RunFolder, TrainConfig};
+use edgec::train::{RunFolder, TrainConfig, trainee};
 use edgec::{export, quantize};
 
 use super::output;
@@ -108,6 +108,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<()> {
     let text = Text { ids: &corpus.ids, scored: &corpus.scored };
     let folder = RunFolder::new(&arguments.out, arguments.resume, arguments.checkpoint_every);
     let mut screen = Screen(Progress::start("pretrain"));
+    let model = trainee::full(model, config.decay_embeddings)?;
     let trained = trainer::train(None, model, text, &config, &folder, &mut screen)?;
     screen.0.finish("trained");
     export::hf::write(&trained, &arguments.out.join("student"))?;

@@ -136,7 +136,7 @@ impl Search {
         let decoder = Decoder::new(&teacher.spec, &teacher.weights)?;
         let embedded = decoder.embed(ids)?;
         let hidden = decoder.hidden(ids, windows, length)?;
-        let full = Reference::new(&hidden, decoder.head(), (0..hidden.dim(0)?).collect())?;
+        let full = Reference::new(&hidden, &decoder.head()?, (0..hidden.dim(0)?).collect())?;
         let screen_windows = windows.div_ceil(2);
         let rows = (0..screen_windows * length).skip(SCREEN_STRIDE - 1).step_by(SCREEN_STRIDE).collect();
         let screen = full.subset(rows)?;
@@ -176,7 +176,7 @@ impl Search {
         for &layer in &kept[position + 1..] {
             state = self.decoder.block(layer, &state, windows, self.length)?;
         }
-        reference.divergence(&self.decoder.final_norm(&state)?, self.decoder.head())
+        reference.divergence(&self.decoder.final_norm(&state)?, &self.decoder.head()?)
     }
 }
 
@@ -303,7 +303,7 @@ mod tests {
         let logits = |model: &Model| {
             let decoder = Decoder::new(&model.spec, &model.weights).unwrap();
             let hidden = decoder.hidden(ids, ids.len() / length, length).unwrap();
-            let logits = decoder.head().logits(&hidden).unwrap();
+            let logits = decoder.head().unwrap().logits(&hidden).unwrap();
             logits.to_dtype(DType::F64).unwrap().to_vec2::<f64>().unwrap()
         };
         let log_softmax = |row: &[f64]| {

@@ -7,14 +7,16 @@ use candle_core::{Device, Result, Tensor, bail};
 use edge_models::{DecoderSpec, Role, Rope};
 
 use super::loss::Head;
-use super::ops::{Heads, RopeTable, attention, glu, linear, rms_norm, rope, with_values};
+use super::ops::{Heads, RopeTable, attention, glu, rms_norm, rope, with_values};
+use super::projection::{Matrices, Projection};
 use crate::model::Weights;
 
 /// A decoder over tensor handles: those that are variables are trained.
 pub struct Decoder {
     spec: DecoderSpec,
-    weights: Weights,
-    head: Head,
+    matrices: Matrices,
+    /// All weights that are not matrices.
+    vectors: Weights,
     /// Angles by length of a sequence, and whether they are those of layers with a window.
     tables: Mutex<BTreeMap<(usize, bool), RopeTable>>,
 }
@@ -25,32 +27,44 @@ impl Decoder {
     /// # Errors
     /// A weight is missing or has another shape than `spec` says.
     pub fn new(spec: &DecoderSpec, weights: &Weights) -> Result<Self> {
+        let (mut matrices, mut vectors) = (Matrices::new(), Weights::default());
+        for (role, layer, weight) in weights.iter() {
+            if role.is_vector() {
+                vectors.insert(role, layer, weight.clone());
+            } else {
+                matrices.insert((role, layer), Projection::Dense(weight.clone()));
+            }
+        }
+        Self::assemble(spec, matrices, vectors)
+    }
+
+    /// A decoder of matrices and of all weights that are none.
+    ///
+    /// # Errors
+    /// A weight is missing or has another shape than `spec` says.
+    pub fn assemble(spec: &DecoderSpec, matrices: Matrices, vectors: Weights) -> Result<Self> {
         for row in spec.family.tensors.iter().filter(|row| row.role.required(spec)) {
             let layers = if row.role.per_layer() { spec.layers } else { 1 };
             for layer in 0..layers {
                 let [rows, cols] = row.role.shape(spec);
-                let expected = if row.role.is_vector() { vec![cols] } else { vec![rows, cols] };
-                match weights.get(row.role, layer) {
+                let (found, expected) = if row.role.is_vector() {
+                    (vectors.get(row.role, layer).map(Tensor::dims), vec![cols])
+                } else {
+                    (matrices.get(&(row.role, layer)).map(Projection::dims), vec![rows, cols])
+                };
+                match found {
                     None => bail!("weight {:?} of layer {layer} is missing", row.role),
-                    Some(weight) if weight.dims() != expected => {
+                    Some(found) if found != expected => {
                         bail!(
-                            "weight {:?} of layer {layer} has shape {:?}, expected {expected:?}",
-                            row.role,
-                            weight.dims()
+                            "weight {:?} of layer {layer} has shape {found:?}, expected {expected:?}",
+                            row.role
                         );
                     }
                     Some(_) => {}
                 }
             }
         }
-        let head_role = if spec.tied_embeddings { Role::TokenEmbedding } else { Role::Output };
-        let Some(head) = weights.get(head_role, 0).cloned() else { bail!("weight {head_role:?} is missing") };
-        Ok(Self {
-            spec: *spec,
-            weights: weights.clone(),
-            head: Head { weight: head, soft_cap: spec.final_soft_cap },
-            tables: Mutex::new(BTreeMap::new()),
-        })
+        Ok(Self { spec: *spec, matrices, vectors, tables: Mutex::new(BTreeMap::new()) })
     }
 
     /// Hyper-parameters.
@@ -58,9 +72,13 @@ impl Decoder {
         &self.spec
     }
 
-    /// The output head.
-    pub fn head(&self) -> &Head {
-        &self.head
+    /// The output head, made for one forward pass.
+    ///
+    /// # Errors
+    /// What an operation that makes its matrix answers.
+    pub fn head(&self) -> Result<Head> {
+        let role = if self.spec.tied_embeddings { Role::TokenEmbedding } else { Role::Output };
+        Ok(Head { weight: self.matrix(role, 0)?.matrix()?, soft_cap: self.spec.final_soft_cap })
     }
 
     /// Embeddings of `tokens`, `[n, hidden]`.
@@ -69,7 +87,7 @@ impl Decoder {
     /// A token lies outside the vocabulary.
     pub fn embed(&self, tokens: &[u32]) -> Result<Tensor> {
         let ids = Tensor::new(tokens, &Device::Cpu)?;
-        let embedded = self.weight(Role::TokenEmbedding, 0)?.index_select(&ids, 0)?;
+        let embedded = self.matrix(Role::TokenEmbedding, 0)?.rows(&ids)?;
         match self.spec.embedding_scale {
             1.0 => Ok(embedded),
             scale => embedded * f64::from(scale),
@@ -138,18 +156,25 @@ impl Decoder {
     /// # Errors
     /// As [`Decoder::hidden`].
     pub fn logits(&self, tokens: &[u32], batch: usize, length: usize) -> Result<Tensor> {
-        self.head.logits(&self.hidden(tokens, batch, length)?)
+        self.head()?.logits(&self.hidden(tokens, batch, length)?)
     }
 
-    fn weight(&self, role: Role, layer: usize) -> Result<&Tensor> {
-        match self.weights.get(role, layer) {
-            Some(weight) => Ok(weight),
+    fn matrix(&self, role: Role, layer: usize) -> Result<&Projection> {
+        match self.matrices.get(&(role, layer)) {
+            Some(matrix) => Ok(matrix),
+            None => bail!("weight {role:?} of layer {layer} is missing"),
+        }
+    }
+
+    fn vector(&self, role: Role, layer: usize) -> Result<&Tensor> {
+        match self.vectors.get(role, layer) {
+            Some(vector) => Ok(vector),
             None => bail!("weight {role:?} of layer {layer} is missing"),
         }
     }
 
     fn norm(&self, x: &Tensor, role: Role, layer: usize) -> Result<Tensor> {
-        rms_norm(x, self.weight(role, layer)?, self.spec.norm_eps)
+        rms_norm(x, self.vector(role, layer)?, self.spec.norm_eps)
     }
 
     /// Normalizes what a block adds, where the model does that.
@@ -169,9 +194,9 @@ impl Decoder {
     }
 
     fn project(&self, x: &Tensor, layer: usize, role: Role, bias: Option<Role>) -> Result<Tensor> {
-        let y = linear(x, self.weight(role, layer)?)?;
+        let y = self.matrix(role, layer)?.apply(x)?;
         match bias.filter(|bias| bias.required(&self.spec)) {
-            Some(bias) => y.broadcast_add(self.weight(bias, layer)?),
+            Some(bias) => y.broadcast_add(self.vector(bias, layer)?),
             None => Ok(y),
         }
     }
@@ -185,7 +210,7 @@ impl Decoder {
             return Ok(table.clone());
         }
         let rope = spec.rope_of(layer);
-        let frequencies = inverse_frequencies(rope, spec.rope_dims, length, &self.weights)?;
+        let frequencies = inverse_frequencies(rope, spec.rope_dims, length, &self.vectors)?;
         let table = RopeTable::new(&frequencies, spec.head_dim, length, rope.scaling.magnitude());
         tables.insert(key, table.clone());
         Ok(table)
@@ -193,8 +218,8 @@ impl Decoder {
 }
 
 /// `theta^(-2i / dims)` in radians per token, stretched as the specification or the file says.
-fn inverse_frequencies(rope: &Rope, dims: usize, length: usize, weights: &Weights) -> Result<Vec<f64>> {
-    let divisors = match rope.scaling.divisors(length).map(|role| (role, weights.get(role, 0))) {
+fn inverse_frequencies(rope: &Rope, dims: usize, length: usize, vectors: &Weights) -> Result<Vec<f64>> {
+    let divisors = match rope.scaling.divisors(length).map(|role| (role, vectors.get(role, 0))) {
         None => vec![1.0; dims / 2],
         Some((_, Some(table))) => with_values(table, |values| Ok(values.to_vec()))?,
         Some((role, None)) => bail!("weight {role:?} is missing"),
@@ -296,12 +321,12 @@ mod tests {
                 shuffled
             })
             .unwrap();
-            let hidden = teacher.hidden(&tokens, 2, 5).unwrap();
+            let (hidden, head) = (teacher.hidden(&tokens, 2, 5).unwrap(), teacher.head().unwrap());
             let evaluate = || {
                 let student = Decoder::new(&spec, &weights(&variables)).unwrap();
                 let states = student.hidden(&tokens, 2, 5).unwrap();
-                let teacher = Some((&hidden, teacher.head()));
-                loss(&states, student.head(), teacher, &targets, &objective, 1.0).unwrap()
+                let teacher = Some((&hidden, &head));
+                loss(&states, &student.head().unwrap(), teacher, &targets, &objective, 1.0).unwrap()
             };
             let grads = evaluate().0.backward().unwrap();
             for (role, layer, var) in variables.iter().filter(|(role, ..)| !role.is_rope_table()) {

@@ -100,6 +100,7 @@ pub fn loss(
         teacher: teacher.map(|(hidden, head)| (hidden.clone(), head.clone())),
         targets: targets.to_vec(),
         soft_cap: student_head.soft_cap,
+        trains_head: student_head.weight.track_op(),
         objective: *objective,
         scale,
         parts: shared.clone(),
@@ -374,15 +375,17 @@ struct HeadLoss {
     targets: Vec<u32>,
     /// The student's.
     soft_cap: f32,
+    /// The head needs a gradient too; one that is frozen does not.
+    trains_head: bool,
     objective: Objective,
     scale: f64,
     parts: std::sync::Arc<Mutex<LossParts>>,
-    /// Gradients of the hidden states and of the head, made in the forward pass.
-    gradients: Mutex<Option<(Tensor, Tensor)>>,
+    /// Gradients of the hidden states and, if it is trained, of the head, made in the forward pass.
+    gradients: Mutex<Option<(Tensor, Option<Tensor>)>>,
 }
 
 impl HeadLoss {
-    /// The loss and its gradients for the student's hidden states and head.
+    /// The loss and its gradients for the student's hidden states and head, the latter empty if it is frozen.
     fn forward(&self, student: &Side<'_>) -> Result<(LossParts, Vec<f32>, Vec<f32>)> {
         match &self.teacher {
             None => self.forward_beside(student, None),
@@ -409,7 +412,7 @@ impl HeadLoss {
 
         let mut sums = LossParts { tokens: scored.len(), ..LossParts::default() };
         let mut dhidden = vec![0.0; student.rows * width];
-        let mut dhead = vec![0.0; vocab * width];
+        let mut dhead = vec![0.0; if self.trains_head { vocab * width } else { 0 }];
         let size = CHUNK.min(scored.len()) * vocab;
         let mut s_buffer = vec![0.0; size];
         let mut t_buffer = vec![0.0; if teacher.is_some() { size } else { 0 }];
@@ -454,8 +457,10 @@ impl HeadLoss {
             let grad = Matrix::new(s, chunk.len(), vocab);
             let mut dpicked = vec![0.0; chunk.len() * width];
             gemm(&mut dpicked, grad, Matrix::new(student.head, vocab, width), 1.0, false, true);
-            let picked = student.pick(chunk);
-            gemm(&mut dhead, grad.t(), Matrix::new(&picked, chunk.len(), width), 1.0, true, true);
+            if self.trains_head {
+                let picked = student.pick(chunk);
+                gemm(&mut dhead, grad.t(), Matrix::new(&picked, chunk.len(), width), 1.0, true, true);
+            }
             for ((row, _), values) in chunk.iter().zip(dpicked.chunks_exact(width)) {
                 dhidden[row * width..][..width].copy_from_slice(values);
             }
@@ -519,7 +524,8 @@ impl CustomOp2 for HeadLoss {
         let head = values(head, head_layout, "loss")?;
         let student = Side { soft_cap: self.soft_cap, ..Side::new(hidden, shape, head, head_shape)? };
         let (parts, dhidden, dhead) = self.forward(&student)?;
-        let gradients = (tensor(dhidden, shape.0, shape.1)?, tensor(dhead, head_shape.0, head_shape.1)?);
+        let dhead = self.trains_head.then(|| tensor(dhead, head_shape.0, head_shape.1)).transpose()?;
+        let gradients = (tensor(dhidden, shape.0, shape.1)?, dhead);
         *self.parts.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = parts;
         *self.gradients.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(gradients);
         Ok((CpuStorage::F32(vec![(parts.loss * self.scale) as f32]), Shape::from(())))
@@ -536,9 +542,9 @@ impl CustomOp2 for HeadLoss {
         let Some((dhidden, dhead)) = gradients else { bail!("loss: backward ran twice") };
         let factor = f64::from(grad.to_scalar::<f32>()?);
         if factor == 1.0 {
-            return Ok((Some(dhidden), Some(dhead)));
+            return Ok((Some(dhidden), dhead));
         }
-        Ok((Some((dhidden * factor)?), Some((dhead * factor)?)))
+        Ok((Some((dhidden * factor)?), dhead.map(|dhead| dhead * factor).transpose()?))
     }
 }
 
@@ -573,6 +579,22 @@ mod tests {
         check::gradients(&[hidden, weight], |x| {
             Ok(loss(&x[0], &head(&x[1], 0.0), None, &TARGETS, &objective(1.0, 1.0), 10.0)?.0)
         });
+    }
+
+    /// The hidden states get the same gradient beside a head that is frozen, and that head none.
+    #[test]
+    fn a_frozen_head_gets_no_gradient() {
+        let hidden = candle_core::Var::from_tensor(&check::matrix(1, 6, 8)).unwrap();
+        let weight = candle_core::Var::from_tensor(&check::matrix(2, 17, 8)).unwrap();
+        let gradients = |weight: &Tensor| {
+            let value =
+                loss(&hidden, &head(weight, 1.5), None, &TARGETS, &objective(0.0, 1.0), 1.0).unwrap().0;
+            let store = value.backward().unwrap();
+            (store.get(&hidden).unwrap().to_vec2::<f32>().unwrap(), store.get(weight).is_some())
+        };
+        let (trained, frozen) = (gradients(&weight), gradients(&weight.as_tensor().detach()));
+        assert_eq!(trained.0, frozen.0);
+        assert!(trained.1 && !frozen.1);
     }
 
     /// `ln softmax(logits / T)` in f64, from the definition.

@@ -9,8 +9,10 @@ pub mod metrics;
 pub(crate) mod ops;
 pub mod optimizer;
 pub mod pretrain;
+mod projection;
 pub mod random;
 pub mod schedule;
+pub mod trainee;
 pub mod trainer;
 pub mod windows;
 
@@ -21,3 +23,4 @@ mod tests;
 
 pub use config::{RunFolder, TrainConfig};
 pub use error::TrainError;
+pub use projection::{Matrices, Projection};

@@ -8,6 +8,7 @@ use super::config::{RunFolder, TrainConfig};
 use super::error::TrainError;
 use super::fixture::{text, tiny};
 use super::loss::Objective;
+use super::trainee::full;
 use super::trainer::{Progress, StepReport, Text, distill, train};
 use crate::model::Model;
 use crate::student;
@@ -197,7 +198,8 @@ fn a_language_model_learns_from_text_alone() {
     let config =
         TrainConfig { tokens: 150 * 8 * 16, batch: 8, length: 16, lr: 1e-2, ..TrainConfig::default() };
     let text = Text { ids: &ids, scored: &scored };
-    train(None, model, text, &config, &RunFolder::new(folder.path(), false, None), &mut watch).unwrap();
+    let folder = RunFolder::new(folder.path(), false, None);
+    train(None, full(model, false).unwrap(), text, &config, &folder, &mut watch).unwrap();
     let (first, last) = (watch.losses[0], watch.losses[149]);
     // Fresh weights know nothing; the walk's entropy is about 1.3 nats.
     assert!((first - 61f64.ln()).abs() < 0.05, "{first}");
@@ -214,7 +216,8 @@ fn bad_input_is_refused_before_anything_is_written() {
     let mut fails = |ids: &[u32], config: TrainConfig, expected: &str| {
         let scored = vec![true; ids.len()];
         let text = Text { ids, scored: &scored };
-        let error = train(None, tiny(1, 1), text, &config, &run_folder, &mut watch).unwrap_err().to_string();
+        let model = full(tiny(1, 1), false).unwrap();
+        let error = train(None, model, text, &config, &run_folder, &mut watch).unwrap_err().to_string();
         assert!(error.contains(expected), "{error}");
     };
     let ids = text(40);

@@ -7,8 +7,6 @@
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use candle_core::Var;
-use edge_models::{NameBuf, Role};
 use sha2::{Digest, Sha256};
 
 use super::checkpoint::{self, Header, Recipe};
@@ -18,10 +16,11 @@ use super::graph::Decoder;
 use super::loss::{self, LossParts};
 use super::metrics::{Metrics, Row};
 use super::ops::with_values;
-use super::optimizer::{AdamW, Gradients, Parameter};
+use super::optimizer::{AdamW, Gradients};
 use super::schedule::Schedule;
+use super::trainee::{self, Trainee};
 use super::windows::Windows;
-use crate::model::{Model, Weights};
+use crate::model::Model;
 
 /// What a finished step looks like.
 #[derive(Clone, Copy, Debug)]
@@ -60,6 +59,8 @@ pub fn distill(
     progress: &mut dyn Progress,
 ) -> Result<Model, TrainError> {
     crate::student::check(teacher, &student)?;
+    config.validate()?;
+    let student = trainee::full(student, config.decay_embeddings)?;
     train(Some(teacher), student, text, config, folder, progress)
 }
 
@@ -72,30 +73,30 @@ pub struct Text<'a> {
     pub scored: &'a [bool],
 }
 
-/// [`distill`] with a teacher, plain language modelling (cross-entropy alone) without one.
+/// Trains whatever is to be trained: with a teacher as [`distill`], without one as a language model
+/// (cross-entropy alone).
 ///
 /// # Errors
 /// As [`distill`].
-pub fn train(
+pub fn train<R>(
     teacher: Option<&Model>,
-    student: Model,
+    student: Trainee<R>,
     text: Text<'_>,
     config: &TrainConfig,
     folder: &RunFolder,
     progress: &mut dyn Progress,
-) -> Result<Model, TrainError> {
+) -> Result<R, TrainError> {
     config.validate()?;
-    let mut run = Trainer::new(teacher, student, text, config, folder, progress)?;
+    let mut run = Trainer::new(teacher, &student, text, config, folder, progress)?;
     run.run(progress)?;
-    Ok(run.finish())
+    drop(run);
+    student.finish()
 }
 
 /// A run under way.
 struct Trainer<'a> {
     teacher: Option<Decoder>,
-    student: Decoder,
-    /// The student without its weights; those are the optimizer's variables.
-    model: Model,
+    student: &'a Decoder,
     optimizer: AdamW,
     windows: Windows<'a>,
     schedule: Schedule,
@@ -111,24 +112,22 @@ struct Trainer<'a> {
 
 impl<'a> Trainer<'a> {
     /// A run at its beginning, or at its checkpoint.
-    fn new(
+    fn new<R>(
         teacher: Option<&Model>,
-        student: Model,
+        student: &'a Trainee<R>,
         text: Text<'a>,
         config: &'a TrainConfig,
         folder: &'a RunFolder,
         progress: &mut dyn Progress,
     ) -> Result<Self, TrainError> {
-        let mut windows = windows(text, student.spec.vocab, config)?;
+        let mut windows = windows(text, student.decoder.spec().vocab, config)?;
         let mut recipe = config.recipe();
         recipe.insert("teacher".into(), teacher.map_or(Ok("none".into()), fingerprint)?);
-        recipe.insert("student".into(), fingerprint(&student)?);
+        recipe.extend(student.recipe.clone());
         recipe.insert("text".into(), text_fingerprint(text));
 
         let teacher = teacher.map(|teacher| Decoder::new(&teacher.spec, &teacher.weights)).transpose()?;
-        let (model, parameters) = into_parameters(student, config.decay_embeddings)?;
-        let decoder = Decoder::new(&model.spec, &model.weights)?;
-        let mut optimizer = AdamW::new(parameters, config.optimizer());
+        let mut optimizer = AdamW::new(student.parameters.clone(), config.optimizer());
 
         let mut step = 0;
         if !folder.resume {
@@ -145,8 +144,7 @@ impl<'a> Trainer<'a> {
             .map_err(|source| TrainError::Metrics { folder: folder.path.clone(), source })?;
         Ok(Self {
             teacher,
-            student: decoder,
-            model,
+            student: &student.decoder,
             optimizer,
             windows,
             schedule: config.schedule(),
@@ -216,12 +214,12 @@ impl<'a> Trainer<'a> {
     ) -> Result<(candle_core::Tensor, LossParts), TrainError> {
         let (batch, length) = (self.config.batch, self.config.length);
         let teacher = match &self.teacher {
-            Some(teacher) => Some((teacher.hidden(inputs, batch, length)?, teacher.head())),
+            Some(teacher) => Some((teacher.hidden(inputs, batch, length)?, teacher.head()?)),
             None => None,
         };
         let hidden = self.student.hidden(inputs, batch, length)?;
-        let teacher = teacher.as_ref().map(|(hidden, head)| (hidden, *head));
-        Ok(loss::loss(&hidden, self.student.head(), teacher, targets, &self.config.objective, share)?)
+        let teacher = teacher.as_ref().map(|(hidden, head)| (hidden, head));
+        Ok(loss::loss(&hidden, &self.student.head()?, teacher, targets, &self.config.objective, share)?)
     }
 
     /// Stops a run whose numbers have left the range that training comes back from.
@@ -230,7 +228,7 @@ impl<'a> Trainer<'a> {
     /// what any start with sane weights shows.
     fn check(&self, parts: &LossParts, grad_norm: f64) -> Result<(), TrainError> {
         let limit = 10.0
-            * (self.model.spec.vocab as f64).ln().max(1.0)
+            * (self.student.spec().vocab as f64).ln().max(1.0)
             * self.config.objective.temperature.powi(2).max(1.0);
         let (what, value) = if parts.loss.is_nan() || parts.loss > limit {
             ("the loss", parts.loss)
@@ -274,17 +272,6 @@ impl<'a> Trainer<'a> {
         self.saved = (step, Instant::now());
         Ok(())
     }
-
-    /// The trained model, its weights plain tensors again.
-    fn finish(self) -> Model {
-        let Self { mut model, .. } = self;
-        let trained: Vec<_> =
-            model.weights.iter().map(|(role, layer, tensor)| (role, layer, tensor.detach())).collect();
-        for (role, layer, tensor) in trained {
-            model.weights.insert(role, layer, tensor);
-        }
-        model
-    }
 }
 
 /// The windows of `text`, every token of which must be below `vocab`.
@@ -308,37 +295,6 @@ fn note_resume(header: &Header, steps: u64, progress: &mut dyn Progress) {
             header.threads
         ));
     }
-}
-
-/// Makes every weight a variable of its own, named as in a Hugging Face checkpoint.
-///
-/// The returned model holds the same variables. Divisors of the rotary frequencies are constants of the
-/// architecture and stay as they are.
-pub(super) fn into_parameters(
-    mut model: Model,
-    decay_embeddings: bool,
-) -> Result<(Model, Vec<Parameter>), TrainError> {
-    let mut weights = Weights::default();
-    let mut parameters = Vec::new();
-    for (role, layer, tensor) in model.weights.iter() {
-        if role.is_rope_table() {
-            weights.insert(role, layer, tensor.clone());
-            continue;
-        }
-        let name = match model.spec.family.tensor(role) {
-            Some(row) if row.fused.is_empty() => NameBuf::new(row.hf, layer).as_str().to_owned(),
-            // In a file it has no name of its own.
-            _ => format!("{role:?}.{layer}"),
-        };
-        // `detach` first: of a variable, `from_tensor` would give the variable itself and training
-        // would then change the caller's model.
-        let var = Var::from_tensor(&tensor.detach())?;
-        weights.insert(role, layer, var.as_tensor().clone());
-        let decay = !role.is_vector() && (role != Role::TokenEmbedding || decay_embeddings);
-        parameters.push(Parameter { name, var, decay });
-    }
-    model.weights = weights;
-    Ok((model, parameters))
 }
 
 /// SHA-256 of a model's specification and weights, hexadecimal.

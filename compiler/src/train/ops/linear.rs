@@ -49,17 +49,22 @@ impl CustomOp2 for Linear {
         let grad = grad.contiguous()?;
         with_values(&grad, |grad| {
             let grad = Matrix::new(grad, n, out);
-            let dx = with_values(weight, |weight| {
-                let mut dx = vec![0.0; n * cols];
-                gemm(&mut dx, grad, Matrix::new(weight, out, cols), 1.0, false, true);
-                tensor(dx, n, cols)
-            })?;
-            let dweight = with_values(x, |x| {
-                let mut dweight = vec![0.0; out * cols];
-                gemm(&mut dweight, grad.t(), Matrix::new(x, n, cols), 1.0, false, true);
-                tensor(dweight, out, cols)
-            })?;
-            Ok((Some(dx), Some(dweight)))
+            let dx = || {
+                with_values(weight, |weight| {
+                    let mut dx = vec![0.0; n * cols];
+                    gemm(&mut dx, grad, Matrix::new(weight, out, cols), 1.0, false, true);
+                    tensor(dx, n, cols)
+                })
+            };
+            let dweight = || {
+                with_values(x, |x| {
+                    let mut dweight = vec![0.0; out * cols];
+                    gemm(&mut dweight, grad.t(), Matrix::new(x, n, cols), 1.0, false, true);
+                    tensor(dweight, out, cols)
+                })
+            };
+            // What is frozen, and states that depend on nothing trained, need no gradient.
+            Ok((x.track_op().then(dx).transpose()?, weight.track_op().then(dweight).transpose()?))
         })
     }
 }
@@ -68,10 +73,27 @@ impl CustomOp2 for Linear {
 mod tests {
     use super::*;
     use crate::train::ops::check;
+    use candle_core::Var;
 
     #[test]
     fn gradient() {
         check::gradients(&[check::matrix(1, 5, 8), check::matrix(2, 6, 8)], |x| linear(&x[0], &x[1]));
+    }
+
+    /// A gradient that nobody asks for is a product for nothing.
+    #[test]
+    fn what_is_frozen_gets_no_gradient() {
+        let (x, weight) = (check::matrix(1, 5, 8), check::matrix(2, 6, 8));
+        let (x_var, weight_var) = (Var::from_tensor(&x).unwrap(), Var::from_tensor(&weight).unwrap());
+        let grad = check::matrix(3, 5, 6);
+        let gradients = |x: &Tensor, weight: &Tensor| {
+            let (dx, dweight) = Linear.bwd(x, weight, &grad, &grad).unwrap();
+            (dx.is_some(), dweight.is_some())
+        };
+        assert_eq!(gradients(&x_var, &weight), (true, false));
+        assert_eq!(gradients(&x, &weight_var), (false, true));
+        // A variable behind an operation counts.
+        assert_eq!(gradients(&(x_var.as_tensor() * 2.0).unwrap(), &weight_var), (true, true));
     }
 
     #[test]

@@ -69,7 +69,7 @@ impl CustomOp2 for RmsNorm {
             with_values(weight, |weight| with_values(&grad, |grad| Ok(self.backward(x, weight, grad, width))))
         })?;
         let dweight = Tensor::from_vec(dweight, width, &candle_core::Device::Cpu)?;
-        Ok((Some(tensor(dx, n, width)?), Some(dweight)))
+        Ok((Some(tensor(dx, n, width)?), weight.track_op().then_some(dweight)))
     }
 }
 
