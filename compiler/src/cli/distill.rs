@@ -24,6 +24,10 @@ pub struct Arguments {
     /// Number of the teacher's layers that the student keeps
     #[arg(long)]
     layers: Option<usize>,
+    /// Trim the vocabulary of teacher and student to the tokens that occur at least N times in the data (and what
+    /// they are made of)
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    trim_vocab: Option<u32>,
     /// Text to distill on, .txt or .jsonl; may be given again [default: text inside this program]
     #[arg(long)]
     data: Vec<PathBuf>,
@@ -101,6 +105,7 @@ impl Arguments {
             },
             data: if self.data.is_empty() { Data::Embedded } else { Data::Files(self.data.clone()) },
             eval_data: self.eval_data.clone(),
+            trim_vocab: self.trim_vocab,
             mask_prompts: self.mask_prompts,
             target: self.target.clone(),
             quant: self.quant.clone(),

@@ -17,6 +17,9 @@ pub struct Recipe {
     pub data: Data,
     /// Text to judge on; `None` holds out the end of `data`.
     pub eval_data: Option<PathBuf>,
+    /// Trim the vocabulary to the tokens that occur this often in the text.
+    #[serde(default)]
+    pub trim_vocab: Option<u32>,
     /// Train on answers only where the data says what is prompt and what is answer.
     pub mask_prompts: bool,
     /// Device to build for.

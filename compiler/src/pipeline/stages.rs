@@ -16,6 +16,7 @@ use crate::pack::{self, PACK_FILE};
 use crate::profile::eval::{Config, Outcome, Score, evaluate_all};
 use crate::profile::{self, ModelFile, Settings, bench};
 use crate::report::{self, ModelRow, Summary};
+use crate::student::StudentError;
 use crate::text::corpus::{self, Corpus};
 use crate::text::{ChatTemplate, HostTokenizer};
 use crate::train::trainer::{Progress, StepReport, Text, fingerprint};
@@ -50,6 +51,15 @@ struct Inputs {
     train: Corpus,
     eval: Vec<u32>,
     hashes: Vec<(String, String)>,
+    /// The tokens that stayed of a trimmed vocabulary.
+    kept_tokens: Option<Vec<u32>>,
+}
+
+/// A teacher and what reads text for it.
+struct Speaker {
+    model: Model,
+    file: ModelFile,
+    tokenizer: HostTokenizer,
 }
 
 /// Does what `recipe` asks in `folder`, which must be new or empty, or hold a run to resume.
@@ -136,7 +146,7 @@ impl Run<'_> {
 
     fn load(&mut self) -> Result<Inputs, Error> {
         let recipe = self.recipe;
-        let (teacher, teacher_file, mut hashes) = match &recipe.teacher {
+        let (model, file, mut hashes) = match &recipe.teacher {
             TeacherSource::Embedded => {
                 let file = demo::teacher();
                 let model = teacher::from_gguf(&file.parse().map_err(profile::Error::from)?, file.path())?;
@@ -148,21 +158,26 @@ impl Run<'_> {
                 (teacher::load(path)?, profile::open(path)?, hashes)
             }
         };
-        self.observer.note("teacher", &describe(&teacher));
-        let tokenizer = HostTokenizer::of(&teacher_file)?;
-        let template = ChatTemplate::of(&tokenizer);
-        let corpus = match &recipe.data {
-            Data::Embedded => {
-                self.observer.note("text", "none given: the embedded one");
-                corpus::from_text(demo::TEXT, &tokenizer)?
-            }
+        self.observer.note("teacher", &describe(&model));
+        match &recipe.data {
+            Data::Embedded => self.observer.note("text", "none given: the embedded one"),
             Data::Files(paths) => {
                 for path in paths {
                     hashes.push(hash(path)?);
                 }
-                corpus::load(paths, &tokenizer, template.as_ref(), recipe.mask_prompts)?
             }
-        };
+        }
+        let tokenizer = HostTokenizer::of(&file)?;
+        let mut speaker = Speaker { model, file, tokenizer };
+        let mut corpus = self.corpus(&speaker.tokenizer)?;
+        let mut kept_tokens = None;
+        if let Some(least) = recipe.trim_vocab {
+            let keep = self.trim(&mut speaker, &corpus, least)?;
+            corpus = self.corpus(&speaker.tokenizer)?;
+            kept_tokens = Some(keep);
+        }
+        let Speaker { model: teacher, file: teacher_file, tokenizer } = speaker;
+        let template = ChatTemplate::of(&tokenizer);
         let length = recipe.train.length;
         let (train, eval) = match &recipe.eval_data {
             Some(path) => {
@@ -186,7 +201,36 @@ impl Run<'_> {
             "text",
             &format!("{} tokens to distill on, {} held out to judge on", train.ids.len(), eval.len()),
         );
-        Ok(Inputs { teacher, teacher_file, tokenizer, train, eval, hashes })
+        Ok(Inputs { teacher, teacher_file, tokenizer, train, eval, hashes, kept_tokens })
+    }
+
+    /// The text to distill on, in tokens.
+    fn corpus(&self, tokenizer: &HostTokenizer) -> Result<Corpus, Error> {
+        Ok(match &self.recipe.data {
+            Data::Embedded => corpus::from_text(demo::TEXT, tokenizer)?,
+            Data::Files(paths) => {
+                let template = ChatTemplate::of(tokenizer);
+                corpus::load(paths, tokenizer, template.as_ref(), self.recipe.mask_prompts)?
+            }
+        })
+    }
+
+    /// Trims the teacher's vocabulary to what `corpus` uses at least `least` times; answers the tokens that stay.
+    fn trim(&mut self, speaker: &mut Speaker, corpus: &Corpus, least: u32) -> Result<Vec<u32>, Error> {
+        let vocabulary = speaker.model.vocabulary.as_ref();
+        let vocabulary = vocabulary.ok_or_else(|| StudentError::Trim("the teacher has none".into()))?;
+        let keep = student::tokens_to_keep(vocabulary, &corpus.ids, least)?;
+        let before = speaker.model.spec.vocab;
+        speaker.model = student::trim(&speaker.model, &keep)?;
+        speaker.file = profile::lay_out(&speaker.model, Path::new("(teacher with a trimmed vocabulary)"))?;
+        speaker.tokenizer = HostTokenizer::of(&speaker.file)?;
+        let spoken = corpus.ids.iter().filter(|id| keep.binary_search(id).is_ok()).count();
+        let share = 100.0 * spoken as f64 / corpus.ids.len().max(1) as f64;
+        self.observer.note(
+            "vocabulary",
+            &format!("{} of {before} tokens stay: those of {share:.2} % of the text", keep.len()),
+        );
+        Ok(keep)
     }
 
     /// The student before training, and which of the teacher's layers it kept.
@@ -194,7 +238,10 @@ impl Run<'_> {
         let teacher = &inputs.teacher;
         let keep = match &self.recipe.student {
             StudentSource::Path(path) => {
-                let model = teacher::load(path)?;
+                let mut model = teacher::load(path)?;
+                if let Some(keep) = &inputs.kept_tokens {
+                    model = student::trim(&model, keep)?;
+                }
                 student::check(teacher, &model)?;
                 self.observer.note("student", &describe(&model));
                 return Ok((model, vec![]));

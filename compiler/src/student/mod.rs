@@ -2,6 +2,7 @@
 //! a given one fits its teacher. Never trains.
 
 mod layers;
+mod vocabulary;
 
 use candle_core::Tensor;
 use edge_models::DecoderSpec;
@@ -9,6 +10,7 @@ use edge_models::DecoderSpec;
 use crate::model::{Model, Weights};
 
 pub use layers::{CALIBRATION_LENGTH, CALIBRATION_TOKENS, Choice, choose_layers};
+pub use vocabulary::{tokens_to_keep, trim};
 
 /// Why a student cannot be made or used.
 #[derive(Debug, thiserror::Error)]
@@ -54,6 +56,9 @@ pub enum StudentError {
         /// Tokens of the teacher.
         vocab: usize,
     },
+    /// A vocabulary cannot be trimmed.
+    #[error("the vocabulary cannot be trimmed: {0}")]
+    Trim(String),
     /// The teacher's output on the calibration text is not a number.
     #[error("the teacher's output is not finite on the calibration text: its weights are damaged")]
     NotFinite,
