@@ -8,6 +8,7 @@ use edge_models::DecoderSpec;
 
 use crate::model::{Model, Weights};
 
+pub(crate) use layers::Reference;
 pub use layers::{CALIBRATION_LENGTH, CALIBRATION_TOKENS, Choice, choose_layers};
 
 /// Why a student cannot be made or used.
