@@ -10,6 +10,9 @@ use edgec::train::{RunFolder, TrainConfig};
 use super::output;
 use super::progress::{Progress, note};
 
+/// Peak learning rate of quantization-aware training: what is nearly right moves little.
+const QAT_LR: f64 = 2e-5;
+
 #[derive(Args)]
 pub struct Arguments {
     /// GGUF file or Hugging Face folder [default: a small teacher inside this program]
@@ -55,9 +58,9 @@ pub struct Arguments {
     /// Temperature of the soft loss
     #[arg(long, default_value_t = 1.0)]
     temperature: f64,
-    /// Peak learning rate
-    #[arg(long, default_value_t = TrainConfig::default().lr)]
-    lr: f64,
+    /// Peak learning rate [default: 6e-4, with --qat 2e-5]
+    #[arg(long)]
+    lr: Option<f64>,
     /// Sequences in a forward pass
     #[arg(long, default_value_t = TrainConfig::default().batch)]
     batch: usize,
@@ -73,6 +76,10 @@ pub struct Arguments {
     /// Tensor types of student.gguf: F16, Q8_0, Q4_0, Q4_1, Q4_K_M, Q6_K, ...
     #[arg(long, default_value = "Q8_0")]
     quant: String,
+    /// Quantization-aware: train with the weights that these tensor types leave, and ship exactly those; with
+    /// --shrink 1 the whole teacher
+    #[arg(long, value_name = "TYPE", conflicts_with = "quant")]
+    qat: Option<String>,
     /// Seed of everything random
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -108,14 +115,15 @@ impl Arguments {
             trim_vocab: self.trim_vocab,
             mask_prompts: self.mask_prompts,
             target: self.target.clone(),
-            quant: self.quant.clone(),
+            quant: self.qat.clone().unwrap_or_else(|| self.quant.clone()),
+            qat: self.qat.is_some(),
             calibration: self.calibration,
             train: TrainConfig {
                 tokens: self.tokens,
                 batch: self.batch,
                 length: self.length,
                 accumulate: self.accumulate,
-                lr: self.lr,
+                lr: self.lr.unwrap_or(if self.qat.is_some() { QAT_LR } else { TrainConfig::default().lr }),
                 seed: self.seed,
                 objective: Objective { alpha: self.alpha, temperature: self.temperature },
                 ..TrainConfig::default()

@@ -8,7 +8,9 @@ mod writer;
 
 pub use crate::quantize::Mix;
 pub(crate) use model::source_row;
-pub use model::{ExportError, Summary, export, export_to_vec, vocabulary_file};
+pub use model::{
+    ExportError, Summary, encoded_to_vec, export, export_encoded, export_to_vec, measure, vocabulary_file,
+};
 pub use writer::{GgufWriteError, GgufWriter, Producer};
 
 /// A metadata value to be written.

@@ -49,6 +49,8 @@ pub enum Error {
     #[error(transparent)]
     Choose(#[from] crate::student::StudentError),
     #[error(transparent)]
+    Calibrate(#[from] crate::quantize::calibrate::CalibrationError),
+    #[error(transparent)]
     ExportGguf(#[from] crate::export::gguf::ExportError),
     #[error(transparent)]
     ExportHf(#[from] crate::export::hf::HfError),

@@ -26,6 +26,9 @@ pub struct Recipe {
     pub target: String,
     /// Tensor types of `student.gguf`.
     pub quant: String,
+    /// Train with the weights that `quant` leaves of the student's.
+    #[serde(default)]
+    pub qat: bool,
     /// Tokens on which layers are chosen.
     pub calibration: usize,
     /// Settings of the training.

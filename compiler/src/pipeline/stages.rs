@@ -15,16 +15,21 @@ use crate::model::Model;
 use crate::pack::{self, PACK_FILE};
 use crate::profile::eval::{Config, Outcome, Score, evaluate_all};
 use crate::profile::{self, ModelFile, Settings, bench};
+use crate::quantize::Encoding;
+use crate::quantize::calibrate::{RoundedModel, Rounding, Sample, round_model};
 use crate::report::{self, ModelRow, Summary};
 use crate::student::StudentError;
 use crate::text::corpus::{self, Corpus};
 use crate::text::{ChatTemplate, HostTokenizer};
 use crate::train::trainer::{Progress, StepReport, Text, fingerprint};
-use crate::train::{RunFolder, trainer};
-use crate::{atomic, bundle, demo, export, quantize, student, teacher};
+use crate::train::{self, Quantized, RunFolder, trainer};
+use crate::{atomic, bundle, demo, export, student, teacher};
 
 /// Windows of held-out text on which a run is judged, at most.
 const EVAL_WINDOWS: usize = 16;
+
+/// Tokens on which a student is rounded before it is trained behind its blocks.
+const ROUNDING_TOKENS: usize = 16_384;
 
 /// Share of the text that is held out where no other text to judge on is given.
 const HELD_OUT: f64 = 0.05;
@@ -81,8 +86,8 @@ pub fn distill(recipe: &Recipe, folder: &RunFolder, observer: &mut dyn Observer)
             run.abandon(made);
         }
     })?;
-    let trained = run.train(&inputs, untrained, folder)?;
-    run.export(&trained, mix)?;
+    let Quantized { model: trained, encoding } = run.train(&inputs, untrained, mix, folder)?;
+    run.export(&trained, &encoding)?;
     run.observer.note("bundle", &format!("libedge for {} ({})", target.name, target.triple));
     let library = bundle::build(&target, path)?;
     let chat = bundle::write_chat(&profile::open(&run.path("student.gguf"))?, path)?;
@@ -281,19 +286,47 @@ impl Run<'_> {
         Ok(Layers { kept: choice.kept, kl: choice.kl })
     }
 
-    fn train(&mut self, inputs: &Inputs, untrained: Model, folder: &RunFolder) -> Result<Model, Error> {
+    /// The trained student and what its file is to hold.
+    fn train(
+        &mut self,
+        inputs: &Inputs,
+        untrained: Model,
+        mix: Mix,
+        folder: &RunFolder,
+    ) -> Result<Quantized, Error> {
         let text = Text { ids: &inputs.train.ids, scored: &inputs.train.scored };
+        if self.recipe.qat {
+            let start = self.round(inputs, &untrained, mix)?;
+            let student = train::quantized(untrained, start)?;
+            let mut watch = Watch { observer: &mut *self.observer };
+            let (teacher, config) = (Some(&inputs.teacher), &self.recipe.train);
+            return Ok(trainer::train(teacher, student, text, config, folder, &mut watch)?);
+        }
         let mut watch = Watch { observer: &mut *self.observer };
         let trained =
             trainer::distill(&inputs.teacher, untrained, text, &self.recipe.train, folder, &mut watch)?;
-        Ok(trained)
+        Ok(Quantized { model: trained, encoding: mix.into() })
     }
 
-    fn export(&mut self, trained: &Model, mix: Mix) -> Result<(), Error> {
+    /// The student rounded on some of its text: where quantization-aware training starts.
+    fn round(&mut self, inputs: &Inputs, student: &Model, mix: Mix) -> Result<RoundedModel, Error> {
+        let sample = Sample {
+            ids: &inputs.train.ids[..inputs.train.ids.len().min(ROUNDING_TOKENS)],
+            length: self.recipe.train.length,
+            bos: inputs.tokenizer.bos_to_add(),
+        };
+        let observer = &mut *self.observer;
+        Ok(round_model(student, mix.into(), sample, Rounding::default(), &mut |done, total, message| {
+            observer.progress("round", done, total, message);
+        })?)
+    }
+
+    fn export(&mut self, trained: &Model, encoding: &Encoding) -> Result<(), Error> {
         export::hf::write(trained, &self.path("student"))?;
         self.observer.note("export", "student/ (Hugging Face folder)");
         let path = self.path("student.gguf");
-        let report = quantize::quantize_file(trained, mix, &path)?;
+        let report = export::gguf::export_encoded(trained, encoding, &path)?;
+        let mix = encoding.mix();
         self.observer
             .note("export", &format!("student.gguf ({mix}, {:.2} bits per weight)", report.bits_per_weight));
         let packed = pack::pack(&profile::open(&path)?, &self.path(PACK_FILE))?;

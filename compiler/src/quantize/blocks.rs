@@ -4,7 +4,7 @@
 //! theirs bit for bit; with importance the scale is searched, and the error that importance weighs is never
 //! larger than theirs.
 
-use edge_runtime::format::{f16_to_f32, f32_to_f16};
+use edge_runtime::format::{DType, f16_to_f32, f32_to_f16};
 
 use super::search::{affine, extreme, inverse, squared_error, symmetric, to_grid};
 
@@ -76,6 +76,15 @@ fn nibbles(q: &[u8; 32]) -> [u8; 16] {
 fn fifth_bits(q: &[u8; 32]) -> [u8; 4] {
     let bits = q.iter().enumerate().fold(0u32, |bits, (i, q)| bits | u32::from(q >> 4 & 1) << i);
     bits.to_le_bytes()
+}
+
+/// Replaces the integers of a block of Q4_0, Q4_1, Q5_0 or Q5_1, which end its bytes.
+pub(super) fn store(dtype: DType, q: &[u8; 32], block: &mut [u8]) {
+    let start = block.len() - 16;
+    block[start..].copy_from_slice(&nibbles(q));
+    if matches!(dtype, DType::Q5_0 | DType::Q5_1) {
+        block[start - 4..start].copy_from_slice(&fifth_bits(q));
+    }
 }
 
 /// The parts of a block, one after the other.

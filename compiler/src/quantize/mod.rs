@@ -4,7 +4,14 @@
 //! runtime's business (`edge_runtime::kernels::dequantize_row`); files are [`crate::export`]'s.
 
 mod blocks;
+pub mod budget;
+pub mod calibrate;
+mod encoding;
+mod gptq;
+pub(crate) mod grid;
+mod imatrix;
 mod mix;
+mod moments;
 mod search;
 mod super_blocks;
 
@@ -12,6 +19,8 @@ use edge_runtime::format::{DType, f32_to_bf16, f32_to_f16};
 use rayon::prelude::*;
 
 pub use crate::export::gguf::export as quantize_file;
+pub use encoding::{Blocks, Encoding};
+pub use imatrix::{Imatrix, ImatrixError};
 pub use mix::{Mix, UnknownMix};
 
 /// Why values could not be quantized.
@@ -35,6 +44,16 @@ impl QuantizeError {
         match self {
             Self::Value { row, col, found, limit, dtype } => {
                 Self::Value { row: row + first, col, found, limit, dtype }
+            }
+            other => other,
+        }
+    }
+
+    /// The same error for values that begin at column `first` of their row.
+    fn beside(self, first: usize) -> Self {
+        match self {
+            Self::Value { row, col, found, limit, dtype } => {
+                Self::Value { row, col: col + first, found, limit, dtype }
             }
             other => other,
         }

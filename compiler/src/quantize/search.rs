@@ -12,7 +12,7 @@ const ROUNDER: f32 = 12_582_912.0;
 /// weight on one element, or all elements on one integer.
 const FLAT: f32 = 1e-4;
 
-fn round(value: f32) -> f32 {
+pub(crate) fn round(value: f32) -> f32 {
     (value + ROUNDER) - ROUNDER
 }
 
@@ -29,7 +29,7 @@ fn sum<const N: usize>(term: impl Fn(usize) -> f32) -> f32 {
 }
 
 /// The inverse of a scale; 0 for 0, so that a group of zeros stays one.
-pub(super) fn inverse(scale: f32) -> f32 {
+pub(crate) fn inverse(scale: f32) -> f32 {
     if scale == 0.0 { 0.0 } else { 1.0 / scale }
 }
 

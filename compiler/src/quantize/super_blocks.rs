@@ -4,7 +4,7 @@
 //! scale is set from the largest of them, and each sub-block chooses its integer scale again among the
 //! neighbors of the rounded one, because that rounding moved the optimum.
 
-use edge_runtime::format::{f16_to_f32, f32_to_f16};
+use edge_runtime::format::{DType, f16_to_f32, f32_to_f16};
 
 use super::search::{affine, extreme, inverse, squared_error, symmetric, to_grid};
 
@@ -99,40 +99,63 @@ impl Affine {
         }
         out
     }
+}
 
-    /// Two sub-blocks share 32 bytes: the even one in the low nibbles, the odd one in the high ones.
-    fn nibbles(&self) -> [u8; 128] {
-        std::array::from_fn(|i| {
-            let first = i / 32 * 64 + i % 32;
-            self.q[first] & 15 | self.q[first + 32] << 4
-        })
+/// The 6-bit scale and minimum of sub-block `j` in the 12 bytes of [`Affine::packed_scales`].
+pub(super) fn scale_min(packed: &[u8], j: usize) -> (u8, u8) {
+    if j < 4 {
+        return (packed[j] & 63, packed[j + 4] & 63);
     }
+    let low = packed[j + 4];
+    (low & 15 | packed[j - 4] >> 6 << 4, low >> 4 | packed[j] >> 6 << 4)
+}
 
-    /// Bit `j` of byte `i` is the fifth bit of element `i` of sub-block `j`.
-    fn fifth_bits(&self) -> [u8; 32] {
-        std::array::from_fn(|i| (0..8).fold(0, |bits, j| bits | (self.q[j * 32 + i] >> 4 & 1) << j))
+/// Replaces the integers of a super-block of Q4_K or Q5_K.
+pub(super) fn store_affine(dtype: DType, q: &[u8; 256], block: &mut [u8]) {
+    let start = if dtype == DType::Q5K { 48 } else { 16 };
+    // Two sub-blocks share 32 bytes: the even one in the low nibbles, the odd one in the high ones.
+    for (i, byte) in block[start..].iter_mut().enumerate() {
+        let first = i / 32 * 64 + i % 32;
+        *byte = q[first] & 15 | q[first + 32] << 4;
     }
+    // Bit `j` of byte `i` is the fifth bit of element `i` of sub-block `j`.
+    for (i, byte) in block[16..start].iter_mut().enumerate() {
+        *byte = (0..8).fold(0, |bits, j| bits | (q[j * 32 + i] >> 4 & 1) << j);
+    }
+}
+
+/// Replaces the integers of a super-block of Q6_K.
+pub(super) fn store_q6_k(q: &[u8; 256], block: &mut [u8]) {
+    block[..192].fill(0);
+    for (i, q) in q.iter().enumerate() {
+        let (part, quarter, l) = (i / 128, i / 32 % 4, i % 32);
+        block[part * 64 + quarter % 2 * 32 + l] |= (q & 15) << (quarter / 2 * 4);
+        block[128 + part * 32 + l] |= (q >> 4) << (quarter * 2);
+    }
+}
+
+/// A super-block of Q4_K or Q5_K.
+fn affine_block<const BYTES: usize>(
+    dtype: DType,
+    x: &[f32; 256],
+    importance: Option<&[f32; 256]>,
+    top: f32,
+) -> [u8; BYTES] {
+    let block = quantize_affine(x, importance, top);
+    let mut out = [0; BYTES];
+    out[..2].copy_from_slice(&block.d.to_le_bytes());
+    out[2..4].copy_from_slice(&block.dmin.to_le_bytes());
+    out[4..16].copy_from_slice(&block.packed_scales());
+    store_affine(dtype, &block.q, &mut out);
+    out
 }
 
 pub(super) fn q4_k(x: &[f32; 256], importance: Option<&[f32; 256]>) -> [u8; 144] {
-    let block = quantize_affine(x, importance, 15.0);
-    let mut out = [0; 144];
-    out[..2].copy_from_slice(&block.d.to_le_bytes());
-    out[2..4].copy_from_slice(&block.dmin.to_le_bytes());
-    out[4..16].copy_from_slice(&block.packed_scales());
-    out[16..].copy_from_slice(&block.nibbles());
-    out
+    affine_block(DType::Q4K, x, importance, 15.0)
 }
 
 pub(super) fn q5_k(x: &[f32; 256], importance: Option<&[f32; 256]>) -> [u8; 176] {
-    let block = quantize_affine(x, importance, 31.0);
-    let mut out = [0; 176];
-    out[..2].copy_from_slice(&block.d.to_le_bytes());
-    out[2..4].copy_from_slice(&block.dmin.to_le_bytes());
-    out[4..16].copy_from_slice(&block.packed_scales());
-    out[16..48].copy_from_slice(&block.fifth_bits());
-    out[48..].copy_from_slice(&block.nibbles());
-    out
+    affine_block(DType::Q5K, x, importance, 31.0)
 }
 
 /// `x ~ d * scale * (q - 32)` with an 8-bit scale for each 16 elements.
@@ -158,11 +181,7 @@ pub(super) fn q6_k(x: &[f32; 256], importance: Option<&[f32; 256]>) -> [u8; 210]
             }
         }
     }
-    for (i, q) in q.into_iter().enumerate() {
-        let (part, quarter, l) = (i / 128, i / 32 % 4, i % 32);
-        out[part * 64 + quarter % 2 * 32 + l] |= (q & 15) << (quarter / 2 * 4);
-        out[128 + part * 32 + l] |= (q >> 4) << (quarter * 2);
-    }
+    store_q6_k(&q, &mut out);
     out[208..].copy_from_slice(&half.to_le_bytes());
     out
 }

@@ -181,7 +181,7 @@ impl Search {
 }
 
 /// What is known of the teacher at some positions; see the module's documentation for the names.
-struct Reference {
+pub(crate) struct Reference {
     /// Positions, as rows of a hidden state.
     rows: Vec<usize>,
     /// `h`, `[rows, hidden]`.
@@ -199,7 +199,8 @@ struct Sums {
 }
 
 impl Reference {
-    fn new(hidden: &Tensor, head: &Head, rows: Vec<usize>) -> Result<Self, StudentError> {
+    /// `hidden` `[n, hidden]` under `head`, at `rows`.
+    pub(crate) fn new(hidden: &Tensor, head: &Head, rows: Vec<usize>) -> Result<Self, StudentError> {
         if head.soft_cap > 0.0 {
             return Ok(Self { rows, hidden: hidden.clone(), sums: None });
         }
@@ -237,7 +238,7 @@ impl Reference {
 
     /// Mean KL(teacher || student) in nats of a student with the final hidden states `student`
     /// (of which only [`Self::rows`] are looked at) under `head`; NaN if it computes nonsense.
-    fn divergence(&self, student: &Tensor, head: &Head) -> Result<f64, StudentError> {
+    pub(crate) fn divergence(&self, student: &Tensor, head: &Head) -> Result<f64, StudentError> {
         let student = student.index_select(&row_index(&self.rows)?, 0)?;
         let Some(Sums { expected, log_sums }) = &self.sums else {
             let targets = vec![0; self.rows.len()];

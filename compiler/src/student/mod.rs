@@ -9,6 +9,7 @@ use edge_models::DecoderSpec;
 
 use crate::model::{Model, Weights};
 
+pub(crate) use layers::Reference;
 pub use layers::{CALIBRATION_LENGTH, CALIBRATION_TOKENS, Choice, choose_layers};
 pub use vocabulary::{tokens_to_keep, trim};
 

@@ -7,14 +7,24 @@ use crate::model::Model;
 
 /// A random Llama of about 20,000 parameters whose layers all matter.
 pub(crate) fn tiny(layers: usize, seed: u64) -> Model {
+    random(layers, seed, 4, 24)
+}
+
+/// The same, whose rows are whole blocks of 32.
+pub(crate) fn tiny_in_blocks(layers: usize, seed: u64) -> Model {
+    random(layers, seed, 16, 96)
+}
+
+/// Four query heads of width `head_dim`, two for keys and values.
+fn random(layers: usize, seed: u64, head_dim: usize, ffn: usize) -> Model {
     let spec = DecoderSpec {
         layers,
-        hidden: 16,
+        hidden: 4 * head_dim,
         heads: 4,
         kv_heads: 2,
-        head_dim: 4,
-        rope_dims: 4,
-        ffn: 24,
+        head_dim,
+        rope_dims: head_dim,
+        ffn,
         vocab: 61,
         context: 64,
         norm_eps: 1e-5,

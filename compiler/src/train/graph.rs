@@ -103,11 +103,26 @@ impl Decoder {
         if x.dims() != [batch * length, spec.hidden] {
             bail!("block: x has shape {:?}, expected [{batch} * {length}, {}]", x.dims(), spec.hidden);
         }
+        let normed = self.attention_input(layer, x)?;
+        let mixed = self.mix(layer, &normed, length)?;
+        let x = self.add_attention(layer, x, &mixed)?;
+        let normed = self.ffn_input(layer, &x)?;
+        let gated = self.gate(layer, &normed)?;
+        self.add_ffn(layer, &x, &gated)
+    }
+
+    /// What queries, keys and values are made from.
+    pub(crate) fn attention_input(&self, layer: usize, x: &Tensor) -> Result<Tensor> {
+        self.norm(x, Role::AttnNorm, layer)
+    }
+
+    /// What attention over sequences of `length` gives for [`Self::attention_input`].
+    pub(crate) fn mix(&self, layer: usize, normed: &Tensor, length: usize) -> Result<Tensor> {
+        let spec = &self.spec;
         let table = self.table(layer, length)?;
-        let normed = self.norm(x, Role::AttnNorm, layer)?;
-        let q = self.project(&normed, layer, Role::AttnQ, Some(Role::AttnQBias))?;
-        let k = self.project(&normed, layer, Role::AttnK, Some(Role::AttnKBias))?;
-        let v = self.project(&normed, layer, Role::AttnV, Some(Role::AttnVBias))?;
+        let q = self.project(normed, layer, Role::AttnQ, Some(Role::AttnQBias))?;
+        let k = self.project(normed, layer, Role::AttnK, Some(Role::AttnKBias))?;
+        let v = self.project(normed, layer, Role::AttnV, Some(Role::AttnVBias))?;
         let q = rope(&self.norm_heads(q, Role::AttnQNorm, layer)?, &table)?;
         let k = rope(&self.norm_heads(k, Role::AttnKNorm, layer)?, &table)?;
         let shape = Heads {
@@ -119,16 +134,41 @@ impl Decoder {
             scale: spec.score_scale(),
             soft_cap: spec.attn_soft_cap,
         };
-        let mixed = attention(&q, &k, &v, shape)?;
-        let added = self.project(&mixed, layer, Role::AttnOut, Some(Role::AttnOutBias))?;
-        let x = (x + self.post_norm(added, Role::AttnPostNorm, layer)?)?;
+        attention(&q, &k, &v, shape)
+    }
 
-        let normed = self.norm(&x, Role::FfnNorm, layer)?;
-        let gate = self.project(&normed, layer, Role::FfnGate, None)?;
-        let up = self.project(&normed, layer, Role::FfnUp, None)?;
-        let gated = glu(&gate, &up, spec.activation)?;
-        let added = self.project(&gated, layer, Role::FfnDown, None)?;
+    /// The residual stream after attention.
+    pub(crate) fn add_attention(&self, layer: usize, x: &Tensor, mixed: &Tensor) -> Result<Tensor> {
+        let added = self.project(mixed, layer, Role::AttnOut, Some(Role::AttnOutBias))?;
+        x + self.post_norm(added, Role::AttnPostNorm, layer)?
+    }
+
+    /// What gate and up are made from.
+    pub(crate) fn ffn_input(&self, layer: usize, x: &Tensor) -> Result<Tensor> {
+        self.norm(x, Role::FfnNorm, layer)
+    }
+
+    /// What goes down again, of [`Self::ffn_input`].
+    pub(crate) fn gate(&self, layer: usize, normed: &Tensor) -> Result<Tensor> {
+        let gate = self.project(normed, layer, Role::FfnGate, None)?;
+        let up = self.project(normed, layer, Role::FfnUp, None)?;
+        glu(&gate, &up, self.spec.activation)
+    }
+
+    /// The residual stream after the feed-forward network.
+    pub(crate) fn add_ffn(&self, layer: usize, x: &Tensor, gated: &Tensor) -> Result<Tensor> {
+        let added = self.project(gated, layer, Role::FfnDown, None)?;
         x + self.post_norm(added, Role::FfnPostNorm, layer)?
+    }
+
+    /// Puts another matrix of the same shape in the place of one.
+    pub(crate) fn replace(&mut self, role: Role, layer: usize, matrix: Projection) -> Result<()> {
+        let (found, expected) = (matrix.dims(), self.matrix(role, layer)?.dims());
+        if found != expected {
+            bail!("weight {role:?} of layer {layer} has shape {found:?}, expected {expected:?}");
+        }
+        self.matrices.insert((role, layer), matrix);
+        Ok(())
     }
 
     /// The norm before the head.
@@ -159,7 +199,7 @@ impl Decoder {
         self.head()?.logits(&self.hidden(tokens, batch, length)?)
     }
 
-    fn matrix(&self, role: Role, layer: usize) -> Result<&Projection> {
+    pub(crate) fn matrix(&self, role: Role, layer: usize) -> Result<&Projection> {
         match self.matrices.get(&(role, layer)) {
             Some(matrix) => Ok(matrix),
             None => bail!("weight {role:?} of layer {layer} is missing"),

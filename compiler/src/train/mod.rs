@@ -6,6 +6,7 @@ mod error;
 pub mod graph;
 pub mod loss;
 pub mod metrics;
+mod on_grid;
 pub(crate) mod ops;
 pub mod optimizer;
 pub mod pretrain;
@@ -23,4 +24,5 @@ mod tests;
 
 pub use config::{RunFolder, TrainConfig};
 pub use error::TrainError;
+pub use on_grid::{Quantized, quantized};
 pub use projection::{Matrices, Projection};

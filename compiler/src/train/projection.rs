@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use candle_core::{Result, Tensor};
 use edge_models::Role;
 
-use super::ops::linear;
+use super::ops::{Levels, linear, on_grid};
 
 /// The matrices of a decoder by role and layer (0 for those that exist once).
 pub type Matrices = BTreeMap<(Role, usize), Projection>;
@@ -15,6 +15,37 @@ pub type Matrices = BTreeMap<(Role, usize), Projection>;
 pub enum Projection {
     /// As it is; trained if it is a variable, frozen otherwise.
     Dense(Tensor),
+    /// As the blocks of a file hold it, which the forward pass rounds it to.
+    OnGrid(OnGrid),
+}
+
+/// A matrix and the grid that it is rounded to, row by row.
+#[derive(Clone, Debug)]
+pub struct OnGrid {
+    /// What is rounded, `[out, in]`.
+    pub(super) latent: Tensor,
+    /// Scales, `[out, in / group]`.
+    pub(super) scales: Tensor,
+    /// Offsets, likewise.
+    pub(super) offsets: Tensor,
+    /// The integers.
+    pub(super) levels: Levels,
+}
+
+impl OnGrid {
+    pub(super) fn rounded(&self) -> Result<Tensor> {
+        on_grid(&self.latent, &self.scales, &self.offsets, self.levels)
+    }
+
+    /// The same of rows `ids`: rows are rounded each by itself.
+    fn rows(&self, ids: &Tensor) -> Result<Self> {
+        Ok(Self {
+            latent: self.latent.index_select(ids, 0)?,
+            scales: self.scales.index_select(ids, 0)?,
+            offsets: self.offsets.index_select(ids, 0)?,
+            levels: self.levels,
+        })
+    }
 }
 
 impl Projection {
@@ -22,6 +53,7 @@ impl Projection {
     pub fn dims(&self) -> &[usize] {
         match self {
             Self::Dense(weight) => weight.dims(),
+            Self::OnGrid(grid) => grid.latent.dims(),
         }
     }
 
@@ -32,6 +64,7 @@ impl Projection {
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
         match self {
             Self::Dense(weight) => linear(x, weight),
+            Self::OnGrid(grid) => linear(x, &grid.rounded()?),
         }
     }
 
@@ -42,6 +75,7 @@ impl Projection {
     pub fn rows(&self, ids: &Tensor) -> Result<Tensor> {
         match self {
             Self::Dense(weight) => weight.index_select(ids, 0),
+            Self::OnGrid(grid) => grid.rows(ids)?.rounded(),
         }
     }
 
@@ -52,6 +86,7 @@ impl Projection {
     pub fn matrix(&self) -> Result<Tensor> {
         match self {
             Self::Dense(weight) => Ok(weight.clone()),
+            Self::OnGrid(grid) => grid.rounded(),
         }
     }
 }

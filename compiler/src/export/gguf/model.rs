@@ -13,7 +13,7 @@ use rayon::prelude::*;
 
 use super::{GgufWriteError, GgufWriter, MetaValue};
 use crate::model::{Model, Vocabulary};
-use crate::quantize::{Mix, QuantizeError, quantize_rows};
+use crate::quantize::{Encoding, Mix, QuantizeError, quantize_rows};
 
 /// Version of the quantized block formats, as `general.quantization_version`.
 const QUANTIZATION_VERSION: u32 = 2;
@@ -60,10 +60,28 @@ pub struct Summary {
 /// # Errors
 /// A tensor that is missing, misshapen, or holds a value that its type cannot; the file system's refusal.
 pub fn export(model: &Model, mix: Mix, path: &Path) -> Result<Summary, ExportError> {
-    let (file, weights) = assemble(model, mix)?;
+    export_encoded(model, &mix.into(), path)
+}
+
+/// Writes `model` to `path` with the types and blocks of `encoding`, whole or not at all.
+///
+/// # Errors
+/// As [`export`].
+pub fn export_encoded(model: &Model, encoding: &Encoding, path: &Path) -> Result<Summary, ExportError> {
+    let (file, weights) = assemble(model, encoding)?;
     let data_bits = 8.0 * file.data_bytes() as f64;
     let bytes = file.write_atomic(path).map_err(cause)?;
     Ok(Summary { bytes, weights, bits_per_weight: data_bits / weights as f64 })
+}
+
+/// What [`export_encoded`] would write, without writing it.
+///
+/// # Errors
+/// As [`export`], but for values.
+pub fn measure(model: &Model, encoding: &Encoding) -> Result<Summary, ExportError> {
+    let (file, weights) = assemble(model, encoding)?;
+    let bits_per_weight = 8.0 * file.data_bytes() as f64 / weights as f64;
+    Ok(Summary { bytes: file.file_bytes(), weights, bits_per_weight })
 }
 
 /// The bytes that [`export`] would write.
@@ -71,7 +89,15 @@ pub fn export(model: &Model, mix: Mix, path: &Path) -> Result<Summary, ExportErr
 /// # Errors
 /// As [`export`].
 pub fn export_to_vec(model: &Model, mix: Mix) -> Result<Vec<u8>, ExportError> {
-    let (file, _) = assemble(model, mix)?;
+    encoded_to_vec(model, &mix.into())
+}
+
+/// The bytes that [`export_encoded`] would write.
+///
+/// # Errors
+/// As [`export`].
+pub fn encoded_to_vec(model: &Model, encoding: &Encoding) -> Result<Vec<u8>, ExportError> {
+    let (file, _) = assemble(model, encoding)?;
     file.to_vec().map_err(|source| cause(GgufWriteError::Io { path: "memory".into(), source }))
 }
 
@@ -104,21 +130,21 @@ fn cause(error: GgufWriteError) -> ExportError {
 }
 
 /// The file, not yet written, and the number of weights in it.
-fn assemble(model: &Model, mix: Mix) -> Result<(GgufWriter<'_>, u64), ExportError> {
+fn assemble<'m>(model: &'m Model, encoding: &'m Encoding) -> Result<(GgufWriter<'m>, u64), ExportError> {
     let spec = &model.spec;
     let mut file = GgufWriter::new();
-    describe(&mut file, model, mix)?;
+    describe(&mut file, model, encoding.mix())?;
     match &model.vocabulary {
         Some(vocabulary) => tokenizer(&mut file, vocabulary, spec.vocab)?,
         None => file.meta("tokenizer.ggml.model", &NO_VOCABULARY.into())?,
     }
     let mut weights = 0;
     for row in spec.family.tensors.iter().filter(|row| !row.role.per_layer() && row.leads()) {
-        weights += add(&mut file, model, mix, row, 0)?;
+        weights += add(&mut file, model, encoding, row, 0)?;
     }
     for layer in 0..spec.layers {
         for row in spec.family.tensors.iter().filter(|row| row.role.per_layer() && row.leads()) {
-            weights += add(&mut file, model, mix, row, layer)?;
+            weights += add(&mut file, model, encoding, row, layer)?;
         }
     }
     Ok((file, weights))
@@ -244,7 +270,7 @@ fn fill<T: Clone>(
 fn add<'m>(
     file: &mut GgufWriter<'m>,
     model: &'m Model,
-    mix: Mix,
+    encoding: &'m Encoding,
     row: &TensorRow,
     layer: usize,
 ) -> Result<u64, ExportError> {
@@ -256,11 +282,11 @@ fn add<'m>(
         file.tensor(&name, &[divisors.len() as u64], DType::F32, bytes)?;
         return Ok(0);
     }
-    let dtype = mix.dtype(role, layer, spec);
+    let dtype = encoding.dtype(role, layer, spec);
     let mut parts = Vec::new();
     for &role in row.members() {
         match part(model, role, layer, dtype, &name)? {
-            Some(part) => parts.push(part),
+            Some(part) => parts.push(Part { blocks: encoding.blocks(role, layer), ..part }),
             None => return Ok(0),
         }
     }
@@ -297,7 +323,7 @@ fn part<'m>(
     let heads = role.permuted_heads(spec);
     // A permuted vector moves single elements.
     let cols = if role.is_vector() && heads.is_some() { 1 } else { cols };
-    Ok(Some(Part { name, tensor, dtype, cols, heads }))
+    Ok(Some(Part { name, tensor, dtype, cols, heads, blocks: None }))
 }
 
 /// What readers divide the rotary frequencies by (`rope_freqs.weight`), one for each pair.
@@ -318,10 +344,15 @@ struct Part<'m> {
     cols: usize,
     /// Heads whose rows GGUF stores in another order.
     heads: Option<usize>,
+    /// Its blocks, where it is already rounded; else it is quantized on its way.
+    blocks: Option<&'m [u8]>,
 }
 
 impl Part<'_> {
     fn write(&self, out: &mut dyn Write) -> io::Result<()> {
+        if let Some(blocks) = self.blocks {
+            return self.write_blocks(blocks, out);
+        }
         let refuse = |source| io::Error::other(ExportError::Tensor { name: self.name.clone(), source });
         let tensor = self.tensor.contiguous().map_err(refuse)?;
         let (storage, layout) = tensor.storage_and_layout();
@@ -331,6 +362,17 @@ impl Part<'_> {
         let values = storage.as_slice::<f32>().map_err(refuse)?;
         // A contiguous tensor may still begin inside a larger storage.
         self.write_values(&values[layout.start_offset()..][..layout.shape().elem_count()], out)
+    }
+
+    fn write_blocks(&self, blocks: &[u8], out: &mut dyn Write) -> io::Result<()> {
+        let rows = self.tensor.elem_count() / self.cols;
+        let row_bytes = blocks.len() / rows;
+        match self.heads {
+            None => out.write_all(blocks),
+            Some(heads) => (0..rows).try_for_each(|row| {
+                out.write_all(&blocks[source_row(row, rows / heads) * row_bytes..][..row_bytes])
+            }),
+        }
     }
 
     fn write_values(&self, values: &[f32], out: &mut dyn Write) -> io::Result<()> {

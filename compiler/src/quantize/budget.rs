@@ -1,0 +1,313 @@
+//! Mixed precision: a type for each tensor, so that a file of a given size says what the model says as nearly as it can.
+//!
+//! Each tensor is rounded alone and the divergence of the predictions measured, in its smallest type. Divergence is
+//! quadratic in small errors, so in other types it is taken to be that times the ratio of the errors, weighed by the
+//! activations that meet them. What all tensors add up to is minimized under the size by a Lagrange multiplier.
+
+use std::collections::BTreeMap;
+
+use candle_core::Tensor;
+use edge_models::{Role, TensorRow};
+use edge_runtime::format::DType;
+
+use super::calibrate::{self, CalibrationError, Progress, Sample};
+use super::{Blocks, Encoding, Imatrix, Mix, quantize_rows};
+use crate::export::gguf::{ExportError, measure};
+use crate::model::Model;
+use crate::student::{Reference, StudentError};
+use crate::train::graph::Decoder;
+use crate::train::loss;
+use crate::train::ops::with_values;
+use crate::train::Projection;
+
+/// Tokens on which divergence is measured.
+const PROBE_TOKENS: usize = 512;
+/// One position in this many is scored.
+const STRIDE: usize = 2;
+/// Tokens that say how columns weigh.
+const IMPORTANCE_TOKENS: usize = 8192;
+/// Where tensors begin in a file.
+const ALIGNMENT: u64 = 32;
+
+/// Types that a tensor may become.
+const CANDIDATES: [DType; 8] =
+    [DType::Q4_0, DType::Q4K, DType::Q4_1, DType::Q5_0, DType::Q5K, DType::Q5_1, DType::Q6K, DType::Q8_0];
+
+/// Why no mix was found.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum BudgetError {
+    #[error("the smallest file has {smallest} bytes, the budget is {budget}")]
+    TooSmall { smallest: u64, budget: u64 },
+    #[error(transparent)]
+    Calibration(#[from] CalibrationError),
+    #[error(transparent)]
+    Student(#[from] StudentError),
+    #[error(transparent)]
+    Export(#[from] ExportError),
+    #[error(transparent)]
+    Tensor(#[from] candle_core::Error),
+}
+
+/// What a tensor costs in one type.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Choice {
+    /// The type.
+    pub dtype: DType,
+    /// Bytes in the file.
+    pub bytes: u64,
+    /// Nats per token that rounding to it adds to the divergence.
+    pub kl: f64,
+}
+
+/// One tensor of the file and what may become of it.
+#[derive(Clone, Debug)]
+pub struct Sensitivity {
+    /// Its (first) role.
+    pub role: Role,
+    /// Its layer.
+    pub layer: usize,
+    /// From the smallest.
+    pub choices: Vec<Choice>,
+}
+
+/// Types under which a file of at most `budget` bytes diverges least from `model`, and the divergence that is to be
+/// expected of plain rounding to them.
+///
+/// # Errors
+/// No mix is that small; the text is too short or not the model's.
+pub fn choose(
+    model: &Model,
+    budget: u64,
+    sample: Sample<'_>,
+    progress: Progress<'_>,
+) -> Result<(Encoding, f64), BudgetError> {
+    let tensors = sensitivities(model, sample, progress)?;
+    let smallest: Vec<usize> = vec![0; tensors.len()];
+    let least = measure(model, &encoding(&tensors, &smallest))?.bytes;
+    let bytes = |picks: &[usize]| {
+        tensors.iter().zip(picks).map(|(tensor, pick)| tensor.choices[*pick].bytes).sum::<u64>()
+    };
+    // Header, vocabulary and vectors, which no choice changes.
+    let rest = least - bytes(&smallest);
+    if least > budget {
+        return Err(BudgetError::TooSmall { smallest: least, budget });
+    }
+    let picks = allocate(&tensors, budget - rest);
+    let kl = tensors.iter().zip(&picks).map(|(tensor, pick)| tensor.choices[*pick].kl).sum();
+    Ok((encoding(&tensors, &picks), kl))
+}
+
+/// The choice of each tensor whose sum of divergences is least within `budget` bytes: for a price of a byte, each
+/// tensor takes what is cheapest to it; the lowest price at which all fits, then single steps with what is left.
+fn allocate(tensors: &[Sensitivity], budget: u64) -> Vec<usize> {
+    let bytes = |picks: &[usize]| -> u64 {
+        tensors.iter().zip(picks).map(|(tensor, pick)| tensor.choices[*pick].bytes).sum()
+    };
+    let at = |price: f64| -> Vec<usize> {
+        let pick = |tensor: &Sensitivity| {
+            let cost = |choice: &Choice| choice.kl + price * choice.bytes as f64;
+            let costs = tensor.choices.iter().map(cost).enumerate();
+            costs.min_by(|a, b| a.1.total_cmp(&b.1)).map_or(0, |(index, _)| index)
+        };
+        tensors.iter().map(pick).collect()
+    };
+    // Nats a byte; at the highest nothing but size counts.
+    let (mut low, mut high) = (1e-30f64, 1e6f64);
+    if bytes(&at(low)) <= budget {
+        return at(low);
+    }
+    for _ in 0..200 {
+        let price = (low * high).sqrt();
+        if bytes(&at(price)) <= budget { high = price } else { low = price }
+    }
+    let mut picks = at(high);
+    loop {
+        let left = budget - bytes(&picks).min(budget);
+        let step = tensors.iter().enumerate().flat_map(|(index, tensor)| {
+            let now = tensor.choices[picks[index]];
+            tensor.choices.iter().enumerate().filter_map(move |(pick, choice)| {
+                let more = choice.bytes.checked_sub(now.bytes).filter(|more| *more <= left)?;
+                let gain = now.kl - choice.kl;
+                (gain > 0.0).then_some((gain / more.max(1) as f64, index, pick))
+            })
+        });
+        match step.max_by(|a, b| a.0.total_cmp(&b.0)) {
+            Some((_, index, pick)) => picks[index] = pick,
+            None => return picks,
+        }
+    }
+}
+
+fn encoding(tensors: &[Sensitivity], picks: &[usize]) -> Encoding {
+    let mut weights: BTreeMap<u32, (u64, DType)> = BTreeMap::new();
+    let mut types = BTreeMap::new();
+    for (tensor, pick) in tensors.iter().zip(picks) {
+        let Choice { dtype, bytes, .. } = tensor.choices[*pick];
+        types.insert((tensor.role, tensor.layer), dtype);
+        let per_block = (dtype.block_len() as u64, dtype.block_bytes() as u64);
+        weights.entry(dtype as u32).or_insert((0, dtype)).0 += bytes * per_block.0 / per_block.1;
+    }
+    // The file calls itself by what most of its weights are.
+    let most = weights.into_values().max_by_key(|(count, _)| *count).map(|(_, dtype)| dtype);
+    let mix = Mix::ALL.into_iter().rev().find(|mix| Some(mix.base()) == most).unwrap_or(Mix::Q8_0);
+    Encoding::with_types(mix, types)
+}
+
+/// Measures every tensor of `model` alone.
+///
+/// # Errors
+/// The text is too short or not the model's, or the model computes nonsense.
+pub fn sensitivities(
+    model: &Model,
+    sample: Sample<'_>,
+    progress: Progress<'_>,
+) -> Result<Vec<Sensitivity>, BudgetError> {
+    let most =
+        |tokens: usize| &sample.ids[..sample.ids.len().min(tokens / sample.length.max(1) * sample.length)];
+    let known = Sample { ids: most(IMPORTANCE_TOKENS.max(sample.length)), ..sample };
+    let importance = calibrate::imatrix(model, known, &mut |_, _, _| {})?;
+    let length = sample.length.min(PROBE_TOKENS / 2);
+    let probe = Probe::new(
+        model,
+        Sample { ids: &sample.ids[..sample.ids.len().min(PROBE_TOKENS)], length, ..sample },
+    )?;
+    let spec = &model.spec;
+    let tensors: Vec<(&TensorRow, usize)> = spec
+        .family
+        .tensors
+        .iter()
+        .filter(|row| row.leads() && !row.role.is_vector() && row.role.required(spec))
+        .flat_map(|row| {
+            (0..if row.role.per_layer() { spec.layers } else { 1 }).map(move |layer| (row, layer))
+        })
+        .collect();
+    let mut scratch = Decoder::new(spec, &model.weights)?;
+    let mut found = Vec::new();
+    for (index, (row, layer)) in tensors.iter().enumerate() {
+        found.push(probe.tensor(row, *layer, &importance, &mut scratch)?);
+        progress(index + 1, tensors.len(), row.gguf);
+    }
+    Ok(found)
+}
+
+/// The exact model on a little text.
+struct Probe<'m> {
+    model: &'m Model,
+    decoder: Decoder,
+    ids: Vec<u32>,
+    length: usize,
+    /// The residual stream before each layer.
+    states: Vec<Tensor>,
+    hidden: Tensor,
+    reference: Reference,
+}
+
+impl<'m> Probe<'m> {
+    fn new(model: &'m Model, sample: Sample<'_>) -> Result<Self, BudgetError> {
+        let decoder = Decoder::new(&model.spec, &model.weights)?;
+        let ids = sample.chunks(model.spec.vocab)?.concat();
+        let windows = ids.len() / sample.length;
+        let mut states = vec![decoder.embed(&ids)?];
+        for layer in 0..model.spec.layers {
+            states.push(decoder.block(layer, &states[layer], windows, sample.length)?);
+        }
+        let hidden = decoder.final_norm(&states[model.spec.layers])?;
+        let rows = (STRIDE - 1..ids.len()).step_by(STRIDE).collect();
+        let reference = Reference::new(&hidden, &decoder.head()?, rows)?;
+        Ok(Self { model, decoder, ids, length: sample.length, states, hidden, reference })
+    }
+
+    /// What becomes of the predictions with the matrices of one tensor rounded, and nothing else.
+    fn tensor(
+        &self,
+        row: &TensorRow,
+        layer: usize,
+        importance: &Imatrix,
+        scratch: &mut Decoder,
+    ) -> Result<Sensitivity, BudgetError> {
+        let spec = &self.model.spec;
+        let [rows, cols] = row.file_shape(spec);
+        let mut choices = Vec::new();
+        for dtype in CANDIDATES {
+            let Some(row_bytes) = dtype.row_bytes(cols).filter(|bytes| *bytes > 0) else { continue };
+            let bytes = ((row_bytes * rows) as u64).next_multiple_of(ALIGNMENT);
+            choices.push(Choice { dtype, bytes, kl: 0.0 });
+        }
+        choices.sort_by_key(|choice| choice.bytes);
+        let mut kl = 0.0;
+        for index in 0..choices.len() {
+            let mut error = 0.0;
+            for role in row.members() {
+                let (squares, rounded) = self.round(*role, layer, choices[index].dtype, importance)?;
+                error += squares;
+                if index == 0 {
+                    scratch.replace(*role, layer, Projection::Dense(rounded))?;
+                }
+            }
+            if index == 0 {
+                kl = self.divergence(row.role, layer, scratch)? / f64::max(error, f64::MIN_POSITIVE);
+                for role in row.members() {
+                    scratch.replace(*role, layer, self.decoder.matrix(*role, layer)?.clone())?;
+                }
+            }
+            choices[index].kl = kl * error;
+        }
+        if choices.is_empty() {
+            // Rows of no whole number of blocks.
+            let bytes = ((2 * rows * cols) as u64).next_multiple_of(ALIGNMENT);
+            choices.push(Choice { dtype: DType::F16, bytes, kl: 0.0 });
+        }
+        Ok(Sensitivity { role: row.role, layer, choices })
+    }
+
+    /// `sum(importance * (w - q)^2)` of a matrix as `dtype`, and the matrix.
+    fn round(
+        &self,
+        role: Role,
+        layer: usize,
+        dtype: DType,
+        importance: &Imatrix,
+    ) -> Result<(f64, Tensor), BudgetError> {
+        let spec = &self.model.spec;
+        let shape = role.shape(spec);
+        let Some(weight) = self.model.weights.get(role, layer) else {
+            return Err(
+                candle_core::Error::msg(format!("weight {role:?} of layer {layer} is missing")).into()
+            );
+        };
+        let columns = importance.importance(role, layer, spec);
+        let weight = weight.contiguous()?;
+        let bytes =
+            with_values(&weight, |values| Ok(quantize_rows(dtype, values, shape[1], columns.as_deref())))?
+                .map_err(|source| CalibrationError::Quantize { role, layer, source })?;
+        let rounded = Blocks { dtype, bytes }.values(shape)?;
+        let columns = columns.unwrap_or_else(|| vec![1.0; shape[1]]);
+        let error = (&weight - &rounded)?.sqr()?.sum(0)?.to_vec1::<f32>()?;
+        let error =
+            error.iter().zip(&columns).map(|(error, weight)| f64::from(*error) * f64::from(*weight)).sum();
+        Ok((error, rounded))
+    }
+
+    fn divergence(&self, role: Role, layer: usize, changed: &Decoder) -> Result<f64, BudgetError> {
+        let windows = self.ids.len() / self.length;
+        let (mut x, first) = match role {
+            _ if role.per_layer() => (self.states[layer].clone(), layer),
+            Role::TokenEmbedding => (changed.embed(&self.ids)?, 0),
+            _ => (self.states[self.model.spec.layers].clone(), self.model.spec.layers),
+        };
+        for layer in first..self.model.spec.layers {
+            x = changed.block(layer, &x, windows, self.length)?;
+        }
+        let hidden = changed.final_norm(&x)?;
+        if role.per_layer() {
+            return Ok(self.reference.divergence(&hidden, &self.decoder.head()?)?.max(0.0));
+        }
+        // Another head: no short cut.
+        let targets: Vec<u32> =
+            (0..self.ids.len()).map(|i| if i % STRIDE == STRIDE - 1 { 0 } else { loss::IGNORE }).collect();
+        let parts =
+            loss::divergence(&hidden, &changed.head()?, &self.hidden, &self.decoder.head()?, &targets)?;
+        Ok(parts.kl.max(0.0))
+    }
+}
