@@ -27,10 +27,8 @@ pub struct Arguments {
     /// Number of the teacher's layers that the student keeps
     #[arg(long)]
     layers: Option<usize>,
-    /// Trim the vocabulary of teacher and student to the tokens that occur at least N times in the data (and what
-    /// they are made of)
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
-    trim_vocab: Option<u32>,
+    #[command(flatten)]
+    prune: Prune,
     /// Text to distill on, .txt or .jsonl; may be given again [default: text inside this program]
     #[arg(long)]
     data: Vec<PathBuf>,
@@ -91,6 +89,49 @@ pub struct Arguments {
     resume: bool,
 }
 
+/// What is cut off besides layers.
+#[derive(Args)]
+struct Prune {
+    /// Feed-forward channels that the student keeps; multiples of 256 suit every tensor type [default: all]
+    #[arg(long, value_name = "N", conflicts_with = "student")]
+    ffn: Option<usize>,
+    /// Key/value heads that the student keeps, each with its query heads [default: all]
+    #[arg(long, value_name = "N", conflicts_with = "student")]
+    kv_heads: Option<usize>,
+    /// Width of the student's residual stream; multiples of 256 suit every tensor type [default: all]
+    #[arg(long, value_name = "N", conflicts_with = "student")]
+    hidden: Option<usize>,
+    /// Trim the vocabulary of teacher and student to the tokens that occur at least N times in the data (and what
+    /// they are made of)
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    trim_vocab: Option<u32>,
+    /// Shrink the student in N steps, each followed by its share of the training
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = count(16), conflicts_with = "student")]
+    prune_steps: usize,
+    /// Leave what stays as it is instead of fitting it to make up for dropped layers
+    #[arg(long)]
+    no_mend: bool,
+}
+
+/// A count from 1 to `most`.
+fn count(most: usize) -> impl clap::builder::TypedValueParser<Value = usize> {
+    use clap::builder::TypedValueParser;
+    clap::builder::RangedU64ValueParser::<u64>::new().range(1..=most as u64).map(|count| count as usize)
+}
+
+impl Prune {
+    fn recipe(&self) -> pipeline::Prune {
+        pipeline::Prune {
+            ffn: self.ffn,
+            kv_heads: self.kv_heads,
+            hidden: self.hidden,
+            vocabulary: self.trim_vocab,
+            steps: self.prune_steps,
+            mend: !self.no_mend,
+        }
+    }
+}
+
 #[derive(Clone, Copy, ValueEnum)]
 enum Loss {
     /// Forward KL divergence, KL(teacher || student).
@@ -112,7 +153,7 @@ impl Arguments {
             },
             data: if self.data.is_empty() { Data::Embedded } else { Data::Files(self.data.clone()) },
             eval_data: self.eval_data.clone(),
-            trim_vocab: self.trim_vocab,
+            prune: self.prune.recipe(),
             mask_prompts: self.mask_prompts,
             target: self.target.clone(),
             quant: self.qat.clone().unwrap_or_else(|| self.quant.clone()),

@@ -5,11 +5,12 @@
 //! Nothing here knows how a stage is done.
 
 mod manifest;
+mod prune;
 mod recipe;
 mod stages;
 
 pub use manifest::{Artifact, Manifest};
-pub use recipe::{Data, Recipe, StudentSource, TeacherSource};
+pub use recipe::{Data, Prune, Recipe, StudentSource, TeacherSource};
 pub use stages::distill;
 
 use std::path::PathBuf;

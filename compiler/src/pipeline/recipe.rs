@@ -17,9 +17,9 @@ pub struct Recipe {
     pub data: Data,
     /// Text to judge on; `None` holds out the end of `data`.
     pub eval_data: Option<PathBuf>,
-    /// Trim the vocabulary to the tokens that occur this often in the text.
+    /// What is cut off besides layers, and how.
     #[serde(default)]
-    pub trim_vocab: Option<u32>,
+    pub prune: Prune,
     /// Train on answers only where the data says what is prompt and what is answer.
     pub mask_prompts: bool,
     /// Device to build for.
@@ -55,6 +55,29 @@ pub enum StudentSource {
     Path(PathBuf),
 }
 
+/// What is cut off a student besides layers, and how. Widths that are not given are the teacher's.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Prune {
+    /// Feed-forward channels to keep.
+    pub ffn: Option<usize>,
+    /// Key/value heads to keep, each with its query heads.
+    pub kv_heads: Option<usize>,
+    /// Channels of the residual stream to keep.
+    pub hidden: Option<usize>,
+    /// Trim the vocabulary to the tokens that occur this often in the text.
+    pub vocabulary: Option<u32>,
+    /// Steps in which the student shrinks; after each it is trained on its share of the tokens.
+    pub steps: usize,
+    /// Fit what stays to make up for dropped layers before training.
+    pub mend: bool,
+}
+
+impl Default for Prune {
+    fn default() -> Self {
+        Self { ffn: None, kv_heads: None, hidden: None, vocabulary: None, steps: 1, mend: true }
+    }
+}
+
 /// Text to distill on.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Data {
@@ -65,6 +88,12 @@ pub enum Data {
 }
 
 impl Recipe {
+    /// The training of one step of pruning.
+    pub fn share(&self) -> TrainConfig {
+        let tokens = self.train.tokens.div_ceil(self.prune.steps.max(1) as u64);
+        TrainConfig { tokens, ..self.train }
+    }
+
     /// What errors call the text: its files.
     pub fn text(&self) -> String {
         let files = match &self.data {

@@ -6,10 +6,11 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use edge_targets::Target;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use super::manifest::{Artifact, Manifest, sha256};
-use super::{Data, Error, Observer, Recipe, StudentSource, TeacherSource};
+use super::prune::Pruned;
+use super::{Data, Error, Observer, Recipe, TeacherSource};
 use crate::export::gguf::Mix;
 use crate::model::Model;
 use crate::pack::{self, PACK_FILE};
@@ -34,30 +35,23 @@ const ROUNDING_TOKENS: usize = 16_384;
 /// Share of the text that is held out where no other text to judge on is given.
 const HELD_OUT: f64 = 0.05;
 
-/// The choice of layers, as the run's folder keeps it.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-struct Layers {
-    kept: Vec<usize>,
-    kl: f64,
-}
-
 /// A run under way.
-struct Run<'a> {
-    recipe: &'a Recipe,
-    folder: &'a Path,
-    observer: &'a mut dyn Observer,
+pub(super) struct Run<'a> {
+    pub(super) recipe: &'a Recipe,
+    pub(super) folder: &'a Path,
+    pub(super) observer: &'a mut dyn Observer,
 }
 
 /// Everything that the stages after loading need.
-struct Inputs {
-    teacher: Model,
+pub(super) struct Inputs {
+    pub(super) teacher: Model,
     teacher_file: ModelFile,
     tokenizer: HostTokenizer,
-    train: Corpus,
+    pub(super) train: Corpus,
     eval: Vec<u32>,
     hashes: Vec<(String, String)>,
     /// The tokens that stayed of a trimmed vocabulary.
-    kept_tokens: Option<Vec<u32>>,
+    pub(super) kept_tokens: Option<Vec<u32>>,
 }
 
 /// A teacher and what reads text for it.
@@ -81,11 +75,12 @@ pub fn distill(recipe: &Recipe, folder: &RunFolder, observer: &mut dyn Observer)
     let made = !path.exists();
     run.open(*resume)?;
     let inputs_and_student = run.load().and_then(|inputs| Ok((run.student(&inputs)?, inputs)));
-    let ((untrained, kept), inputs) = inputs_and_student.inspect_err(|_| {
+    let (pruned, inputs) = inputs_and_student.inspect_err(|_| {
         if !*resume {
             run.abandon(made);
         }
     })?;
+    let Pruned { model: untrained, kept } = run.heal(&inputs, pruned, folder)?;
     let Quantized { model: trained, encoding } = run.train(&inputs, untrained, mix, folder)?;
     run.export(&trained, &encoding)?;
     run.observer.note("bundle", &format!("libedge for {} ({})", target.name, target.triple));
@@ -96,7 +91,7 @@ pub fn distill(recipe: &Recipe, folder: &RunFolder, observer: &mut dyn Observer)
 }
 
 impl Run<'_> {
-    fn path(&self, name: &str) -> PathBuf {
+    pub(super) fn path(&self, name: &str) -> PathBuf {
         self.folder.join(name)
     }
 
@@ -140,7 +135,7 @@ impl Run<'_> {
         }
     }
 
-    fn write_json(&self, name: &str, value: &impl Serialize) -> Result<(), Error> {
+    pub(super) fn write_json(&self, name: &str, value: &impl Serialize) -> Result<(), Error> {
         let path = self.path(name);
         atomic::write(&path, |file| {
             serde_json::to_writer_pretty(&mut *file, value)?;
@@ -176,7 +171,7 @@ impl Run<'_> {
         let mut speaker = Speaker { model, file, tokenizer };
         let mut corpus = self.corpus(&speaker.tokenizer)?;
         let mut kept_tokens = None;
-        if let Some(least) = recipe.trim_vocab {
+        if let Some(least) = recipe.prune.vocabulary {
             let keep = self.trim(&mut speaker, &corpus, least)?;
             corpus = self.corpus(&speaker.tokenizer)?;
             kept_tokens = Some(keep);
@@ -238,54 +233,6 @@ impl Run<'_> {
         Ok(keep)
     }
 
-    /// The student before training, and which of the teacher's layers it kept.
-    fn student(&mut self, inputs: &Inputs) -> Result<(Model, Vec<usize>), Error> {
-        let teacher = &inputs.teacher;
-        let keep = match &self.recipe.student {
-            StudentSource::Path(path) => {
-                let mut model = teacher::load(path)?;
-                if let Some(keep) = &inputs.kept_tokens {
-                    model = student::trim(&model, keep)?;
-                }
-                student::check(teacher, &model)?;
-                self.observer.note("student", &describe(&model));
-                return Ok((model, vec![]));
-            }
-            StudentSource::Layers(layers) => *layers,
-            StudentSource::Shrink(share) => student::shrink_to_layers(&teacher.spec, *share)?,
-        };
-        let path = self.path("layers.json");
-        let layers = match fs::read(&path) {
-            Ok(text) => serde_json::from_slice(&text)
-                .map_err(|error| Error::Damaged { path: path.clone(), message: error.to_string() })?,
-            Err(_) => {
-                let layers = self.choose(inputs, keep)?;
-                self.write_json("layers.json", &layers)?;
-                layers
-            }
-        };
-        let cut = student::cut(teacher, &layers.kept)?;
-        let kept: Vec<String> = layers.kept.iter().map(ToString::to_string).collect();
-        self.observer.note(
-            "student",
-            &format!("{}, layers {} (KL {:.3} before training)", describe(&cut), kept.join(" "), layers.kl),
-        );
-        Ok((cut, layers.kept))
-    }
-
-    fn choose(&mut self, inputs: &Inputs, keep: usize) -> Result<Layers, Error> {
-        let length = self.recipe.train.length;
-        let wanted = (self.recipe.calibration / length).max(1) * length;
-        let ids = &inputs.train.ids;
-        let calibration = &ids[..wanted.min(ids.len() / length * length)];
-        let observer = &mut *self.observer;
-        let choice =
-            student::choose_layers(&inputs.teacher, keep, calibration, length, &mut |done, total, kl| {
-                observer.progress("layers", done, total, &format!("KL {kl:.3}"));
-            })?;
-        Ok(Layers { kept: choice.kept, kl: choice.kl })
-    }
-
     /// The trained student and what its file is to hold.
     fn train(
         &mut self,
@@ -299,12 +246,12 @@ impl Run<'_> {
             let start = self.round(inputs, &untrained, mix)?;
             let student = train::quantized(untrained, start)?;
             let mut watch = Watch { observer: &mut *self.observer };
-            let (teacher, config) = (Some(&inputs.teacher), &self.recipe.train);
+            let (teacher, config) = (Some(&inputs.teacher), &self.recipe.share());
             return Ok(trainer::train(teacher, student, text, config, folder, &mut watch)?);
         }
         let mut watch = Watch { observer: &mut *self.observer };
         let trained =
-            trainer::distill(&inputs.teacher, untrained, text, &self.recipe.train, folder, &mut watch)?;
+            trainer::distill(&inputs.teacher, untrained, text, &self.recipe.share(), folder, &mut watch)?;
         Ok(Quantized { model: trained, encoding: mix.into() })
     }
 
@@ -451,8 +398,8 @@ impl Run<'_> {
 }
 
 /// Passes the trainer's steps on.
-struct Watch<'a> {
-    observer: &'a mut dyn Observer,
+pub(super) struct Watch<'a> {
+    pub(super) observer: &'a mut dyn Observer,
 }
 
 impl Progress for Watch<'_> {
@@ -477,7 +424,7 @@ fn held_out(tokens: usize, length: usize) -> usize {
     share.clamp(1, EVAL_WINDOWS) * length
 }
 
-fn describe(model: &Model) -> String {
+pub(super) fn describe(model: &Model) -> String {
     let spec = &model.spec;
     format!(
         "{} ({}): {:.2} M parameters, {} layers of {}",

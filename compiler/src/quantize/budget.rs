@@ -15,10 +15,10 @@ use super::{Blocks, Encoding, Imatrix, Mix, quantize_rows};
 use crate::export::gguf::{ExportError, measure};
 use crate::model::Model;
 use crate::student::{Reference, StudentError};
+use crate::train::Projection;
 use crate::train::graph::Decoder;
 use crate::train::loss;
 use crate::train::ops::with_values;
-use crate::train::Projection;
 
 /// Tokens on which divergence is measured.
 const PROBE_TOKENS: usize = 512;

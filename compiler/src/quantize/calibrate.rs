@@ -18,9 +18,9 @@ use super::imatrix::Imatrix;
 use super::moments::{Factor, Moments};
 use super::{QuantizeError, quantize_rows};
 use crate::model::{Model, Weights};
+use crate::train::Projection;
 use crate::train::graph::Decoder;
 use crate::train::ops::{Matrix, gemm, with_values};
-use crate::train::Projection;
 
 /// Tokens that go through the model at a time.
 const CHUNK: usize = 2048;

@@ -11,7 +11,7 @@ mod gptq;
 pub(crate) mod grid;
 mod imatrix;
 mod mix;
-mod moments;
+pub(crate) mod moments;
 mod search;
 mod super_blocks;
 

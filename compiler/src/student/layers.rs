@@ -124,15 +124,8 @@ struct Search {
 
 impl Search {
     fn new(teacher: &Model, ids: &[u32], length: usize) -> Result<Self, StudentError> {
-        let windows = ids.len().checked_div(length).unwrap_or(0);
-        if windows == 0 {
-            return Err(StudentError::Calibration { found: ids.len(), length: length.max(1) });
-        }
-        let ids = &ids[..windows * length];
-        let vocab = teacher.spec.vocab;
-        if let Some(&token) = ids.iter().find(|&&token| token as usize >= vocab) {
-            return Err(StudentError::Token { token, vocab });
-        }
+        let ids = super::calibration_windows(&teacher.spec, ids, length)?;
+        let windows = ids.len() / length;
         let decoder = Decoder::new(&teacher.spec, &teacher.weights)?;
         let embedded = decoder.embed(ids)?;
         let hidden = decoder.hidden(ids, windows, length)?;

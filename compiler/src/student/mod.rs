@@ -1,8 +1,10 @@
-//! The student before its training: how deep it is, which of the teacher's blocks it keeps, and whether
-//! a given one fits its teacher. Never trains.
+//! The student before its training: how deep and wide it is, which of the teacher's blocks, channels and tokens it
+//! keeps, what makes up for those that are gone, and whether a given one fits its teacher. Never trains.
 
 mod layers;
+mod mend;
 mod vocabulary;
+mod width;
 
 use candle_core::Tensor;
 use edge_models::DecoderSpec;
@@ -11,7 +13,9 @@ use crate::model::{Model, Weights};
 
 pub(crate) use layers::Reference;
 pub use layers::{CALIBRATION_LENGTH, CALIBRATION_TOKENS, Choice, choose_layers};
+pub use mend::{MENDING_TOKENS, mend};
 pub use vocabulary::{tokens_to_keep, trim};
+pub use width::{Widths, narrow};
 
 /// Why a student cannot be made or used.
 #[derive(Debug, thiserror::Error)]
@@ -56,6 +60,24 @@ pub enum StudentError {
         token: u32,
         /// Tokens of the teacher.
         vocab: usize,
+    },
+    /// A width that a student of this teacher cannot have.
+    #[error("a student of {found} {what}, expected 1 to {most} (the teacher's)")]
+    Width {
+        /// Of what.
+        what: &'static str,
+        /// The width asked for.
+        found: usize,
+        /// The teacher's.
+        most: usize,
+    },
+    /// The residual stream has a scale that files do not keep.
+    #[error(
+        "the residual stream of {family} models cannot be narrowed: their embeddings' scale follows its width"
+    )]
+    Hidden {
+        /// The family.
+        family: &'static str,
     },
     /// A vocabulary cannot be trimmed.
     #[error("the vocabulary cannot be trimmed: {0}")]
@@ -103,6 +125,23 @@ pub fn cut(model: &Model, keep: &[usize]) -> Result<Model, StudentError> {
     let local = model.spec.local.select(keep);
     let spec = DecoderSpec { layers: keep.len(), local, ..model.spec };
     Ok(Model { spec, weights, vocabulary: model.vocabulary.clone(), name: model.name.clone() })
+}
+
+/// The whole windows of a calibration text.
+fn calibration_windows<'a>(
+    spec: &DecoderSpec,
+    ids: &'a [u32],
+    length: usize,
+) -> Result<&'a [u32], StudentError> {
+    let windows = ids.len().checked_div(length).unwrap_or(0);
+    if windows == 0 {
+        return Err(StudentError::Calibration { found: ids.len(), length: length.max(1) });
+    }
+    let (ids, vocab) = (&ids[..windows * length], spec.vocab);
+    match ids.iter().find(|&&token| token as usize >= vocab) {
+        Some(&token) => Err(StudentError::Token { token, vocab }),
+        None => Ok(ids),
+    }
 }
 
 /// Checks that `student` can learn from `teacher`: both assign the same numbers to the same tokens.
