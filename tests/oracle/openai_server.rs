@@ -1,5 +1,6 @@
-//! A real server, llama.cpp's with SmolLM2: what `edgec synth` gets from it, the server killed half-way; and that the
-//! probabilities in its rows are those of our own forward pass at the tokens that they were given to.
+//! A real server, llama.cpp's with SmolLM2: what `edgec synth` gets from it, the server killed half-way; and
+//! that the probabilities in its rows are those of our own forward pass at the tokens that they were given
+//! to.
 
 use std::fs;
 use std::io::{BufRead, BufReader};

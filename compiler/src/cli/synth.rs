@@ -15,8 +15,8 @@ use super::progress::{Progress, note};
 
 #[derive(Args)]
 pub struct Arguments {
-    /// Root of the server's OpenAI-compatible interface, e.g. http://127.0.0.1:8080/v1. The key, if it wants one, is
-    /// read from EDGE_API_KEY or OPENAI_API_KEY
+    /// Root of the server's OpenAI-compatible interface, e.g. http://127.0.0.1:8080/v1. The key, if it wants
+    /// one, is read from EDGE_API_KEY or OPENAI_API_KEY
     #[arg(long)]
     url: String,
     /// The server's name of the model

@@ -127,7 +127,8 @@ pub fn parse(body: &[u8], endpoint: Endpoint) -> Result<Answer, Unusable> {
     Ok(Answer { text, finish_reason: reason, tokens, usage: document.usage.unwrap_or_default() })
 }
 
-/// One form of both. A token of probability 0, which was not drawn, and what no list has a partner for are left out.
+/// One form of both. A token of probability 0, which was not drawn, and what no list has a partner for are
+/// left out.
 fn tokens(logprobs: Logprobs) -> Vec<TokenLogprobs> {
     if let Some(content) = logprobs.content {
         let token = |mut token: Token| {
@@ -227,8 +228,10 @@ mod tests {
 
     #[test]
     fn completions_have_lists_side_by_side() {
-        let body = r#"{"choices": [{"text": " a b", "finish_reason": "length", "logprobs": {"tokens": [" a", " b"],
-            "token_logprobs": [null, -0.25], "top_logprobs": [null, {" c": -2.0, " b": -0.25}], "text_offset": [0, 2]}}]}"#;
+        let body = r#"{"choices": [{"text": " a b", "finish_reason": "length", "logprobs": {
+            "tokens": [" a", " b"],
+            "token_logprobs": [null, -0.25], "top_logprobs": [null, {" c": -2.0, " b": -0.25}],
+            "text_offset": [0, 2]}}]}"#;
         let found = parse(body.as_bytes(), Endpoint::Completions).unwrap();
         assert!(found.truncated());
         assert_eq!(found.tokens[0].logprob, NOTHING);

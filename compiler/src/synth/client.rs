@@ -98,9 +98,7 @@ impl Client {
     pub fn new(options: &Options) -> Result<Self, Error> {
         let root = options.url.trim_end_matches('/');
         let refused = |message: &str| Err(Error::Argument(format!("--url: {message}")));
-        let Ok(uri) = root.parse::<Uri>() else {
-            return refused("not an address");
-        };
+        let uri = root.parse::<Uri>().unwrap_or_default();
         let Some(authority) = uri.authority().filter(|_| matches!(uri.scheme_str(), Some("http" | "https")))
         else {
             return refused("not an address that begins with http:// or https://");

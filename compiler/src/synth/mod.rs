@@ -1,10 +1,12 @@
 //! Training text from a teacher that only a server can run: any that speaks OpenAI's HTTP interface.
 //!
-//! [`prompts`] says what is asked, [`request`] what is sent, [`client`] sends it and tells answers, passing faults
-//! and refusals apart, [`answer`] reads what came, [`rows`] keeps it, [`pace`] says when, and [`run()`] holds them
-//! together. A row is written whole or not at all, each request once: a run that was killed goes on where it was.
+//! [`prompts`] says what is asked, [`request`] what is sent, [`client`] sends it and tells answers, passing
+//! faults and refusals apart, [`answer`] reads what came, [`rows`] keeps it, [`pace`] says when, and
+//! [`run()`] holds them together. A row is written whole or not at all, each request once: a run that was
+//! killed goes on where it was.
 //!
-//! Never writes or shows the key, never follows a redirect, and never judges an answer beyond whether there is one.
+//! Never writes or shows the key, never follows a redirect, and never judges an answer beyond whether there
+//! is one.
 
 mod answer;
 mod client;

@@ -1,4 +1,5 @@
-//! When requests are sent: no faster than the rate, not while the server asks to wait, later after each fault.
+//! When requests are sent: no faster than the rate, not while the server asks to wait, later after each
+//! fault.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -78,8 +79,8 @@ impl Pace {
     }
 }
 
-/// The delay before try number `attempt` + 1: exponential, half of it a matter of chance, so that requests that
-/// failed together do not come back together.
+/// The delay before try number `attempt` + 1: exponential, half of it a matter of chance, so that requests
+/// that failed together do not come back together.
 pub fn backoff(random: &mut SplitMix64, attempt: u32) -> Duration {
     let whole = FIRST.saturating_mul(2u32.saturating_pow(attempt)).min(LONGEST);
     whole.mul_f64(0.5 + 0.5 * random.unit())

@@ -55,7 +55,8 @@ impl Form {
     /// template is for texts alone; empty lines are passed over.
     ///
     /// # Errors
-    /// A file cannot be read, is not UTF-8, of an unknown kind or without a prompt; a line is of neither form.
+    /// A file cannot be read, is not UTF-8, of an unknown kind or without a prompt; a line is of neither
+    /// form.
     pub fn read(&self, paths: &[PathBuf]) -> Result<Vec<Prompt>, Error> {
         let mut prompts = Vec::new();
         for path in paths {
@@ -171,8 +172,8 @@ fn render((path, source): &(PathBuf, String), text: &str) -> Result<String, Erro
         .map_err(|source| Error::Template { path: path.clone(), source })
 }
 
-/// Passages of at most `size` bytes (a character at least) with their places. A passage ends behind a sentence or a
-/// line if there is an end in its second half, else between words, else between characters.
+/// Passages of at most `size` bytes (a character at least) with their places. A passage ends behind a
+/// sentence or a line if there is an end in its second half, else between words, else between characters.
 fn cut(text: &str, size: usize) -> Vec<(usize, &str)> {
     let mut passages = Vec::new();
     let mut start = 0;
@@ -212,7 +213,8 @@ mod tests {
     fn passages_end_where_a_reader_would_stop() {
         let text = "One two. Three four five.\nSix seven eight nine ten eleven. Ää Öö";
         let found: Vec<_> = cut(text, 20).into_iter().map(|passage| passage.1).collect();
-        assert_eq!(found, ["One two. Three four", "five.", "Six seven eight nine", "ten eleven.", "Ää Öö"]);
+        assert_eq!(found, ["One two. Three four", "five.\nSix seven", "eight nine ten", "eleven. Ää Öö"]);
+        assert_eq!(cut(text, 30)[0].1, "One two. Three four five.");
         for size in 1..40 {
             let cuts = cut(text, size);
             assert!(cuts.iter().all(|(at, passage)| text[*at..].trim_start().starts_with(passage)));

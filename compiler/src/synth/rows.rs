@@ -1,7 +1,8 @@
 //! The file of rows: read once, then only ever made longer, by whole lines.
 //!
-//! Alone among the files that this program writes it does not appear as a whole: it may take days and cost money,
-//! so each row is kept at once. A line without an end is what a killed process left of a row; it is taken off.
+//! Alone among the files that this program writes it does not appear as a whole: it may take days and cost
+//! money, so each row is kept at once. A line without an end is what a killed process left of a row; it is
+//! taken off.
 
 use std::collections::HashSet;
 use std::fs::{self, File, OpenOptions, TryLockError};
@@ -60,8 +61,8 @@ impl Rows {
     /// Opens the file of a run. Returns the bytes of a torn row that were taken off besides.
     ///
     /// # Errors
-    /// There are rows and `resume` is false; a line is no row of ours; another process writes the file; the file
-    /// system answers.
+    /// There are rows and `resume` is false; a line is no row of ours; another process writes the file; the
+    /// file system answers.
     pub fn open(path: &Path, resume: bool) -> Result<(Self, u64), Error> {
         let mut rows =
             Self { path: path.into(), file: None, length: 0, ids: HashSet::new(), answers: HashSet::new() };

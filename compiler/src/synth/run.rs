@@ -30,8 +30,8 @@ enum Event {
 /// Asks for all answers that are not there yet and writes them as they come.
 ///
 /// # Errors
-/// The options contradict each other, the file of rows cannot be used, or the server refuses or is not there. Rows
-/// that were written stay.
+/// The options contradict each other, the file of rows cannot be used, or the server refuses or is not there.
+/// Rows that were written stay.
 pub fn run(options: &Options, watch: &mut dyn Watch) -> Result<Summary, Error> {
     let client = Client::new(options)?;
     let (rows, torn) = Rows::open(&options.out, options.resume)?;

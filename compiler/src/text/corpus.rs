@@ -4,8 +4,8 @@
 //! `{"prompt", "completion"}`, or `{"messages"}` rendered with the model's chat template. Documents are
 //! separated by the vocabulary's EOS.
 //!
-//! Rows that `edgec synth` wrote may say more: `"finish_reason": "length"`, an answer that was cut, whose end is
-//! not learned; and `"logprobs"`, what the server said of each of its tokens ([`super::soft`]).
+//! Rows that `edgec synth` wrote may say more: `"finish_reason": "length"`, an answer that was cut, whose end
+//! is not learned; and `"logprobs"`, what the server said of each of its tokens ([`super::soft`]).
 
 use std::cell::OnceCell;
 use std::fs;
@@ -200,8 +200,8 @@ impl Reader<'_> {
         Ok(())
     }
 
-    /// A conversation. With a mask, and where the last answer was cut or has probabilities, an assistant's turn is
-    /// what the template adds for it after the opening that it would give as a prompt.
+    /// A conversation. With a mask, and where the last answer was cut or has probabilities, an assistant's
+    /// turn is what the template adds for it after the opening that it would give as a prompt.
     fn add_chat(
         &self,
         corpus: &mut Corpus,

@@ -1,9 +1,10 @@
 //! Token probabilities that came with a text, as sparse soft targets over our own tokens.
 //!
 //! A server says of each token of its answer how likely it was and what the best alternatives were, as texts
-//! from its own vocabulary. [`align`] finds the places where our tokenizer cuts the text as the server's did and
-//! puts ids of ours in the place of its texts. It never guesses: where the two cut differently, where bytes do
-//! not agree or the numbers contradict each other, there is no soft target, and the token itself is learned.
+//! from its own vocabulary. [`align`] finds the places where our tokenizer cuts the text as the server's did
+//! and puts ids of ours in the place of its texts. It never guesses: where the two cut differently, where
+//! bytes do not agree or the numbers contradict each other, there is no soft target, and the token itself is
+//! learned.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -14,8 +15,8 @@ use super::{HostTokenizer, TextError};
 
 /// What a server said of one token of its answer: an element of a row's `logprobs`.
 ///
-/// Logarithms are natural ones, of the model's distribution at temperature 1 before any truncation (what vLLM,
-/// SGLang, llama.cpp and OpenAI give unless they are told otherwise).
+/// Logarithms are natural ones, of the model's distribution at temperature 1 before any truncation (what
+/// vLLM, SGLang, llama.cpp and OpenAI give unless they are told otherwise).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TokenLogprobs {
     /// The token.
@@ -136,8 +137,8 @@ pub struct Pieces<'a> {
 }
 
 impl<'a> Pieces<'a> {
-    /// Of two tokens that stand for the same bytes (SentencePiece has `A` and `<0x41>`) the one that is not made
-    /// for a single byte is found, and no control token before any other.
+    /// Of two tokens that stand for the same bytes (SentencePiece has `A` and `<0x41>`) the one that is not
+    /// made for a single byte is found, and no control token before any other.
     ///
     /// # Errors
     /// None that a vocabulary which was read can cause; a refusal of the tokenizer is passed on.
@@ -169,7 +170,8 @@ impl<'a> Pieces<'a> {
         Ok(if bytes.is_empty() { (raw.to_vec(), false) } else { (bytes, true) })
     }
 
-    /// Where each token that begins within `said` does so in `text`, of which `ids` are the tokens: its index.
+    /// Where each token that begins within `said` does so in `text`, of which `ids` are the tokens: its
+    /// index.
     fn starts(
         &self,
         ids: &[u32],
@@ -198,13 +200,14 @@ impl<'a> Pieces<'a> {
     }
 }
 
-/// The distributions of those of `ids`, the tokens of `text`, at which the server's `tokens` of `text[said]` begin
-/// and end too: index into `ids` with known tokens and their logarithms, in rising order.
+/// The distributions of those of `ids`, the tokens of `text`, at which the server's `tokens` of `text[said]`
+/// begin and end too: index into `ids` with known tokens and their logarithms, in rising order.
 ///
 /// The server's alternatives that are no token of ours are left to the tail.
 ///
 /// # Errors
-/// What is wrong with `tokens`: a logarithm that is no number or above 0, or probabilities of more than 1 in sum.
+/// What is wrong with `tokens`: a logarithm that is no number or above 0, or probabilities of more than 1 in
+/// sum.
 pub fn align(
     pieces: &Pieces<'_>,
     ids: &[u32],
@@ -237,8 +240,9 @@ pub fn align(
 /// Largest sum of probabilities that rounding excuses.
 const MOST: f64 = 1.01;
 
-/// The alternatives with the token itself. None if the token is likelier than the least of them and yet is not
-/// one of them: llama.cpp gives characters of several tokens like that, with the alternatives of the last one.
+/// The alternatives with the token itself. None if the token is likelier than the least of them and yet is
+/// not one of them: llama.cpp gives characters of several tokens like that, with the alternatives of the last
+/// one.
 fn known(token: &TokenLogprobs) -> Result<Option<Vec<(&[u8], f32)>>, String> {
     let mut known: Vec<_> = token.top.iter().map(|(piece, logprob)| (piece.bytes(), *logprob)).collect();
     let bytes = token.token.bytes();
@@ -258,7 +262,8 @@ fn known(token: &TokenLogprobs) -> Result<Option<Vec<(&[u8], f32)>>, String> {
     Ok(consistent.then_some(known))
 }
 
-/// Our tokens in the place of the server's. Those of the same text count together: `chosen` is the one of `bytes`.
+/// Our tokens in the place of the server's. Those of the same text count together: `chosen` is the one of
+/// `bytes`.
 fn own(pieces: &Pieces<'_>, known: &[(&[u8], f32)], bytes: &[u8], chosen: u32) -> Vec<(u32, f32)> {
     let mut found: Vec<(u32, f32)> = Vec::with_capacity(known.len());
     for &(piece, logprob) in known.iter().filter(|entry| entry.1.is_finite()) {

@@ -1,5 +1,5 @@
-//! `edgec synth` against a server that does everything that servers do wrong: what passes is asked again, what does
-//! not is said at once, and whoever is killed, each answer is in the file once.
+//! `edgec synth` against a server that does everything that servers do wrong: what passes is asked again,
+//! what does not is said at once, and whoever is killed, each answer is in the file once.
 
 mod server;
 

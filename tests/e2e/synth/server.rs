@@ -1,7 +1,8 @@
-//! A server that says what a test wants it to: one for all tests of this process, by the first part of the path.
+//! A server that says what a test wants it to: one for all tests of this process, by the first part of the
+//! path.
 
 use std::collections::HashMap;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
