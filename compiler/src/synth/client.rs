@@ -261,7 +261,7 @@ mod tests {
         };
         assert_eq!(asked(" 7 "), Some(Duration::from_secs(7)));
         assert_eq!(asked("Fri, 31 Dec 1999 23:59:59 GMT"), Some(Duration::ZERO));
-        assert!(asked("Fri, 31 Dec 2199 23:59:59 GMT").is_some_and(|wait| wait > LONGEST_WAIT));
+        assert!(asked("Tue, 31 Dec 2199 23:59:59 GMT").is_some_and(|wait| wait > LONGEST_WAIT));
         for nonsense in ["-1", "soon", "inf", "NaN", "1e300"] {
             assert_eq!(asked(nonsense), None, "{nonsense}");
         }
