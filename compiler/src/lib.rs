@@ -14,6 +14,7 @@ pub mod profile;
 pub mod quantize;
 pub mod report;
 pub mod student;
+pub mod synth;
 pub mod teacher;
 pub mod text;
 pub mod train;

@@ -15,6 +15,7 @@ mod pack;
 mod pretrain;
 mod progress;
 mod quantize;
+mod synth;
 mod targets;
 mod tokenize;
 
@@ -37,6 +38,8 @@ struct Cli {
 enum Command {
     /// Distill a student from a teacher and bundle it for a target.
     Distill(distill::Arguments),
+    /// Ask a server of a large teacher for training text.
+    Synth(synth::Arguments),
     /// Write a model as GGUF in another tensor type.
     Quantize(quantize::Arguments),
     /// Write a model folder in an open format.
@@ -110,6 +113,7 @@ pub fn run() -> anyhow::Result<()> {
     let cli = Cli::try_parse().unwrap_or_else(|error| refuse(&error));
     match cli.command {
         Command::Distill(arguments) => distill::run(arguments),
+        Command::Synth(arguments) => synth::run(arguments),
         Command::Quantize(arguments) => quantize::run(&arguments),
         Command::Export(arguments) => export::run(&arguments),
         Command::Pack(arguments) => pack::run(&arguments),

@@ -3,12 +3,19 @@
 //! A `.txt` file is one document. Each line of a `.jsonl` file is one: `{"text"}`,
 //! `{"prompt", "completion"}`, or `{"messages"}` rendered with the model's chat template. Documents are
 //! separated by the vocabulary's EOS.
+//!
+//! Rows that `edgec synth` wrote may say more: `"finish_reason": "length"`, an answer that was cut, whose end
+//! is not learned; and `"logprobs"`, what the server said of each of its tokens ([`super::soft`]).
 
+use std::cell::OnceCell;
 use std::fs;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
+use serde_json::Value;
 
+use super::soft::{self, Pieces, SoftTargets, TokenLogprobs};
 use super::{ChatTemplate, HostTokenizer, Message, TextError};
 
 /// A stream of tokens.
@@ -18,6 +25,8 @@ pub struct Corpus {
     pub ids: Vec<u32>,
     /// Which of them are to be learned: with masking, prompts and other people's turns are not.
     pub scored: Vec<bool>,
+    /// Distributions that a server gave for some of them.
+    pub soft: SoftTargets,
 }
 
 /// A line of a `.jsonl` file.
@@ -25,8 +34,29 @@ pub struct Corpus {
 #[serde(untagged)]
 enum Row {
     Text { text: String },
-    Pair { prompt: String, completion: String },
-    Chat { messages: Vec<Message> },
+    Pair { prompt: String, completion: String, finish_reason: Option<Value>, logprobs: Option<Value> },
+    Chat { messages: Vec<Message>, finish_reason: Option<Value>, logprobs: Option<Value> },
+}
+
+/// What a row says of how its answer came about.
+struct Said {
+    /// It was cut: it does not end where its text does.
+    cut: bool,
+    tokens: Vec<TokenLogprobs>,
+}
+
+impl Said {
+    fn read(finish_reason: Option<&Value>, logprobs: Option<Value>) -> Result<Self, TextError> {
+        let tokens = match logprobs {
+            None | Some(Value::Null) => Vec::new(),
+            Some(tokens) => serde_json::from_value(tokens).map_err(|error| {
+                TextError::Logprobs(format!(
+                    "`logprobs`: {error}, expected a list of `token`, `logprob` and `top`"
+                ))
+            })?,
+        };
+        Ok(Self { cut: finish_reason.and_then(Value::as_str) == Some("length"), tokens })
+    }
 }
 
 impl Corpus {
@@ -35,6 +65,7 @@ impl Corpus {
         let at = self.ids.len().saturating_sub(count);
         let held_out = self.ids.split_off(at);
         self.scored.truncate(at);
+        self.soft.truncate(at);
         (self, held_out)
     }
 
@@ -43,9 +74,9 @@ impl Corpus {
         self.scored.resize(self.ids.len(), scored);
     }
 
-    fn end_document(&mut self, tokenizer: &HostTokenizer) {
+    fn end_document(&mut self, tokenizer: &HostTokenizer, scored: bool) {
         if let Some(eos) = tokenizer.eos() {
-            self.push(&[eos], true);
+            self.push(&[eos], scored);
         }
     }
 }
@@ -62,6 +93,7 @@ pub fn load(
     mask: bool,
 ) -> Result<Corpus, TextError> {
     let mut corpus = Corpus::default();
+    let reader = Reader { tokenizer, template, mask, pieces: OnceCell::new() };
     for path in paths {
         let text = read(path)?;
         match path.extension().and_then(|extension| extension.to_str()) {
@@ -74,7 +106,7 @@ pub fn load(
                     let row = |message| TextError::Row { path: path.clone(), line: index + 1, message };
                     let parsed: Row =
                         serde_json::from_str(line).map_err(|error| row(explain(line, &error)))?;
-                    add_row(&mut corpus, parsed, tokenizer, template, mask).map_err(|error| match error {
+                    reader.add_row(&mut corpus, parsed).map_err(|error| match error {
                         Refusal::Text(error) => row(error.to_string()),
                         Refusal::NoTemplate => row("`messages`, but the model has no chat template".into()),
                     })?;
@@ -122,7 +154,7 @@ fn explain(line: &str, error: &serde_json::Error) -> String {
 
 fn add_document(corpus: &mut Corpus, text: &str, tokenizer: &HostTokenizer) -> Result<(), TextError> {
     corpus.push(&tokenizer.encode(text, true, false)?, true);
-    corpus.end_document(tokenizer);
+    corpus.end_document(tokenizer, true);
     Ok(())
 }
 
@@ -137,60 +169,109 @@ impl From<TextError> for Refusal {
     }
 }
 
-fn add_row(
-    corpus: &mut Corpus,
-    row: Row,
-    tokenizer: &HostTokenizer,
-    template: Option<&ChatTemplate>,
+/// How rows become tokens.
+struct Reader<'a> {
+    tokenizer: &'a HostTokenizer,
+    template: Option<&'a ChatTemplate>,
     mask: bool,
-) -> Result<(), Refusal> {
-    match row {
-        Row::Text { text } => add_document(corpus, &text, tokenizer)?,
-        Row::Pair { prompt, completion } => {
-            corpus.push(&tokenizer.encode(&prompt, true, false)?, !mask);
-            corpus.push(&tokenizer.encode(&completion, false, false)?, true);
-            corpus.end_document(tokenizer);
-        }
-        Row::Chat { messages } => {
-            let template = template.ok_or(Refusal::NoTemplate)?;
-            add_chat(corpus, &messages, tokenizer, template, mask)?;
-            corpus.end_document(tokenizer);
-        }
-    }
-    Ok(())
+    /// Made for the first row with probabilities.
+    pieces: OnceCell<Pieces<'a>>,
 }
 
-/// A conversation. With `mask`, an assistant's turn is what the template adds for it after the opening
-/// that it would give as a prompt.
-fn add_chat(
-    corpus: &mut Corpus,
-    messages: &[Message],
-    tokenizer: &HostTokenizer,
-    template: &ChatTemplate,
-    mask: bool,
-) -> Result<(), TextError> {
-    let whole = template.render(messages, false)?;
-    let mut done = 0;
-    let mut push = |end: usize, scored: bool| -> Result<(), TextError> {
-        if end > done {
-            corpus.push(&tokenizer.encode(&whole[done..end], done == 0, true)?, scored);
-            done = end;
+impl Reader<'_> {
+    fn add_row(&self, corpus: &mut Corpus, row: Row) -> Result<(), Refusal> {
+        match row {
+            Row::Text { text } => add_document(corpus, &text, self.tokenizer)?,
+            Row::Pair { prompt, completion, finish_reason, logprobs } => {
+                let said = Said::read(finish_reason.as_ref(), logprobs)?;
+                corpus.push(&self.tokenizer.encode(&prompt, true, false)?, !self.mask);
+                let start = corpus.ids.len();
+                corpus.push(&self.tokenizer.encode(&completion, false, false)?, true);
+                self.add_soft(corpus, start, &completion, 0..completion.len(), &said.tokens)?;
+                corpus.end_document(self.tokenizer, !said.cut);
+            }
+            Row::Chat { messages, finish_reason, logprobs } => {
+                let template = self.template.ok_or(Refusal::NoTemplate)?;
+                let said = Said::read(finish_reason.as_ref(), logprobs)?;
+                self.add_chat(corpus, &messages, template, &said)?;
+                corpus.end_document(self.tokenizer, !said.cut);
+            }
         }
         Ok(())
-    };
-    if mask {
+    }
+
+    /// A conversation. With a mask, and where the last answer was cut or has probabilities, an assistant's
+    /// turn is what the template adds for it after the opening that it would give as a prompt.
+    fn add_chat(
+        &self,
+        corpus: &mut Corpus,
+        messages: &[Message],
+        template: &ChatTemplate,
+        said: &Said,
+    ) -> Result<(), TextError> {
+        let whole = template.render(messages, false)?;
+        let mut done = 0;
+        let mut push = |corpus: &mut Corpus, end: usize, scored: bool| -> Result<(), TextError> {
+            if end > done {
+                corpus.push(&self.tokenizer.encode(&whole[done..end], done == 0, true)?, scored);
+                done = end;
+            }
+            Ok(())
+        };
+        let special = said.cut || !said.tokens.is_empty();
         for (index, message) in messages.iter().enumerate() {
-            if message.role != "assistant" {
+            let last = special && index + 1 == messages.len();
+            if message.role != "assistant" || !(self.mask || last) {
                 continue;
             }
             let before = template.render(&messages[..index], true)?;
             let after = template.render(&messages[..=index], false)?;
             // A template that rewrites earlier turns has no such boundaries; then all is prompt.
-            if whole.starts_with(&after) && after.starts_with(&before) {
-                push(before.len(), false)?;
-                push(after.len(), true)?;
+            if !whole.starts_with(&after) || !after.starts_with(&before) {
+                continue;
+            }
+            push(corpus, before.len(), !self.mask)?;
+            let start = corpus.ids.len();
+            let turn = &whole[before.len()..after.len()];
+            if last && said.cut {
+                // What closes the turn was not said. A template may have trimmed what was.
+                let content = message.content.trim_end();
+                let end = turn.find(content).map_or(0, |at| at + content.len());
+                push(corpus, before.len() + end, true)?;
+                push(corpus, after.len(), false)?;
+            } else {
+                push(corpus, after.len(), true)?;
+            }
+            if let Some(at) = turn.find(&message.content).filter(|_| last) {
+                self.add_soft(corpus, start, turn, at..at + message.content.len(), &said.tokens)?;
             }
         }
+        push(corpus, whole.len(), !self.mask)
     }
-    push(whole.len(), !mask)
+
+    /// Gives the tokens of `text` that begin at `start` the distributions that `tokens` says of `text[said]`.
+    fn add_soft(
+        &self,
+        corpus: &mut Corpus,
+        start: usize,
+        text: &str,
+        said: Range<usize>,
+        tokens: &[TokenLogprobs],
+    ) -> Result<(), TextError> {
+        if tokens.is_empty() {
+            return Ok(());
+        }
+        let pieces = match self.pieces.get() {
+            Some(pieces) => pieces,
+            None => {
+                let made = Pieces::new(self.tokenizer)?;
+                self.pieces.get_or_init(|| made)
+            }
+        };
+        let aligned = soft::align(pieces, &corpus.ids[start..], text.as_bytes(), said, tokens);
+        for (index, entries) in aligned? {
+            corpus.soft.push(start + index, &entries);
+        }
+        Ok(())
+    }
 }

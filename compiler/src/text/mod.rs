@@ -5,6 +5,7 @@
 pub mod corpus;
 pub mod hf_vocabulary;
 mod pieces;
+pub mod soft;
 mod template;
 
 pub use template::{ChatTemplate, Message};
@@ -33,6 +34,8 @@ pub enum TextError {
     UnknownKind { path: PathBuf },
     #[error("{}: line {line}: {message}", path.display())]
     Row { path: PathBuf, line: usize, message: String },
+    #[error("{0}")]
+    Logprobs(String),
     #[error("chat template: {0}")]
     Template(#[from] minijinja::Error),
     #[error("the chat template is not fixed texts between messages: {0}")]
