@@ -4,7 +4,7 @@
 
 pub mod eval;
 
-pub use edge_run::{Adapter, ModelFile, Settings, bench};
+pub use edge_run::{Adapter, ModelFile, Processors, Settings, bench};
 
 use std::path::{Path, PathBuf};
 
