@@ -5,8 +5,8 @@
 #
 # Prompt of 512 and 128 tokens one after the other, with 1 to MOST threads that may run on any core. The numbers of
 # threads take turns, five times over; speeds are medians. The ratio is to the best of fewer threads: the check fails
-# below 0.95. More threads than processors are asked for as well, beside another process that keeps one of
-# the processors busy (LOAD=0: nothing else) in a second table. Nothing else should run meanwhile.
+# below 0.95. A second table is measured beside a process that keeps one processor busy (LOAD=0 leaves it out).
+# Nothing else should run meanwhile. EDGE_RUN names another program.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 [ $# -ge 1 ] || { sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2; }
