@@ -337,20 +337,29 @@ fn a_shift_turns_keys_back_exactly() {
 fn with_one_layer_a_shift_is_a_session_that_never_saw_what_went() {
     let file = ModelFile::from_memory("one.gguf".as_ref(), TinyModel::of_layers(1));
     let (ids, keep, discard) = (tokens(80), 5, 37);
-    let kinds = [(CacheType::F32, 1e-5), (CacheType::F16, 3e-3), (CacheType::Q8_0, 3e-2)];
-    for (kind, most) in kinds {
-        let (mut first, mut second) = (engine(&file, 8, kind), engine(&file, 8, kind));
-        let mut session = first.session(&file).unwrap();
+    let after = [&ids[..keep], &ids[keep + discard..], &[9]].concat();
+    let fresh = |kind| {
+        let mut engine = engine(&file, 8, kind);
+        let mut session = engine.session(&file).unwrap();
+        session.feed(&after).unwrap();
+        let logits = session.logits().to_vec();
+        (logits, greedy(&mut session, 8).0)
+    };
+    let (exact, continued) = fresh(CacheType::F32);
+    for kind in [CacheType::F32, CacheType::F16, CacheType::Q8_0] {
+        let mut engine = engine(&file, 8, kind);
+        let mut session = engine.session(&file).unwrap();
         session.feed(&ids).unwrap();
         session.shift(keep, discard).unwrap();
         session.feed(&[9]).unwrap();
-        let mut fresh = second.session(&file).unwrap();
-        fresh.feed(&[&ids[..keep], &ids[keep + discard..], &[9]].concat()).unwrap();
-        assert_eq!(session.tokens(), fresh.tokens());
-        let off = apart(session.logits(), fresh.logits());
-        println!("{kind:?}: {off:e}");
-        assert!(off < most, "{kind:?}: {off}");
-        assert_eq!(greedy(&mut session, 8).0, greedy(&mut fresh, 8).0, "{kind:?}");
+        assert_eq!(session.tokens(), after);
+        // Keys are rounded once more; that is to cost no more than rounding them at all.
+        let (off, rounded) = (apart(session.logits(), &exact), apart(&fresh(kind).0, &exact));
+        println!("{kind:?}: off by {off:e}, never shifted by {rounded:e}");
+        assert!(off <= 2.0 * rounded + 1e-5, "{kind:?}: {off}, never shifted {rounded}");
+        if kind == CacheType::F32 {
+            assert_eq!(greedy(&mut session, 8).0, continued);
+        }
     }
 }
 

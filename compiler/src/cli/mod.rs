@@ -106,12 +106,7 @@ impl EngineArguments {
         {
             progress::note("threads", &format!("may run on any core: {error}"));
         }
-        Settings {
-            threads,
-            kernels: self.kernels.clone(),
-            cache: self.kv,
-            ..default
-        }
+        Settings { threads, kernels: self.kernels.clone(), cache: self.kv, ..default }
     }
 }
 

@@ -16,7 +16,10 @@ mod arena;
 mod cpu;
 #[cfg(all(feature = "freestanding", panic = "abort"))]
 mod freestanding;
-#[cfg(all(any(target_os = "linux", target_os = "android"), any(target_arch = "aarch64", target_arch = "x86_64")))]
+#[cfg(all(
+    any(target_os = "linux", target_os = "android"),
+    any(target_arch = "aarch64", target_arch = "x86_64")
+))]
 mod linux;
 #[cfg(any(feature = "memory", test))]
 mod memory;

@@ -97,7 +97,10 @@ impl Waiting for Sleep {
     }
 }
 
-#[cfg(all(any(target_os = "linux", target_os = "android"), any(target_arch = "aarch64", target_arch = "x86_64")))]
+#[cfg(all(
+    any(target_os = "linux", target_os = "android"),
+    any(target_arch = "aarch64", target_arch = "x86_64")
+))]
 mod system {
     use crate::linux::{call, number::FUTEX};
     use core::sync::atomic::AtomicU32;
