@@ -63,6 +63,8 @@ pub enum Code {
     BadChecksum = 26,
     /// Two models whose vocabularies differ.
     OtherVocabulary = 27,
+    /// An adapter that was made for another model file.
+    OtherBase = 28,
 }
 
 /// A short name inside an error: a key or a tensor, cut at 64 bytes.
@@ -199,6 +201,9 @@ impl fmt::Display for Error {
             }
             Code::BadChecksum => write!(f, "damaged: checksum {found:#x}, expected {expected:#x}")?,
             Code::OtherVocabulary => write!(f, "vocabularies differ at {found}, expected {expected}")?,
+            Code::OtherBase => {
+                write!(f, "made for the file with SHA-256 {found:016x}..., not for {expected:016x}...")?;
+            }
         }
         if !self.name.as_str().is_empty() {
             write!(f, ", `{}`", self.name.as_str())?;

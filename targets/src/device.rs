@@ -40,6 +40,9 @@ pub struct Cluster {
     pub ghz: Option<f64>,
 }
 
+/// Kinds of cores that Arm makes to stand beside bigger ones.
+const LITTLE: &[&str] = &["cortex-a53", "cortex-a55", "cortex-a510", "cortex-a520"];
+
 /// How well a device's facts are known, and from where.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Evidence {
@@ -138,6 +141,19 @@ impl Target {
     /// Number of cores in all clusters.
     pub fn cores(&self) -> u32 {
         self.clusters.iter().map(|cluster| cluster.count).sum()
+    }
+
+    /// Threads that a model should have there: one for each core that is not a little one beside bigger ones, since a
+    /// token is as late as its slowest thread.
+    pub fn threads(&self) -> u32 {
+        let count = |big: &dyn Fn(&Cluster) -> bool| -> u32 {
+            self.clusters.iter().filter(|cluster| big(cluster)).map(|cluster| cluster.count).sum()
+        };
+        match count(&|cluster| !LITTLE.contains(&cluster.core.as_str())) {
+            // Little cores alone: those of the fastest cluster.
+            0 => self.clusters.first().map_or(1, |cluster| cluster.count),
+            big => big,
+        }
     }
 
     /// Reads and checks a device file; `file` is what errors call it.
@@ -259,7 +275,7 @@ mod tests {
     fn a_good_file_is_read_in_full() {
         let target = Target::parse("board.toml", GOOD).unwrap();
         assert_eq!(target.isa, [Isa::Fp16, Isa::DotProd]);
-        assert_eq!(target.cores(), 4);
+        assert_eq!((target.cores(), target.threads()), (4, 4));
         assert_eq!(target.clusters[0].ghz, Some(2.4));
         assert_eq!(target.bandwidth_gbs, 17.0);
         assert_eq!(target.evidence.tier, Tier::Datasheet);

@@ -88,6 +88,16 @@ mod tests {
     }
 
     #[test]
+    fn threads_are_for_big_cores_or_for_the_fastest_of_the_little() {
+        for (name, cores, threads) in
+            [("rk3588", 8, 4), ("sa8155p", 8, 4), ("raspberry-pi-5", 4, 4), ("s32g3", 8, 8), ("i.mx95", 6, 6)]
+        {
+            let target = Target::by_name(name).unwrap();
+            assert_eq!((target.cores(), target.threads()), (cores, threads), "{name}");
+        }
+    }
+
+    #[test]
     fn names_and_aliases_are_unique() {
         let mut seen = std::collections::BTreeSet::new();
         for target in Target::all().unwrap() {

@@ -2,6 +2,7 @@
 //! number and a text.
 
 use std::ffi::{CStr, c_char, c_void};
+use std::mem::MaybeUninit;
 use std::ptr::{null, null_mut};
 
 use edge::*;
@@ -236,7 +237,7 @@ fn the_callers_threads_do_the_work() {
                 // SAFETY: each index below the count once, and all end before this function does.
                 scope.spawn(move || unsafe { job(context as *mut c_void, index) });
             }
-            // A share that does not exist is left alone.
+            // A share that does not exist finds nothing left to do.
             // SAFETY: as above.
             scope.spawn(move || unsafe { job(context as *mut c_void, 99) });
         });
@@ -249,6 +250,49 @@ fn the_callers_threads_do_the_work() {
     assert_eq!(three.greedy(&prompt, 8), one.greedy(&prompt, 8));
     assert_eq!(three.logits(), one.logits());
     assert!(calls > 8, "{calls}");
+}
+
+#[test]
+fn a_team_of_the_callers_threads_does_the_work() {
+    let (mut team, mut workers) = (MaybeUninit::uninit(), MaybeUninit::uninit());
+    // SAFETY: both places are there to be written.
+    let (team, workers) = unsafe {
+        assert_eq!(edge_team_init(team.as_mut_ptr(), 3, null(), workers.as_mut_ptr()), 0);
+        (team.assume_init_ref(), workers.assume_init_ref())
+    };
+    let (three, one) = (Open::with(EdgeLimits { workers: 3, ..limits() }, workers), Open::new());
+    let prompt = one.tokenize(PROMPT, 0);
+    let expected = one.greedy(&prompt, 8);
+    std::thread::scope(|scope| {
+        // SAFETY: the team stays in place until the threads have ended.
+        let threads = [(); 2].map(|()| scope.spawn(|| unsafe { edge_worker_run(team) }));
+        assert_eq!(three.greedy(&prompt, 8), expected);
+        // SAFETY: as above.
+        assert_eq!(unsafe { edge_team_stop(team) }, 0);
+        assert_eq!(threads.map(|thread| thread.join().unwrap()), [0; 2]);
+    });
+    assert_eq!(three.logits(), one.logits());
+    // SAFETY: the session is open; a stopped team leaves all to the caller.
+    assert_eq!(unsafe { edge_truncate(three.session, 0) }, 0);
+    assert_eq!(three.greedy(&prompt, 8), expected);
+}
+
+#[test]
+fn a_team_refuses_wrong_arguments() {
+    let (mut team, mut workers) = (MaybeUninit::<EdgeTeam>::uninit(), MaybeUninit::<EdgeWorkers>::uninit());
+    let half = EdgeWaiting { context: null_mut(), wait: None, wake: None };
+    let (null_code, misaligned) = (number(Code::BadArgument), number(Code::BadAlignment));
+    let (to, out) = (team.as_mut_ptr(), workers.as_mut_ptr());
+    // SAFETY: every pointer is null, misaligned (and so never followed) or comes from a reference.
+    unsafe {
+        assert_eq!(edge_team_init(null_mut(), 2, null(), out), null_code);
+        assert_eq!(edge_team_init(to, 2, null(), null_mut()), null_code);
+        assert_eq!(edge_team_init(to.byte_add(1), 2, null(), out), misaligned);
+        assert_eq!(edge_team_init(to, 0, null(), out), null_code);
+        assert_eq!(edge_team_init(to, 2, &half, out), null_code);
+        assert_eq!(edge_worker_run(null()), null_code);
+        assert_eq!(edge_team_stop(null()), null_code);
+    }
 }
 
 #[test]
@@ -307,6 +351,7 @@ fn null_and_misaligned_pointers_are_refused() {
             assert_eq!(edge_feed(bad, null(), 0), code);
             assert_eq!(edge_position(bad), code);
             assert_eq!(edge_truncate(bad, 0), code);
+            assert_eq!(edge_shift(bad, 0, 0), code);
             assert_eq!(edge_reuse(bad, null(), 0), code);
             assert_eq!(edge_saved_bytes(bad), 0);
             assert_eq!(edge_save(bad, null_mut(), 0), code);
@@ -388,6 +433,11 @@ fn wrong_arguments_have_their_own_numbers() {
         assert_eq!(open.feed(&[2; 64]), 0);
         assert_eq!(open.feed(&[2]), number(Code::ContextFull));
         assert!(open.last_error().contains("65") && open.last_error().contains("64"));
+        assert_eq!(edge_shift(open.session, 8, 57), number(Code::OutOfRange));
+        assert_eq!(edge_shift(open.session, 8, 28), 0);
+        assert_eq!(edge_position(open.session), 36);
+        assert_eq!(open.feed(&[2; 28]), 0);
+        assert_eq!(open.feed(&[2]), number(Code::ContextFull));
         assert_eq!(edge_truncate(open.session, 63), 0);
         assert!(open.logits().is_empty());
         assert_eq!(open.feed(&[2]), 0);

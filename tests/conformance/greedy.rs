@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use edge_targets::Target;
-use edge_tests::{TinyModel, build, command, require_tool, run, workspace};
+use edge_tests::{TinyModel, build, command, require_tool, run, target_folder, workspace};
 
 const PROMPT: &str = "in the land of Athens, the king sang";
 const TOKENS: &str = "20";
@@ -125,11 +125,12 @@ fn the_device_library_agrees_with_the_host() {
         let loader = compile(CROSS_CC, &bundle.folder, &["-ldl"]);
         let linked = compile(CROSS_CC, &bundle.folder, &["-DEDGE_STATIC", "libedge.a"]);
         for (cpu, fastest) in CPUS {
-            for (program, threads) in [(&loader, "1"), (&loader, "3"), (&linked, "1")] {
+            let ways = [(&loader, ["1", "own"]), (&loader, ["3", "own"]), (&loader, ["3", "team"])];
+            for (program, threads) in ways.into_iter().chain([(&linked, ["2", "calls"])]) {
                 for (reference, model) in &models {
                     let qemu = command(QEMU, [&"-cpu", &cpu, &"-L", &CROSS_ROOT, program]);
-                    let (ids, kernels) = through_c(qemu, &bundle.shared, &model.path, threads);
-                    assert_eq!(ids, reference.ids, "{name} {cpu} {} {threads}", program.display());
+                    let (ids, kernels) = through_c(qemu, &bundle.shared, &model.path, &threads);
+                    assert_eq!(ids, reference.ids, "{name} {cpu} {} {threads:?}", program.display());
                     // Nobody told the library: it found out what the processor has.
                     assert_eq!(kernels, fastest, "{name} {cpu} {}", program.display());
                 }
@@ -148,10 +149,41 @@ fn the_host_library_agrees_with_the_host() {
     let bundle = edgec::bundle::build(&Target::by_name("x86_64-linux").unwrap(), out.path()).unwrap();
     let loader = compile("cc", &bundle.folder, &["-ldl"]);
     let linked = compile("cc", &bundle.folder, &["-DEDGE_STATIC", "libedge.a"]);
-    for program in [loader, linked] {
-        let (ids, kernels) = through_c(command(program, []), &bundle.shared, &model.path, "2");
+    for (program, how) in [(&loader, "own"), (&linked, "own"), (&loader, "team"), (&loader, "calls")] {
+        let (ids, kernels) = through_c(command(program, []), &bundle.shared, &model.path, &["2", how]);
         // On x86-64 the application says what its processor has; this one does not.
         assert_eq!((ids, kernels.as_str()), (model.reference().ids, "generic"));
+    }
+}
+
+/// On a system of which the library knows nothing the application says what the processor has, and a team's threads
+/// wait without the kernel. A library for bare metal is such a one, and its code runs under Linux too.
+#[test]
+fn the_library_for_no_system_believes_the_application() {
+    if !require_tool(QEMU) || !require_tool(CROSS_CC) {
+        return;
+    }
+    const NONE: &str = "aarch64-unknown-none";
+    let (model, out) = (Model::new(), tempfile::tempdir().unwrap());
+    let mut cargo = command(env!("CARGO"), [&"rustc", &"--quiet", &"--profile", &"device", &"--lib"]);
+    cargo.args(["--package", "edge-capi", "--crate-type", "staticlib", "--features", "freestanding"]);
+    cargo.args(["--target", NONE, "--target-dir"]).arg(target_folder()).current_dir(workspace());
+    run(&mut cargo);
+    for (file, from) in [
+        ("libedge.a", target_folder().join(NONE).join("device/libedge.a")),
+        ("edge.h", workspace().join("runtime/capi/include/edge.h")),
+    ] {
+        std::fs::copy(from, out.path().join(file)).unwrap();
+    }
+    let program = compile(CROSS_CC, out.path(), &["-DEDGE_STATIC", "-no-pie", "libedge.a"]);
+    let reference = model.reference();
+    // EDGE_CPU_DOTPROD is 2, EDGE_CPU_I8MM 4 and nothing alone; 1 is x86-64's.
+    for (features, how, kernels) in
+        [("0", "team", "neon"), ("3", "calls", "dotprod"), ("4", "own", "neon"), ("6", "team", "i8mm")]
+    {
+        let qemu = command(QEMU, [&"-cpu", &"max", &"-L", &CROSS_ROOT, &program]);
+        let said = through_c(qemu, Path::new("libedge.a"), &model.path, &["2", how, features]);
+        assert_eq!(said, (reference.ids.clone(), kernels.to_owned()), "{features}");
     }
 }
 
@@ -171,9 +203,9 @@ fn through_c(
     mut program: std::process::Command,
     library: &Path,
     model: &Path,
-    threads: &str,
+    threads: &[&str],
 ) -> (String, String) {
-    program.arg(library).arg(model).args([PROMPT, TOKENS, threads]);
+    program.arg(library).arg(model).args([PROMPT, TOKENS]).args(threads);
     let said = run(&mut program);
     let mut lines = said.lines().map(str::to_owned);
     (lines.next().unwrap_or_default(), lines.next().unwrap_or_default())

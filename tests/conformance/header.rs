@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::mem::{offset_of, size_of};
 
-use edge::{EdgeError, EdgeLimits, EdgePlanInfo, EdgeSampling, EdgeWorkers};
+use edge::{EdgeError, EdgeLimits, EdgePlanInfo, EdgeSampling, EdgeTeam, EdgeWaiting, EdgeWorkers};
 use edge_runtime::Code;
 use edge_tests::{command, require_tool, run, workspace};
 
@@ -57,10 +57,13 @@ fn structs_and_numbers_are_the_same_in_c_and_rust() {
             EdgePlanInfo { arena_bytes, kv_bytes, context, vocabulary, text_bytes, has_tokenizer }
     );
     same!(edge_workers = EdgeWorkers { count, context, run });
+    same!(edge_waiting = EdgeWaiting { context, wait, wake });
     same!(
         edge_sampling =
             EdgeSampling { temperature, top_k, top_p, min_p, repeat_penalty, repeat_window, seed }
     );
+    check(format!("sizeof(edge_team) >= {}", size_of::<EdgeTeam>()));
+    check(format!("_Alignof(edge_team) >= {}", align_of::<EdgeTeam>()));
     check(format!("EDGE_ABI_VERSION == {}", edge::VERSION));
     for (name, code) in CODES {
         check(format!("EDGE_E_{name} == {}", *code as u16));
@@ -84,5 +87,5 @@ const CODES: &[(&str, Code)] = &[
     ("BAD_TOKEN", Code::BadToken), ("BUFFER_TOO_SMALL", Code::BufferTooSmall),
     ("BAD_ARGUMENT", Code::BadArgument), ("BAD_VOCABULARY", Code::BadVocabulary), ("FORGOTTEN", Code::Forgotten),
     ("FOREIGN_SESSION", Code::ForeignSession), ("BAD_CHECKSUM", Code::BadChecksum),
-    ("OTHER_VOCABULARY", Code::OtherVocabulary),
+    ("OTHER_VOCABULARY", Code::OtherVocabulary), ("OTHER_BASE", Code::OtherBase),
 ];

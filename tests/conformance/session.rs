@@ -1,8 +1,9 @@
 //! What a session promises besides its logits: rings, prefixes, bytes to save, types of cache.
 
+use edge_models::{DecoderSpec, RopePairing};
 use edge_run::{Engine, ModelFile, Settings};
 use edge_runtime::kernels::Kernels;
-use edge_runtime::session::{CacheType, Session};
+use edge_runtime::session::{CacheType, Session, argmax};
 use edge_runtime::{Code, Error};
 use edge_tests::{TinyModel, workspace};
 use edgec::profile;
@@ -236,4 +237,154 @@ fn a_cache_of_integers_is_close_and_the_same_everywhere() {
     let settings = Settings { cache: CacheType::Q8_0, ..Settings::new(CONTEXT) };
     let error = Engine::new(&narrow, settings).err().unwrap().to_string();
     assert!(error.contains("attention.key_length") && error.contains("[E17]"), "{error}");
+}
+
+/// What [`Session::save`] ends with: FNV-1a over words, each step rotated.
+fn checksum(bytes: &[u8]) -> u64 {
+    let (words, rest) = bytes.as_chunks::<8>();
+    let words = words.iter().map(|word| u64::from_le_bytes(*word));
+    let all = words.chain(rest.iter().map(|byte| u64::from(*byte))).chain([bytes.len() as u64]);
+    all.fold(0xcbf2_9ce4_8422_2325, |hash, word| {
+        (hash ^ word).wrapping_mul(0x0000_0100_0000_01b3).rotate_left(29)
+    })
+}
+
+/// A saved `f32` session without the `discard` tokens behind the first `keep`, the keys of those after them turned
+/// back one by one in `f64`.
+fn turned_back(bytes: &[u8], spec: &DecoderSpec, keep: usize, discard: usize) -> Vec<u8> {
+    let position = u64::from_le_bytes(bytes[32..40].try_into().unwrap()) as usize;
+    let (row, width, half) = (4 * spec.kv_width(), spec.head_dim, spec.rope_dims / 2);
+    let stays = |rows: &[u8], row: usize| [&rows[..keep * row], &rows[(keep + discard) * row..]].concat();
+    let mut out = bytes[..48].to_vec();
+    out[32..40].copy_from_slice(&((position - discard) as u64).to_le_bytes());
+    let (tokens, mut rest) = bytes[48..].split_at(4 * position);
+    out.extend(stays(tokens, 4));
+    for layer in 0..spec.layers {
+        let (keys, tail) = rest.split_at(position * row);
+        let (values, tail) = tail.split_at(position * row);
+        rest = tail;
+        let mut keys = stays(keys, row);
+        for key in keys[keep * row..].chunks_exact_mut(4 * width) {
+            let mut x: Vec<f64> =
+                key.as_chunks().0.iter().map(|bytes| f64::from(f32::from_le_bytes(*bytes))).collect();
+            for i in 0..half {
+                let rope = spec.rope_of(layer);
+                let frequency = rope.theta.powf(-((2 * i) as f64) / spec.rope_dims as f64);
+                let (sin, cos) = (-(discard as f64) * frequency / rope.scaling.divisor(frequency)).sin_cos();
+                let (a, b) = match spec.family.gguf_rope {
+                    RopePairing::Interleaved => (2 * i, 2 * i + 1),
+                    RopePairing::Halves => (i, i + half),
+                };
+                (x[a], x[b]) = (x[a] * cos - x[b] * sin, x[a] * sin + x[b] * cos);
+            }
+            key.as_chunks_mut().0.iter_mut().zip(x).for_each(|(out, x)| *out = (x as f32).to_le_bytes());
+        }
+        out.extend(keys);
+        out.extend(stays(values, row));
+    }
+    out.extend(&rest[..rest.len() - 8]);
+    let sum = checksum(&out);
+    out.extend(sum.to_le_bytes());
+    out
+}
+
+fn most(logits: &[f32]) -> f32 {
+    logits.iter().fold(0.0, |most, x| x.abs().max(most))
+}
+
+/// How far `found` is from `expected` at most, beside the largest of these.
+fn apart(found: &[f32], expected: &[f32]) -> f32 {
+    let differences: Vec<f32> = found.iter().zip(expected).map(|(a, b)| a - b).collect();
+    most(&differences) / most(expected)
+}
+
+/// Greedy continuation, with the logits of each step.
+fn greedy(session: &mut Session<'_>, count: usize) -> (Vec<u32>, Vec<f32>) {
+    let (mut ids, mut logits) = (Vec::new(), Vec::new());
+    for _ in 0..count {
+        logits.extend_from_slice(session.logits());
+        ids.push(argmax(session.logits()));
+        session.feed(&ids[ids.len() - 1..]).unwrap();
+    }
+    (ids, logits)
+}
+
+#[test]
+fn a_shift_turns_keys_back_exactly() {
+    let ids = tokens(CONTEXT);
+    for file in [tiny(), golden("llama-tied"), golden("qwen2"), golden("qwen3"), golden("phi3")] {
+        let mut first = engine(&file, 8, CacheType::F32);
+        let mut session = first.session(&file).unwrap();
+        session.feed(&ids).unwrap();
+        assert_eq!(session.feed(&[1]).unwrap_err().code, Code::ContextFull);
+        for (keep, discard) in [(4, 46), (0, 1), (17, 0), (3, 30)] {
+            let bytes = turned_back(&saved(&mut session), session.spec(), keep, discard);
+            let mut second = engine(&file, 8, CacheType::F32);
+            let mut expected = second.session(&file).unwrap();
+            expected.restore(&bytes).unwrap();
+            session.shift(keep, discard).unwrap();
+            assert_eq!(session.tokens(), expected.tokens(), "{file:?}");
+            assert_eq!(session.logits(), expected.logits(), "{file:?}: the logits stay");
+            let (found, expected) = (greedy(&mut session, 4), greedy(&mut expected, 4));
+            assert_eq!(found.0, expected.0, "{file:?}");
+            let off = apart(&found.1, &expected.1);
+            assert!(off < 1e-5, "{file:?} {keep} {discard}: {off}");
+        }
+    }
+}
+
+#[test]
+fn with_one_layer_a_shift_is_a_session_that_never_saw_what_went() {
+    let file = ModelFile::from_memory("one.gguf".as_ref(), TinyModel::of_layers(1));
+    let (ids, keep, discard) = (tokens(80), 5, 37);
+    let after = [&ids[..keep], &ids[keep + discard..], &[9]].concat();
+    let fresh = |kind| {
+        let mut engine = engine(&file, 8, kind);
+        let mut session = engine.session(&file).unwrap();
+        session.feed(&after).unwrap();
+        let logits = session.logits().to_vec();
+        (logits, greedy(&mut session, 8).0)
+    };
+    let (exact, continued) = fresh(CacheType::F32);
+    for kind in [CacheType::F32, CacheType::F16, CacheType::Q8_0] {
+        let mut engine = engine(&file, 8, kind);
+        let mut session = engine.session(&file).unwrap();
+        session.feed(&ids).unwrap();
+        session.shift(keep, discard).unwrap();
+        session.feed(&[9]).unwrap();
+        assert_eq!(session.tokens(), after);
+        // Keys are rounded once more; that is to cost no more than rounding them at all.
+        let (off, rounded) = (apart(session.logits(), &exact), apart(&fresh(kind).0, &exact));
+        println!("{kind:?}: off by {off:e}, never shifted by {rounded:e}");
+        assert!(off <= 2.0 * rounded + 1e-5, "{kind:?}: {off}, never shifted {rounded}");
+        if kind == CacheType::F32 {
+            assert_eq!(greedy(&mut session, 8).0, continued);
+        }
+    }
+}
+
+#[test]
+fn what_cannot_be_shifted_stays_as_it_is() {
+    let ids = tokens(40);
+    for name in WINDOWED {
+        let file = golden(name);
+        let mut engine = engine(&file, 8, CacheType::Auto);
+        let mut session = engine.session(&file).unwrap();
+        session.feed(&ids).unwrap();
+        let before = saved(&mut session);
+        let error = session.shift(4, 10).unwrap_err();
+        assert_eq!((error.code, error.name.as_str()), (Code::Unsupported, "attention.sliding_window"));
+        assert!(saved(&mut session) == before, "{name}");
+    }
+    let file = tiny();
+    let mut engine = engine(&file, 8, CacheType::Q8_0);
+    let mut session = engine.session(&file).unwrap();
+    session.feed(&ids).unwrap();
+    let before = saved(&mut session);
+    for (keep, discard) in [(40, 1), (0, 41), (41, 0), (usize::MAX, usize::MAX), (1, usize::MAX)] {
+        assert_eq!(session.shift(keep, discard).unwrap_err().code, Code::OutOfRange);
+        assert!(saved(&mut session) == before, "{keep} {discard}");
+    }
+    session.shift(0, 40).unwrap();
+    assert_eq!(session.position(), 0);
 }

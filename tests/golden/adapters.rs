@@ -9,7 +9,7 @@ use edge_tests::workspace;
 use edgec::adapter::AdapterError;
 use edgec::export::gguf::Mix;
 use edgec::profile::{lay_out, open, open_with, spec_of};
-use edgec::{adapter, quantize, teacher};
+use edgec::{adapter, pack, quantize, teacher};
 use safetensors::SafeTensors;
 
 /// Largest difference of a logit; they reach to about 4.
@@ -181,4 +181,61 @@ fn patterns_change_the_scale_of_their_modules() {
     let golden = logits(&lay_out(&model, &base()).unwrap(), &ids, Settings::new(ids.len()));
     let (file, adapters) = open_with(&base(), &[(out.path().to_owned(), 1.0)]).unwrap();
     check("patterns", &file, &adapters, &ids, &golden);
+}
+
+#[test]
+fn an_adapter_keeps_to_the_file_that_it_was_made_for() {
+    let (out, spec) = (tempfile::tempdir().unwrap(), spec());
+    let path = |name: &str| out.path().join(name);
+    let model = teacher::load(&base()).unwrap();
+    for (name, mix) in [("base", Mix::Q8_0), ("other", Mix::F16)] {
+        let gguf = path(&format!("{name}.gguf"));
+        quantize::quantize_file(&model, mix, &gguf).unwrap();
+        pack::pack(&open(&gguf).unwrap(), &gguf.with_extension("edgepack")).unwrap();
+    }
+    let hash = |name: &str| adapter::base_of(&open(&path(name)).unwrap()).unwrap();
+    let (ours, others) = (hash("base.gguf"), hash("other.gguf"));
+    assert_eq!((hash("base.edgepack"), hash("other.edgepack")), (ours, others));
+    assert_eq!(adapter::base_of(&open(&base()).unwrap()), None, "laid out in memory");
+    let lora = path("adapter.gguf");
+    adapter::export_for(&adapter::read(&folder("lora"), &spec).unwrap(), &spec, &ours, &lora).unwrap();
+
+    // By itself the runtime knows the hash of packs alone.
+    let attach = |name: &str, lora: &Path| {
+        let file = open(&path(name)).unwrap();
+        let adapter = Adapter { file: ModelFile::open(lora).unwrap().into(), scale: 1.0 };
+        let settings = Settings { adapters: vec![adapter], ..Settings::new(8) };
+        let error = Engine::new(&file, settings).unwrap().session(&file).err();
+        error.map(|error| error.to_string())
+    };
+    let named = |text: &str, hashes: [&[u8]; 2]| hashes.iter().all(|hash| text.contains(&pack::hex(hash)));
+    for name in ["base.gguf", "base.edgepack", "other.gguf", "other.edgepack"] {
+        let host = open_with(&path(name), &[(lora.clone(), 1.0)]).err().map(|error| error.to_string());
+        let runtime = attach(name, &lora);
+        if name.starts_with("base") {
+            assert_eq!((host, runtime), (None, None), "{name}");
+            continue;
+        }
+        let host = host.unwrap();
+        assert!(named(&host, [&ours, &others]) && host.contains("adapter.gguf"), "{name}: {host}");
+        match runtime {
+            None => assert_eq!(name, "other.gguf"),
+            Some(error) => {
+                assert!(error.contains("[E28]") && named(&error, [&ours[..8], &others[..8]]), "{error}");
+            }
+        }
+    }
+    assert!(attach("other.edgepack", &lora).is_some());
+    // What is no hash is refused, whatever the model.
+    let bytes = std::fs::read(&lora).unwrap();
+    let digits = pack::hex(&ours);
+    let at = bytes.windows(64).position(|window| window == digits.as_bytes()).unwrap();
+    let bad = path("bad.gguf");
+    for place in [at, at + 63] {
+        let mut bytes = bytes.clone();
+        bytes[place] = b'g';
+        std::fs::write(&bad, &bytes).unwrap();
+        let error = attach("base.gguf", &bad).unwrap();
+        assert!(error.contains("edge.base.sha256"), "{place}: {error}");
+    }
 }

@@ -4,9 +4,11 @@ use std::path::Path;
 
 use edge_models::{DecoderSpec, NameBuf};
 use edge_runtime::format::DType;
+use edge_runtime::session::ADAPTER_BASE;
 
 use super::{Adapter, AdapterError, Pair};
 use crate::export::gguf::{GgufWriteError, GgufWriter, MetaValue, source_row};
+use crate::pack::hex;
 
 /// Writes `adapter` to `path`, whole or not at all; answers how many bytes the file has.
 ///
@@ -14,6 +16,22 @@ use crate::export::gguf::{GgufWriteError, GgufWriter, MetaValue, source_row};
 /// [`AdapterError::Dora`]; the file system's refusal.
 pub fn export(adapter: &Adapter, spec: &DecoderSpec, path: &Path) -> Result<u64, AdapterError> {
     Ok(assemble(adapter, spec)?.write_atomic(path)?)
+}
+
+/// As [`export`], for the file with the SHA-256 `base` alone: with another, or one packed from another, the adapter
+/// is refused.
+///
+/// # Errors
+/// As [`export`].
+pub fn export_for(
+    adapter: &Adapter,
+    spec: &DecoderSpec,
+    base: &[u8; 32],
+    path: &Path,
+) -> Result<u64, AdapterError> {
+    let mut file = assemble(adapter, spec)?;
+    file.meta(ADAPTER_BASE, &hex(base).as_str().into())?;
+    Ok(file.write_atomic(path)?)
 }
 
 /// The bytes that [`export`] would write.

@@ -4,11 +4,13 @@
 //! for DoRA the length of each row of `W'` besides. The runtime and llama.cpp take the first kind as GGUF;
 //! the second changes the weights themselves and can only be merged.
 
+mod base;
 mod gguf;
 mod merge;
 mod peft;
 
-pub use gguf::{export, export_to_vec};
+pub use base::{base_of, check_base};
+pub use gguf::{export, export_for, export_to_vec};
 pub use merge::merge;
 pub use peft::read;
 
@@ -32,6 +34,8 @@ pub enum AdapterError {
     Tensor { path: PathBuf, name: String, message: String },
     #[error("{}: a DoRA adapter changes the weights themselves and has no place in a GGUF LoRA; merge it instead", path.display())]
     Dora { path: PathBuf },
+    #[error("{}: made for the model file with SHA-256 {made_for}, but that of {} is {found}", path.display(), model.display())]
+    Base { path: PathBuf, made_for: String, model: PathBuf, found: String },
     #[error(transparent)]
     Write(#[from] GgufWriteError),
     #[error("cannot merge: {0}")]

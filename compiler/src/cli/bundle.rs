@@ -42,10 +42,11 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     note(
         "bundle",
         &format!(
-            "{} ({}), model {}",
+            "{} ({}), model {}, best with {} threads",
             report.folder.display(),
             output::bytes(report.shared_bytes),
-            output::bytes(model.bytes().len() as u64)
+            output::bytes(model.bytes().len() as u64),
+            target.threads()
         ),
     );
     Ok(())

@@ -16,7 +16,8 @@ pub struct Arguments {
     /// Format to write
     #[arg(long, value_enum)]
     format: Format,
-    /// The model that an adapter is for: GGUF file, Hugging Face folder or run's folder
+    /// The model that an adapter is for: GGUF file, pack, Hugging Face folder or run's folder; with any but a
+    /// Hugging Face folder the adapter is refused beside another file
     #[arg(long, required_if_eq("format", "lora-gguf"))]
     base: Option<PathBuf>,
     /// The file or folder to write
@@ -46,9 +47,13 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         }
         Format::LoraGguf => {
             let base = arguments.base.as_deref().context("--base is missing")?;
-            let spec = profile::spec_of(&profile::open(base)?)?;
+            let base = profile::open(base)?;
+            let spec = profile::spec_of(&base)?;
             let adapter = adapter::read(&arguments.model, &spec)?;
-            adapter::export(&adapter, &spec, &arguments.out)?;
+            match adapter::base_of(&base) {
+                Some(hash) => adapter::export_for(&adapter, &spec, &hash, &arguments.out)?,
+                None => adapter::export(&adapter, &spec, &arguments.out)?,
+            };
         }
     }
     note("export", &place());

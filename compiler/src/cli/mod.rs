@@ -24,7 +24,7 @@ use std::path::{Path, PathBuf};
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
 use edge_runtime::session::CacheType;
-use edgec::profile::{self, Adapter, ModelFile, Settings};
+use edgec::profile::{self, Adapter, ModelFile, Processors, Settings};
 
 /// Distills a large language model into a small one, quantizes it, and bundles it for a device.
 #[derive(Parser)]
@@ -71,9 +71,12 @@ enum Command {
 /// How to run a model on this machine.
 #[derive(Args, Clone, Debug)]
 struct EngineArguments {
-    /// Threads [default: one for each core]
+    /// Threads, no more than can run at once [default: one for each big core]
     #[arg(short, long, value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
+    /// Let threads run on any core, also where they all find room on the big ones
+    #[arg(long)]
+    no_pin: bool,
     /// Kernel table: generic, avx2, avx512, neon, dotprod, i8mm [default: the best that this CPU has]
     #[arg(long)]
     kernels: Option<String>,
@@ -96,15 +99,17 @@ impl EngineArguments {
         Ok((file, Settings { adapters, ..self.settings(context) }))
     }
 
-    /// Settings without adapters.
+    /// Settings without adapters. Keeps this thread, and those that it starts, on the big cores if there are
+    /// others and the threads find room.
     fn settings(&self, context: usize) -> Settings {
         let default = Settings::new(context);
-        Settings {
-            threads: self.threads.map_or(default.threads, usize::from),
-            kernels: self.kernels.clone(),
-            cache: self.kv,
-            ..default
+        let threads = self.threads.map_or(default.threads, usize::from);
+        if !self.no_pin
+            && let Err(error) = Processors::here().pin(threads)
+        {
+            progress::note("threads", &format!("may run on any core: {error}"));
         }
+        Settings { threads, kernels: self.kernels.clone(), cache: self.kv, ..default }
     }
 }
 

@@ -51,6 +51,7 @@ fn one(target: &Target, json: bool) -> anyhow::Result<()> {
         format!("{}: {}", target.name, target.description),
         format!("  triple      {} ({}, {})", target.triple, target.os, target.abi),
         format!("  cores       {}", cores(target)),
+        format!("  threads     {} for a model", target.threads()),
         format!("  features    {}", if isa.is_empty() { "baseline".into() } else { isa.join(" ") }),
         format!(
             "  memory      {}, {} GB/s",
@@ -86,6 +87,7 @@ fn document(target: &Target) -> Value {
         "clusters": target.clusters.iter().map(|cluster| json!({
             "core": cluster.core, "count": cluster.count, "ghz": cluster.ghz,
         })).collect::<Vec<_>>(),
+        "threads": target.threads(),
         "ram_mib": target.ram_mib,
         "bandwidth_gbs": target.bandwidth_gbs,
         "evidence": {

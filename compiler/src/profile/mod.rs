@@ -4,7 +4,7 @@
 
 pub mod eval;
 
-pub use edge_run::{Adapter, ModelFile, Settings, bench};
+pub use edge_run::{Adapter, ModelFile, Processors, Settings, bench};
 
 use std::path::{Path, PathBuf};
 
@@ -120,7 +120,9 @@ pub fn open_with(path: &Path, adapters: &[(PathBuf, f32)]) -> Result<(ModelFile,
             }
             ModelFile::from_memory(place, adapter::export_to_vec(&read, &spec)?)
         } else {
-            ModelFile::open(place)?
+            let adapter = ModelFile::open(place)?;
+            adapter::check_base(&adapter, &file)?;
+            adapter
         };
         opened.push(Adapter { file: adapter.into(), scale: *scale });
     }

@@ -2,11 +2,11 @@
  *
  * The library never allocates, keeps a file open, starts a thread or calls another library. On 64-bit ARM,
  * edge_plan and edge_open read /proc/self/auxv where Linux or Android has it, to learn whether there are dot-product
- * and matrix instructions. The caller brings
+ * and matrix instructions; threads of an edge_team sleep there by the system call futex. The caller brings
  *   - the bytes of a model file (GGUF or pack), best mapped read-only;
  *   - one block of memory, the arena, whose size edge_plan tells beforehand;
- *   - threads, if it wants more than its own (edge_workers);
- *   - on x86-64 what its CPU can do beyond the baseline (edge_limits.cpu_features).
+ *   - threads, if it wants more than its own (edge_team, or edge_workers for a pool that it has already);
+ *   - where nobody else tells what its CPU can do beyond the baseline (edge_limits.cpu_features).
  *
  * Use:
  *   edge_limits limits = {0};
@@ -73,7 +73,8 @@ enum {
   EDGE_E_FORGOTTEN = 24,           /* a cut further back than sliding windows remember */
   EDGE_E_FOREIGN_SESSION = 25,     /* a saved session of another model, version or cache type */
   EDGE_E_BAD_CHECKSUM = 26,        /* a saved session that was damaged */
-  EDGE_E_OTHER_VOCABULARY = 27     /* two models whose vocabularies differ */
+  EDGE_E_OTHER_VOCABULARY = 27,    /* two models whose vocabularies differ */
+  EDGE_E_OTHER_BASE = 28           /* an adapter that was made for another model file */
 };
 
 /* A loaded model with its KV cache. It lives in the arena and ends when the caller reuses that. */
@@ -86,8 +87,13 @@ typedef struct edge_error {
 } edge_error;
 
 /* Bits of edge_limits.cpu_features. A set bit promises that this CPU, and the operating system on it,
- * have the feature. Bits that the library has no kernel for are ignored. */
-#define EDGE_CPU_AVX2 (UINT64_C(1) << 0) /* x86-64 */
+ * have the feature; with one that lies, the process ends by a signal. Bits of another architecture are ignored. On
+ * 64-bit ARM under Linux and Android all are, since the system itself is asked. Elsewhere, for instance,
+ *   iOS: sysctlbyname("hw.optional.arm.FEAT_DotProd", ...) and "hw.optional.arm.FEAT_I8MM" give 1;
+ *   QNX and bare metal: the fields DP and I8MM of ID_AA64ISAR0_EL1 and ID_AA64ISAR1_EL1, or the CPU's manual. */
+#define EDGE_CPU_AVX2 (UINT64_C(1) << 0)    /* x86-64 */
+#define EDGE_CPU_DOTPROD (UINT64_C(1) << 1) /* 64-bit ARM: 8-bit dot products */
+#define EDGE_CPU_I8MM (UINT64_C(1) << 2)    /* 64-bit ARM: 8-bit matrix products; only together with DOTPROD */
 
 /* Values of edge_limits.cache_type. */
 #define EDGE_CACHE_F16 1u
@@ -116,14 +122,40 @@ typedef struct edge_plan_info {
   uint32_t has_tokenizer; /* 1, or 0 for a file without a vocabulary: then token numbers only */
 } edge_plan_info;
 
-/* Threads of the caller. `run` calls job(job_context, 0), ... job(job_context, count - 1), each exactly
- * once, possibly at the same time on different threads, and returns when all have returned. One of
- * the calls may be on the calling thread. */
+/* Threads of the caller. `run` calls job(job_context, 0), ... job(job_context, count - 1), each at most
+ * once and one at least, possibly at the same time on different threads, and returns when all have returned. One
+ * of the calls may be on the calling thread. A call does what no other has done yet, so that none need wait for a
+ * thread that has not begun. */
 typedef struct edge_workers {
   uint32_t count; /* threads, the calling one included if it takes part; equals edge_limits.workers */
   void *context;  /* handed to run; may be used from any thread that calls edge_ functions */
   void (*run)(void *context, void (*job)(void *job_context, uint32_t index), void *job_context);
 } edge_workers;
+
+/* A group of threads that the application starts and the library lets work:
+ *
+ *   edge_team team;
+ *   edge_workers workers;
+ *   edge_team_init(&team, 4, NULL, &workers);     limits.workers = 4; edge_open(..., &workers, ...)
+ *   three threads: edge_worker_run(&team);        best on the big cores only, and no more than there are of them
+ *   ... edge_feed, edge_generate ...              the calling thread is the fourth
+ *   edge_team_stop(&team); join the threads.
+ *
+ * Threads may come late, be fewer, or go while a session computes: what they do not do, the calling thread does. It
+ * waits for none but those at work. Between jobs they wait awake for some 0.1 ms, then sleep. */
+typedef struct edge_team {
+  uint64_t opaque[16];
+} edge_team;
+
+/* How the threads of a team sleep, for systems other than Linux and Android. `wait` sleeps as long as *word, read
+ * atomically, is `value`; it may return at any time, also at once. `wake` ends every sleep on *word, also
+ * one that begins at this moment with a value that *word no longer has: with a mutex and a condition variable, compare
+ * and wait under the mutex, lock and unlock it before the broadcast. */
+typedef struct edge_waiting {
+  void *context; /* handed to both; may be used from any thread of the team */
+  void (*wait)(void *context, const uint32_t *word, uint32_t value);
+  void (*wake)(void *context, const uint32_t *word);
+} edge_waiting;
 
 /* How edge_next chooses. All zero is greedy. */
 typedef struct edge_sampling {
@@ -161,6 +193,19 @@ int32_t edge_open(const void *model, size_t model_size, const edge_limits *limit
                   const edge_workers *workers, void *arena, size_t arena_size,
                   edge_session **session, edge_error *error);
 
+/* Makes a team of about `count` threads, the one that uses sessions among them, and the `workers` that stand for it.
+ * The team stays where it is as long as sessions or threads use it. Several sessions may share it; of those that
+ * compute at the same moment, one has the threads. With `waiting` null its threads sleep by a futex on Linux and
+ * Android; elsewhere they wait on the spot (64-bit ARM: wfe) until edge_team_stop. Returns 0. */
+int32_t edge_team_init(edge_team *team, uint32_t count, const edge_waiting *waiting, edge_workers *workers);
+
+/* Lets the calling thread work in the team. Returns 0 after edge_team_stop. */
+int32_t edge_worker_run(edge_team *team);
+
+/* Makes edge_worker_run return in every thread that is in it or calls it later; from any thread, at any time. Sessions
+ * go on with the calling thread alone. When all have returned the team may be made anew. Returns 0. */
+int32_t edge_team_stop(edge_team *team);
+
 /* Writes the last error of a session into `buffer`, ended with 0 and cut if need be. Returns its whole
  * length without the 0; 0 if nothing has failed yet. */
 int32_t edge_last_error(const edge_session *session, char *buffer, size_t capacity);
@@ -196,6 +241,13 @@ int32_t edge_position(edge_session *session);
  * EDGE_E_FORGOTTEN. */
 int32_t edge_truncate(edge_session *session, size_t count);
 
+/* Makes room in a full context: forgets `discard` tokens behind the first `keep`, and moves those after them up. Their
+ * keys are turned to their new positions, exactly up to the rounding of the cache's type; what they took from the
+ * tokens that went stays in them, and so do the logits. Models with sliding windows are refused
+ * (EDGE_E_UNSUPPORTED), as are more tokens than there are (EDGE_E_OUT_OF_RANGE). Keeping what begins the text and half
+ * of the rest is a good beginning. Returns 0. */
+int32_t edge_shift(edge_session *session, size_t keep, size_t discard);
+
 /* Keeps the tokens that the context and `tokens` both begin with (all but the last of `tokens` at most), and
  * drops the rest. Returns how many are kept: tokens[kept] and those after it are what to feed. */
 int32_t edge_reuse(edge_session *session, const uint32_t *tokens, size_t count);
@@ -214,8 +266,8 @@ int32_t edge_restore(edge_session *session, const void *bytes, size_t size);
 /* Puts a LoRA adapter (a GGUF file) into slot 0 to edge_limits.adapters - 1, in place of the one that is
  * there. Tokens that are fed from now on are computed with it, times `scale`, besides the adapters of other
  * slots; tokens in the context stay as they are. The file is copied: its bytes are not needed afterwards.
- * One that does not fit the model is refused, and the slot stays as it was; after EDGE_E_OUT_OF_RANGE for a
- * weight that is not finite it is empty. Returns 0. */
+ * One that does not fit the model, or names another file than the one that this pack was made from, is refused, and
+ * the slot stays as it was; after EDGE_E_OUT_OF_RANGE for a weight that is not finite it is empty. Returns 0. */
 int32_t edge_attach(edge_session *session, uint32_t slot, const void *adapter, size_t adapter_size,
                     float scale);
 

@@ -11,6 +11,10 @@ pub const VERSION: u32 = 2;
 
 /// `EDGE_CPU_AVX2`.
 pub(crate) const CPU_AVX2: u64 = 1;
+/// `EDGE_CPU_DOTPROD`.
+pub(crate) const CPU_DOTPROD: u64 = 1 << 1;
+/// `EDGE_CPU_I8MM`.
+pub(crate) const CPU_I8MM: u64 = 1 << 2;
 
 /// `edge_error`.
 #[derive(Clone, Copy, Debug)]
@@ -77,6 +81,24 @@ pub struct EdgeWorkers {
     pub run: Option<unsafe extern "C" fn(context: *mut c_void, job: Job, job_context: *mut c_void)>,
 }
 
+/// `edge_waiting.wait`.
+pub type WaitFunction = unsafe extern "C" fn(context: *mut c_void, word: *const u32, value: u32);
+
+/// `edge_waiting.wake`.
+pub type WakeFunction = unsafe extern "C" fn(context: *mut c_void, word: *const u32);
+
+/// `edge_waiting`.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct EdgeWaiting {
+    /// Handed to both functions.
+    pub context: *mut c_void,
+    /// Sleeps as long as the word has the value.
+    pub wait: Option<WaitFunction>,
+    /// Ends the sleep of all threads.
+    pub wake: Option<WakeFunction>,
+}
+
 /// `edge_sampling`.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
@@ -102,7 +124,7 @@ pub type OnText =
     Option<unsafe extern "C" fn(context: *mut c_void, text: *const c_char, length: usize) -> i32>;
 
 /// Refuses a null or misaligned pointer and more bytes than an object can have.
-fn checked<T>(pointer: *const T, count: usize, name: &'static str) -> Result<()> {
+pub(crate) fn checked<T>(pointer: *const T, count: usize, name: &'static str) -> Result<()> {
     if pointer.is_null() {
         return Err(Error::new(Code::BadArgument, name).hint("null pointer"));
     }

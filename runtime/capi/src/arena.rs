@@ -1,11 +1,11 @@
 //! How the caller's block of memory is divided: planned once, carved once.
 
-use crate::abi::{CPU_AVX2, EdgeLimits, EdgePlanInfo};
+use crate::abi::{EdgeLimits, EdgePlanInfo};
 use crate::cpu;
 use crate::session::EdgeSession;
 use crate::team::Team;
 use edge_runtime::format::Gguf;
-use edge_runtime::kernels::{Features, Kernels};
+use edge_runtime::kernels::Kernels;
 use edge_runtime::session::{CacheType, Limits, Plan};
 use edge_runtime::tokenizer::{Tokenizer, Utf8Stream};
 use edge_runtime::{Code, Error, Result};
@@ -92,7 +92,7 @@ impl<'a> Layout<'a> {
             bytes => bytes as usize,
         };
         let text = TextSizes::new(&file, text_bytes)?;
-        let kernels = kernels(limits.cpu_features);
+        let kernels = Kernels::select(cpu::features(limits.cpu_features));
         Ok(Self { file, plan, kernels, workers, text_bytes, text })
     }
 
@@ -211,11 +211,4 @@ fn floats(bytes: &mut [u8]) -> &mut [f32] {
     let (before, floats, after) = unsafe { bytes.align_to_mut() };
     debug_assert!(before.is_empty() && after.is_empty());
     floats
-}
-
-/// The fastest kernels for a CPU with these `EDGE_CPU_` bits. Without the bit, x86-64 gets the baseline
-/// even if the CPU has more; a bit that lies is caught by [`cpu::features`].
-fn kernels(cpu_features: u64) -> &'static Kernels {
-    let allowed = !cfg!(target_arch = "x86_64") || cpu_features & CPU_AVX2 != 0;
-    Kernels::select(if allowed { cpu::features() } else { Features::NONE })
 }

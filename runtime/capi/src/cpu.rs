@@ -2,36 +2,38 @@
 //!
 //! On 64-bit ARM only the operating system can tell, and there is no C library here to ask: Linux and Android are
 //! read `/proc/self/auxv` from, by their system calls. Where that cannot be read, and on other systems, the answer
-//! is nothing.
+//! is what the caller has promised.
 
+use crate::abi::{CPU_AVX2, CPU_DOTPROD, CPU_I8MM};
 use edge_runtime::kernels::Features;
 
-/// What this CPU and its operating system offer.
-#[cfg(not(all(target_arch = "aarch64", any(target_os = "linux", target_os = "android"))))]
-pub(crate) fn features() -> Features {
-    Features::detect()
-}
-
-/// What this CPU and its operating system offer.
-#[cfg(all(target_arch = "aarch64", any(target_os = "linux", target_os = "android")))]
-pub(crate) fn features() -> Features {
-    let [hwcap, hwcap2] = auxv::hwcaps().unwrap_or_default();
-    // SAFETY: the kernel's own words about the CPUs that run this process, or no bit at all.
-    unsafe { Features::from_hwcap(hwcap, hwcap2) }
+/// What this CPU and its operating system offer; `promised` are `EDGE_CPU_` bits.
+pub(crate) fn features(promised: u64) -> Features {
+    let has = |bit: u64| promised & bit != 0;
+    if cfg!(not(target_arch = "aarch64")) {
+        // The CPU is asked itself: the bit only allows what goes beyond the baseline.
+        return if has(CPU_AVX2) { Features::detect() } else { Features::NONE };
+    }
+    #[cfg(all(target_arch = "aarch64", any(target_os = "linux", target_os = "android")))]
+    if let Some([hwcap, hwcap2]) = auxv::hwcaps() {
+        // SAFETY: the kernel's own words about the CPUs that run this process.
+        return unsafe { Features::from_hwcap(hwcap, hwcap2) };
+    }
+    // SAFETY: `edge_plan` and `edge_open`, where the bits come from, demand that each is true of this CPU.
+    unsafe { Features::told(has(CPU_DOTPROD), has(CPU_I8MM)) }
 }
 
 #[cfg(all(target_arch = "aarch64", any(target_os = "linux", target_os = "android")))]
 mod auxv {
-    use core::arch::asm;
+    use crate::linux::{
+        call,
+        number::{CLOSE, OPENAT, READ},
+    };
     use core::ffi::CStr;
 
     /// Keys of the vector (Linux `include/uapi/linux/auxvec.h`).
     const AT_HWCAP: u64 = 16;
     const AT_HWCAP2: u64 = 26;
-    /// Numbers of system calls (Linux `include/uapi/asm-generic/unistd.h`).
-    const OPENAT: usize = 56;
-    const CLOSE: usize = 57;
-    const READ: usize = 63;
     /// A relative path would begin at the working directory; this one is absolute.
     const AT_FDCWD: isize = -100;
     const O_CLOEXEC: usize = 0o2_000_000;
@@ -70,27 +72,5 @@ mod auxv {
         // SAFETY: the file is this function's own and not used again.
         unsafe { call(CLOSE, [file, 0, 0, 0]) };
         ended
-    }
-
-    /// A system call; below 0 is an error's number.
-    ///
-    /// # Safety
-    /// What the call does with its arguments must be sound.
-    unsafe fn call(number: usize, [a, b, c, d]: [usize; 4]) -> isize {
-        let result;
-        // SAFETY: Linux keeps all registers but x0 (`Documentation/arch/arm64`, syscall ABI); memory may be
-        // written as the call says, so it is not declared untouched.
-        unsafe {
-            asm!(
-                "svc #0",
-                in("x8") number,
-                inlateout("x0") a => result,
-                in("x1") b,
-                in("x2") c,
-                in("x3") d,
-                options(nostack),
-            );
-        }
-        result
     }
 }

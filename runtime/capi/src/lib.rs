@@ -16,19 +16,29 @@ mod arena;
 mod cpu;
 #[cfg(all(feature = "freestanding", panic = "abort"))]
 mod freestanding;
+#[cfg(all(
+    any(target_os = "linux", target_os = "android"),
+    any(target_arch = "aarch64", target_arch = "x86_64")
+))]
+mod linux;
 #[cfg(any(feature = "memory", test))]
 mod memory;
 mod message;
 mod session;
 mod team;
+mod threads;
 
 use core::ffi::{c_char, c_void};
 
-pub use abi::{EdgeError, EdgeLimits, EdgePlanInfo, EdgeSampling, EdgeWorkers, Job, OnText, VERSION};
+pub use abi::{
+    EdgeError, EdgeLimits, EdgePlanInfo, EdgeSampling, EdgeWaiting, EdgeWorkers, Job, OnText, VERSION,
+    WaitFunction, WakeFunction,
+};
 use abi::{input, input_one, output, output_one};
 use edge_runtime::Result;
 use message::Message;
 pub use session::EdgeSession;
+pub use threads::EdgeTeam;
 
 /// Version of the interface.
 #[unsafe(no_mangle)]
@@ -105,6 +115,60 @@ pub unsafe extern "C" fn edge_open(
     })();
     // SAFETY: the caller's promise about `error`.
     unsafe { abi::report(result, error) }
+}
+
+/// Makes a team, and the workers that stand for it.
+///
+/// # Safety
+/// Pointers are null or valid as `edge.h` says; a team that is made anew has no threads in it.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn edge_team_init(
+    team: *mut EdgeTeam,
+    count: u32,
+    waiting: *const EdgeWaiting,
+    workers: *mut EdgeWorkers,
+) -> i32 {
+    let result = (|| {
+        // SAFETY: the caller's promise. What was in the team's memory is not looked at; a null `waiting` is what
+        // the system has.
+        let (to, waiting, workers) = unsafe {
+            let waiting = if waiting.is_null() { None } else { Some(input_one(waiting, "waiting")?) };
+            abi::checked(team, 1, "team")?;
+            (team, waiting, output_one(workers, "workers")?)
+        };
+        let made = EdgeTeam::new(count, waiting)?;
+        // SAFETY: not null and aligned, as just checked; the rest is the caller's promise.
+        let team = unsafe {
+            to.write(made);
+            &*to
+        };
+        *workers = team.workers();
+        Ok(0)
+    })();
+    // SAFETY: null is left alone.
+    unsafe { abi::report(result, core::ptr::null_mut()) }
+}
+
+/// Works in a team until it is stopped.
+///
+/// # Safety
+/// `team` is null or from [`edge_team_init`].
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn edge_worker_run(team: *const EdgeTeam) -> i32 {
+    // SAFETY: the caller's promise.
+    let result = unsafe { input_one(team, "team") }.map(EdgeTeam::work);
+    result.map_or_else(|error| abi::negative(&error), |()| 0)
+}
+
+/// Sends the threads of a team away.
+///
+/// # Safety
+/// `team` is null or from [`edge_team_init`].
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn edge_team_stop(team: *const EdgeTeam) -> i32 {
+    // SAFETY: the caller's promise.
+    let result = unsafe { input_one(team, "team") }.map(EdgeTeam::stop);
+    result.map_or_else(|error| abi::negative(&error), |()| 0)
 }
 
 /// The last error of a session.
@@ -259,6 +323,21 @@ pub unsafe extern "C" fn edge_truncate(session: *mut EdgeSession, count: usize) 
     unsafe {
         on(session, |session| {
             session.truncate(count)?;
+            Ok(0)
+        })
+    }
+}
+
+/// Forgets tokens behind the first ones.
+///
+/// # Safety
+/// `session` is null or valid as `edge.h` says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn edge_shift(session: *mut EdgeSession, keep: usize, discard: usize) -> i32 {
+    // SAFETY: the caller's promise.
+    unsafe {
+        on(session, |session| {
+            session.shift(keep, discard)?;
             Ok(0)
         })
     }

@@ -34,6 +34,7 @@ pub(crate) fn text(code: i32) -> &'static CStr {
         25 => c"a saved session of another model, version or cache type",
         26 => c"a saved session that was damaged",
         27 => c"two models whose vocabularies differ",
+        28 => c"an adapter that was made for another model file",
         _ => c"an unknown error",
     }
 }
@@ -100,11 +101,11 @@ mod tests {
 
     #[test]
     fn every_code_has_a_text() {
-        for code in 1..=27 {
+        for code in 1..=28 {
             assert_ne!(text(code), c"an unknown error");
             assert_eq!(text(code), text(-code));
         }
-        assert_eq!(text(28), c"an unknown error");
+        assert_eq!(text(29), c"an unknown error");
         assert_eq!(text(i32::MIN), c"an unknown error");
     }
 }

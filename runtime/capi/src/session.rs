@@ -145,6 +145,10 @@ impl EdgeSession {
         self.session.truncate(count)
     }
 
+    pub(crate) fn shift(&mut self, keep: usize, discard: usize) -> Result<()> {
+        self.session.shift(keep, discard)
+    }
+
     pub(crate) fn reuse(&mut self, tokens: &[u32]) -> usize {
         self.session.reuse(tokens)
     }

@@ -51,8 +51,7 @@ impl Team {
 
 /// What a job's context points to while `run` is at work.
 struct Work<'j> {
-    job: &'j (dyn Fn(usize) + Sync),
-    count: u32,
+    job: &'j (dyn Fn() + Sync),
 }
 
 impl Workers for CallerThreads {
@@ -60,23 +59,20 @@ impl Workers for CallerThreads {
         self.count as usize
     }
 
-    fn run(&self, job: &(dyn Fn(usize) + Sync)) {
-        let work = Work { job, count: self.count };
+    fn run(&self, job: &(dyn Fn() + Sync)) {
+        let work = Work { job };
         // SAFETY: `run` is the caller's function with the caller's context. It returns only when all
         // jobs have, as edge.h demands, so `work` outlives every use of the pointer to it.
         unsafe { (self.run)(self.context, do_share, (&raw const work).cast_mut().cast()) }
     }
 }
 
-/// One share of a job.
+/// Does of a job what no other thread has taken.
 ///
 /// # Safety
 /// `context` is the one that [`CallerThreads::run`] handed out, and that call has not returned yet.
-unsafe extern "C" fn do_share(context: *mut c_void, index: u32) {
-    // SAFETY: the caller's promise. The job is `Sync`, so several threads may read it at once.
+unsafe extern "C" fn do_share(context: *mut c_void, _: u32) {
+    // SAFETY: the caller's promise. The job is `Sync`, so several threads may call it at once.
     let work = unsafe { &*context.cast::<Work<'_>>() };
-    // A share that does not exist would be outside of what the job divides.
-    if index < work.count {
-        (work.job)(index as usize);
-    }
+    (work.job)();
 }

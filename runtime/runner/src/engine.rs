@@ -12,6 +12,8 @@ use edge_runtime::session::{CacheType, Limits, Plan, Session};
 use edge_runtime::workers::{Pool, Single, Workers};
 use memmap2::Mmap;
 
+use crate::processors::{Processors, most_threads};
+
 /// Why a model cannot be run.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -136,7 +138,7 @@ pub struct Settings {
     pub batch: usize,
     /// Tokens whose logits exist together, where those of every token are asked for.
     pub logits_rows: usize,
-    /// Threads.
+    /// Threads; an engine has no more than can run at the same time.
     pub threads: usize,
     /// Name of the kernels; `None` for the fastest that this CPU can run.
     pub kernels: Option<String>,
@@ -147,9 +149,9 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// Room for `context` tokens; one thread for each core, the fastest kernels.
+    /// Room for `context` tokens; one thread for each big core, the fastest kernels.
     pub fn new(context: usize) -> Self {
-        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = Processors::here().threads();
         let cache = CacheType::Auto;
         Self { context, batch: 64, logits_rows: 1, threads, kernels: None, adapters: Vec::new(), cache }
     }
@@ -157,7 +159,7 @@ impl Settings {
 
 /// Kernels and threads, and the memory for one session.
 pub struct Engine {
-    /// What was asked for.
+    /// What was asked for, as far as it can be had.
     pub settings: Settings,
     /// What the session needs.
     pub plan: Plan,
@@ -173,7 +175,8 @@ impl Engine {
     /// # Errors
     /// [`Error::Refused`] for the model, [`Error::NoKernels`], [`Error::Io`] where threads cannot be
     /// started.
-    pub fn new(model: &ModelFile, settings: Settings) -> Result<Self, Error> {
+    pub fn new(model: &ModelFile, mut settings: Settings) -> Result<Self, Error> {
+        settings.threads = settings.threads.clamp(1, most_threads());
         let kernels = match &settings.kernels {
             None => Kernels::select(Features::detect()),
             Some(name) => Kernels::by_name(name).ok_or_else(|| {
@@ -182,7 +185,7 @@ impl Engine {
             })?,
         };
         let workers: Box<dyn Workers> = match settings.threads {
-            0 | 1 => Box::new(Single),
+            1 => Box::new(Single),
             threads => Box::new(Pool::new(threads).map_err(|error| Error::Io(model.path.clone(), error))?),
         };
         let Settings { context, batch, logits_rows, cache, .. } = settings;

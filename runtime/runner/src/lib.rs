@@ -8,9 +8,11 @@ pub mod bench;
 mod chat;
 mod draft;
 mod engine;
+mod processors;
 mod statistics;
 
 pub use chat::{ChatPieces, NoSystemMessage};
 pub use draft::{Drafter, Drafting};
 pub use engine::{Adapter, Engine, Error, ModelFile, Settings};
+pub use processors::Processors;
 pub use statistics::{Percentiles, Statistics};

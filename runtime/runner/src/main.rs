@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use edge_run::bench::{self, Options};
-use edge_run::{Adapter, ChatPieces, Drafter, Engine, ModelFile, Settings};
+use edge_run::{Adapter, ChatPieces, Drafter, Engine, ModelFile, Processors, Settings};
 use edge_runtime::format::Gguf;
 use edge_runtime::session::{CacheType, Sampler, SamplerConfig, argmax};
 use edge_runtime::tokenizer::{Encode, Tokenizer, Utf8Stream};
@@ -14,19 +14,21 @@ use lexopt::prelude::*;
 const HELP: &str = "\
 Runs and times a small language model.
 
-edge-run generate MODEL --prompt TEXT [--max-tokens N] [-t THREADS] [--kernels NAME] [--ids]
+edge-run generate MODEL --prompt TEXT [--max-tokens N] [-t THREADS] [--no-pin] [--kernels NAME] [--ids]
                   [--adapter FILE[=SCALE]]... [--kv f16|q8_0] [--logits FILE]
                   [--draft MODEL [--draft-tokens N]] [--chat CHAT.JSON [--system TEXT]]
     continues TEXT with the most likely tokens; --ids prints their numbers as a JSON array; with --draft, a small
     model of the same vocabulary drafts N tokens (4) at a time, which MODEL verifies: the tokens stay the same;
     --logits writes the last logits as f32, for comparing devices;
     with the file that `edgec bundle` puts beside the model, TEXT is a message to be answered
-edge-run bench MODEL [-p N] [-n N] [-b N] [-r N] [-t THREADS] [--kernels NAME] [-o json|md]
+edge-run bench MODEL [-p N] [-n N] [-b N] [-r N] [-t THREADS] [--no-pin] [--kernels NAME] [-o json|md]
                [--adapter FILE[=SCALE]]... [--kv f16|q8_0]
     times a prompt of N tokens (512), N single tokens (128), each R times (5)
 
 MODEL is a GGUF file or a pack, an adapter's FILE a GGUF LoRA for it. NAME is generic, neon, dotprod, i8mm, avx2 or
-avx512; by default the fastest that the processor has.
+avx512; by default the fastest that the processor has. THREADS is as many as there are big cores unless given, and
+never more than can run at once; where there are little cores besides, threads are kept on the big ones if they all
+find room there, unless --no-pin is given.
 ";
 
 fn main() -> std::process::ExitCode {
@@ -60,6 +62,7 @@ struct GenerateArguments {
     system: Option<String>,
     max_tokens: usize,
     threads: usize,
+    pin: bool,
     kernels: Option<String>,
     adapters: Vec<Adapter>,
     cache: CacheType,
@@ -75,6 +78,7 @@ impl GenerateArguments {
         let (mut cache, mut draft, mut draft_tokens) = (CacheType::Auto, None, 4);
         let (mut chat, mut system, mut logits) = (None, None, None);
         let (mut max_tokens, mut threads, mut ids) = (128, Options::default().threads, false);
+        let mut pin = true;
         while let Some(argument) = arguments.next()? {
             match argument {
                 Long("prompt") => prompt = Some(arguments.value()?.string()?),
@@ -82,6 +86,7 @@ impl GenerateArguments {
                 Long("system") => system = Some(arguments.value()?.string()?),
                 Long("max-tokens") | Short('n') => max_tokens = arguments.value()?.parse()?,
                 Long("threads") | Short('t') => threads = arguments.value()?.parse()?,
+                Long("no-pin") => pin = false,
                 Long("kernels") => kernels = Some(arguments.value()?.string()?),
                 Long("adapter") => adapters.push(adapter(&mut arguments)?),
                 Long("kv") => cache = arguments.value()?.parse_with(cache_type)?,
@@ -105,6 +110,7 @@ impl GenerateArguments {
             system,
             max_tokens,
             threads,
+            pin,
             kernels,
             adapters,
             cache,
@@ -128,6 +134,13 @@ impl GenerateArguments {
     }
 }
 
+/// Keeps this thread, and those that it starts, on the big cores if that makes sense for `threads` threads.
+fn pin(threads: usize) {
+    if let Err(error) = Processors::here().pin(threads) {
+        eprintln!("edge-run: threads may run on any core: {error}");
+    }
+}
+
 /// The value of `--adapter`.
 fn adapter(arguments: &mut lexopt::Parser) -> Result<Adapter> {
     let (path, scale) = arguments.value()?.parse_with(Adapter::argument)?;
@@ -141,6 +154,9 @@ fn cache_type(name: &str) -> Result<CacheType, &'static str> {
 
 /// Greedy continuation of a prompt.
 fn generate(arguments: GenerateArguments) -> Result<()> {
+    if arguments.pin {
+        pin(arguments.threads);
+    }
     let model = ModelFile::open(&arguments.model)?;
     let file = model.parse()?;
     let refused = |error| model.refused(error);
@@ -257,12 +273,13 @@ impl Printer {
 struct BenchArguments {
     model: PathBuf,
     options: Options,
+    pin: bool,
     json: bool,
 }
 
 impl BenchArguments {
     fn parse(mut arguments: lexopt::Parser) -> Result<Self> {
-        let (mut model, mut options, mut json) = (None, Options::default(), false);
+        let (mut model, mut options, mut pin, mut json) = (None, Options::default(), true, false);
         while let Some(argument) = arguments.next()? {
             match argument {
                 Short('p') => options.n_prompt = arguments.value()?.parse()?,
@@ -270,6 +287,7 @@ impl BenchArguments {
                 Short('b') => options.n_batch = arguments.value()?.parse()?,
                 Short('r') => options.repetitions = arguments.value()?.parse()?,
                 Long("threads") | Short('t') => options.threads = arguments.value()?.parse()?,
+                Long("no-pin") => pin = false,
                 Long("kernels") => options.kernels = Some(arguments.value()?.string()?),
                 Long("adapter") => options.adapters.push(adapter(&mut arguments)?),
                 Long("kv") => options.cache = arguments.value()?.parse_with(cache_type)?,
@@ -287,11 +305,14 @@ impl BenchArguments {
         if options.repetitions == 0 {
             bail!("-r 0: at least one run is needed");
         }
-        Ok(Self { model: model.context("MODEL is missing")?, options, json })
+        Ok(Self { model: model.context("MODEL is missing")?, options, pin, json })
     }
 }
 
 fn bench(arguments: BenchArguments) -> Result<()> {
+    if arguments.pin {
+        pin(arguments.options.threads);
+    }
     let model = ModelFile::open(&arguments.model)?;
     let tests = bench::run(&model, &arguments.options)?;
     if arguments.json {

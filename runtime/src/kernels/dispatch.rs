@@ -30,7 +30,7 @@ impl Features {
     pub const NONE: Self = Self { avx2: false, avx512: false, dotprod: false, i8mm: false };
 
     /// What this CPU and its operating system offer. On 64-bit ARM only an operating system can tell, and the
-    /// answer is [`Features::NONE`]: see [`Features::from_hwcap`].
+    /// answer is [`Features::NONE`]: see [`Features::from_hwcap`] and [`Features::told`].
     pub fn detect() -> Self {
         #[cfg(target_arch = "x86_64")]
         let (avx2, avx512) = super::x86_64::features();
@@ -55,8 +55,16 @@ impl Features {
     pub unsafe fn from_hwcap(hwcap: u64, hwcap2: u64) -> Self {
         const ASIMDDP: u64 = 1 << 20;
         const I8MM: u64 = 1 << 13;
-        let dotprod = hwcap & ASIMDDP != 0;
-        Self { dotprod, i8mm: dotprod && hwcap2 & I8MM != 0, ..Self::NONE }
+        // SAFETY: the caller's promise.
+        unsafe { Self::told(hwcap & ASIMDDP != 0, hwcap2 & I8MM != 0) }
+    }
+
+    /// What a caller knows of a 64-bit ARM CPU: FEAT_DotProd, and FEAT_I8MM, which counts only besides.
+    ///
+    /// # Safety
+    /// The CPU that kernels will run on must have what is said here.
+    pub unsafe fn told(dotprod: bool, i8mm: bool) -> Self {
+        Self { dotprod, i8mm: dotprod && i8mm, ..Self::NONE }
     }
 }
 

@@ -188,7 +188,7 @@ pub(crate) unsafe fn run<const N: usize>(
     let shared = products.map(|Product { kernel, weight, out }| {
         (kernel, weight, Output::new(out, tokens, weight.rows, ROWS, threads))
     });
-    let job = |_: usize| {
+    let job = || {
         for (kernel, weight, output) in &shared {
             // The lengths were checked, so every product has its output.
             while let Some(mut part) = output.as_ref().and_then(Output::take) {
@@ -201,7 +201,7 @@ pub(crate) unsafe fn run<const N: usize>(
         workers.run(&job);
     }
     // Whatever is left: everything with one thread, nothing if the workers kept their contract.
-    job(0);
+    job();
     Ok(())
 }
 

@@ -30,6 +30,8 @@ pub(super) enum Target {
 /// Their roles, in that order.
 const TARGETS: [Role; 7] =
     [Role::AttnQ, Role::AttnK, Role::AttnV, Role::AttnOut, Role::FfnGate, Role::FfnUp, Role::FfnDown];
+/// The key of an adapter that names the GGUF file it was made for: its SHA-256 in hexadecimal digits.
+pub const ADAPTER_BASE: &str = "edge.base.sha256";
 /// Multiplications below which other threads are not worth waking.
 const WORTH_SHARING: usize = 1 << 15;
 
@@ -314,6 +316,29 @@ impl<'a> Adapters<'a> {
             });
         }
         Ok(())
+    }
+}
+
+/// Refuses an adapter that was made for another file than `source`, where both are known.
+pub(super) fn check_base(file: &Gguf<'_>, source: Option<&[u8; 32]>) -> Result<()> {
+    let Some(value) = file.get(ADAPTER_BASE) else { return Ok(()) };
+    let hash = value.as_str().and_then(|text| {
+        let (mut hash, digits) = ([0; 32], text.as_bytes().as_chunks::<2>());
+        for (byte, [high, low]) in hash.iter_mut().zip(digits.0) {
+            let digit = |digit: u8| char::from(digit).to_digit(16);
+            *byte = (digit(*high)? << 4 | digit(*low)?) as u8;
+        }
+        (text.len() == 64).then_some(hash)
+    });
+    let Some(hash) = hash else {
+        return Err(Error::new(Code::WrongKeyType, ADAPTER_BASE).hint("64 hexadecimal digits"));
+    };
+    match source {
+        Some(source) if *source != hash => {
+            let start = |hash: &[u8; 32]| hash.iter().take(8).fold(0, |n, byte| n << 8 | u64::from(*byte));
+            Err(Error::new(Code::OtherBase, ADAPTER_BASE).found(start(&hash), start(source)))
+        }
+        _ => Ok(()),
     }
 }
 

@@ -6,7 +6,8 @@
 
 use super::arena::{Arena, padded_bytes};
 use super::plan::Limits;
-use crate::kernels::{Kernels, KeyValues, Q8Block, Ring, q8_0_block};
+use crate::format::{DType, f16_to_f32};
+use crate::kernels::{Kernels, KeyValues, Q8Block, Ring, dequantize_row, q8_0_block};
 use crate::{Code, Error, Result};
 use edge_models::DecoderSpec;
 
@@ -210,6 +211,34 @@ impl LayerCache<'_> {
             }
         };
         (values, ring)
+    }
+
+    /// Reads the row of a position, `[kv_heads * head_dim]`.
+    pub(super) fn load(&self, part: Part, position: usize, out: &mut [f32]) -> Result<()> {
+        let start = position % self.count * self.row;
+        let range = start..start + self.row;
+        match &self.rows {
+            Rows::Half(rows) => {
+                let row = rows[part as usize][range].iter();
+                out.iter_mut().zip(row).for_each(|(out, x)| *out = f16_to_f32(*x));
+            }
+            Rows::Full(rows) => out.copy_from_slice(&rows[part as usize][range]),
+            Rows::Blocks(rows) => {
+                dequantize_row(DType::Q8_0, rows[part as usize][range].as_flattened(), out)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies the row of a position to another.
+    pub(super) fn copy(&mut self, part: Part, from: usize, to: usize) {
+        let [from, to] = [from, to].map(|position| position % self.count * self.row);
+        let range = from..from + self.row;
+        match &mut self.rows {
+            Rows::Half(rows) => rows[part as usize].copy_within(range, to),
+            Rows::Full(rows) => rows[part as usize].copy_within(range, to),
+            Rows::Blocks(rows) => rows[part as usize].copy_within(range, to),
+        }
     }
 
     /// Writes the row of a position as little-endian bytes, of which there must be exactly as many.

@@ -13,9 +13,11 @@ mod plan;
 mod rope;
 mod sampler;
 mod saved;
+mod shift;
 mod speculative;
 mod weights;
 
+pub use adapters::ADAPTER_BASE;
 pub use cache::CacheType;
 pub use plan::{Limits, Plan};
 pub use sampler::{Sampler, SamplerConfig, argmax};
@@ -36,6 +38,8 @@ use weights::{Model, Weights, read_spec};
 /// One sequence of tokens on one model.
 pub struct Session<'a> {
     spec: DecoderSpec,
+    /// SHA-256 of the GGUF file that a pack was made from.
+    source: Option<&'a [u8; 32]>,
     limits: Limits,
     kernels: &'static Kernels,
     workers: &'a dyn Workers,
@@ -122,6 +126,7 @@ impl<'a> Session<'a> {
         let history = arena.take(sizes.history)?;
         Ok(Self {
             spec,
+            source: file.packed_from(),
             limits,
             kernels,
             workers,
@@ -236,12 +241,13 @@ impl<'a> Session<'a> {
     /// sequence stay as they were computed. `file` is copied and not needed afterwards.
     ///
     /// # Errors
-    /// What is wrong with the file or does not fit the model, with its key or tensor, or [`Code::OutOfRange`]
-    /// for a slot or a rank beyond the limits; then the slot stays as it was. It is empty after
+    /// What is wrong with the file or does not fit the model, with its key or tensor, [`Code::OtherBase`] if it was
+    /// made for another file than the one that this pack was made from, or [`Code::OutOfRange`] for a slot or a rank beyond the limits; then the slot stays as it was. It is empty after
     /// [`Code::OutOfRange`] for an element that is not finite.
     pub fn attach(&mut self, slot: usize, file: &Gguf<'_>, scale: f32) -> Result<()> {
         // The outputs of a batch are as wide as the widest matrix, and nobody needs them between batches.
         let Buffers { outputs, adapters, .. } = &mut self.buffers;
+        adapters::check_base(file, self.source)?;
         adapters.attach(slot, file, scale, &self.spec, self.model.layers, outputs)
     }
 

@@ -86,6 +86,16 @@ impl Angles<'_> {
         }
     }
 
+    /// Computes, in place of those of the batch's first token, the angles that take a key back by `positions`. Its
+    /// magnitude stays.
+    pub(super) fn fill_back(&mut self, positions: usize) {
+        let angles = self.cos.iter_mut().zip(self.sin.iter_mut()).zip(self.frequencies);
+        for ((cos, sin), frequency) in angles {
+            let (s, c) = libm::sincos(positions as f64 * frequency);
+            (*cos, *sin) = (c as f32, -s as f32);
+        }
+    }
+
     /// Cosines and sines of one token of the batch.
     pub(super) fn of(&self, token: usize) -> (&[f32], &[f32]) {
         let half = self.frequencies.len();

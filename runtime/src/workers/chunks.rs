@@ -53,14 +53,14 @@ pub(crate) fn for_each_chunk<T: Send>(
         return;
     }
     let chunks = Chunks::new(buffer, len);
-    let drain = |_: usize| {
+    let drain = || {
         while let Some((index, chunk)) = chunks.take() {
             job(index, chunk);
         }
     };
     workers.run(&drain);
     // Whatever is left: nothing if the workers kept their contract.
-    drain(0);
+    drain();
 }
 
 #[cfg(test)]
@@ -75,7 +75,7 @@ mod tests {
         fn count(&self) -> usize {
             2
         }
-        fn run(&self, _: &(dyn Fn(usize) + Sync)) {}
+        fn run(&self, _: &(dyn Fn() + Sync)) {}
     }
 
     #[test]

@@ -1,53 +1,60 @@
-//! Threads of the standard library that wait for jobs: they spin for a moment, then sleep.
-//!
-//! A decoded token is some hundreds of jobs of a few microseconds each, so waking a sleeping thread for
-//! every one would cost more than the work; a thread that spun forever would burn the battery. After
-//! [`Pool::new`] nothing allocates (except that a thread which the standard library did not start gets its
-//! handle at its first [`Workers::run`]).
+//! A [`Team`] of threads of the standard library. After [`Pool::new`] nothing allocates.
 
-use super::Workers;
+use super::{Team, Waiting, Workers};
 use core::any::Any;
-use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicU32, Ordering};
 use std::boxed::Box;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::{Arc, Mutex};
-use std::thread::{self, JoinHandle, Thread};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread::{self, JoinHandle};
 use std::vec::Vec;
 
-/// Rounds of spinning before a thread sleeps: about 0.1 ms, longer than the single-threaded parts between
-/// two jobs of one token.
-const SPINS: u32 = 4096;
-
-/// A fixed group of threads; the one that calls [`Workers::run`] works as number 0.
+/// Threads that were started together and end with it; the one that calls [`Workers::run`] works besides them.
 #[derive(Debug)]
 pub struct Pool {
-    shared: Arc<Shared>,
+    team: Arc<Team<Parking>>,
     threads: Vec<JoinHandle<()>>,
-    /// One job at a time.
-    busy: AtomicBool,
 }
 
-/// What the threads see.
-#[derive(Debug, Default)]
-struct Shared {
-    /// Goes up by one for every job, after `job` was set.
-    generation: AtomicUsize,
-    /// The current job; valid until `running` is 0.
-    job: AtomicPtr<Job>,
-    /// Threads that have not finished the current job.
-    running: AtomicUsize,
-    /// The pool is being dropped.
-    stop: AtomicBool,
-    /// What the first thread that panicked said.
-    panic: Mutex<Option<Box<dyn Any + Send>>>,
+/// Where threads sleep.
+#[derive(Debug)]
+struct Parking {
+    /// There are more threads than processors: one that waits awake lets others run.
+    crowded: bool,
+    lock: Mutex<()>,
+    changed: Condvar,
 }
 
-/// A job, on the stack of the thread that waits for it.
-struct Job {
-    /// The function, its lifetime erased.
-    run: *const (dyn Fn(usize) + Sync),
-    caller: Thread,
+impl Parking {
+    fn lock(&self) -> MutexGuard<'_, ()> {
+        // It guards nothing that could be left half done.
+        self.lock.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+impl Waiting for Parking {
+    fn rounds(&self) -> u32 {
+        // About 0.1 ms, longer than the single-threaded parts between two jobs of one token.
+        if self.crowded { 256 } else { 4096 }
+    }
+
+    fn pause(&self) {
+        if self.crowded { thread::yield_now() } else { core::hint::spin_loop() }
+    }
+
+    fn sleep(&self, word: &AtomicU32, value: u32) {
+        let guard = self.lock();
+        if word.load(Ordering::Acquire) == value {
+            drop(self.changed.wait(guard));
+        }
+    }
+
+    fn wake(&self, _: &AtomicU32) {
+        // A thread that has seen the old word holds the lock until it sleeps.
+        drop(self.lock());
+        self.changed.notify_all();
+    }
 }
 
 impl Pool {
@@ -59,190 +66,174 @@ impl Pool {
         if threads == 0 {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "a pool of 0 threads"));
         }
-        // Makes sure that this thread has its handle.
-        let _ = thread::current();
-        let mut pool = Self { shared: Arc::default(), threads: Vec::new(), busy: AtomicBool::new(false) };
+        let crowded = thread::available_parallelism().is_ok_and(|processors| threads > processors.get());
+        let parking = Parking { crowded, lock: Mutex::new(()), changed: Condvar::new() };
+        let mut pool = Self { team: Arc::new(Team::new(threads, parking)), threads: Vec::new() };
         for index in 1..threads {
-            let shared = Arc::clone(&pool.shared);
+            let team = Arc::clone(&pool.team);
             let name = std::format!("edge-{index}");
-            pool.threads.push(thread::Builder::new().name(name).spawn(move || shared.work(index))?);
+            pool.threads.push(thread::Builder::new().name(name).spawn(move || team.work())?);
         }
         Ok(pool)
-    }
-
-    /// Runs `job` on all threads; `busy` must be held.
-    fn run_on_all(&self, job: &(dyn Fn(usize) + Sync)) {
-        let shared = &*self.shared;
-        // SAFETY: only the lifetime changes. The pointer is used by threads between the store to
-        // `generation` and their decrement of `running`; this function returns, normally or by unwinding,
-        // only after `running` is 0, so `job` outlives every use.
-        let run = unsafe {
-            core::mem::transmute::<*const (dyn Fn(usize) + Sync), *const (dyn Fn(usize) + Sync + 'static)>(
-                job,
-            )
-        };
-        let mut entry = Job { run, caller: thread::current() };
-        shared.running.store(self.threads.len(), Ordering::Relaxed);
-        shared.job.store(&mut entry, Ordering::Relaxed);
-        shared.generation.fetch_add(1, Ordering::Release);
-        self.threads.iter().for_each(|thread| thread.thread().unpark());
-        let own = catch_unwind(AssertUnwindSafe(|| job(0)));
-        wait_until(|| shared.running.load(Ordering::Acquire) == 0);
-        let theirs = shared.take_panic();
-        if let Some(payload) = own.err().or(theirs) {
-            self.busy.store(false, Ordering::Release);
-            resume_unwind(payload);
-        }
     }
 }
 
 impl Workers for Pool {
     fn count(&self) -> usize {
-        self.threads.len() + 1
+        self.team.count()
     }
 
     /// Also runs jobs from inside a job and from several threads at once: the one that finds the others
     /// busy does all the work itself. A panic of any thread is passed on when all have returned.
-    fn run(&self, job: &(dyn Fn(usize) + Sync)) {
-        if self.threads.is_empty() || self.busy.swap(true, Ordering::Acquire) {
-            return (0..self.count()).for_each(job);
+    fn run(&self, job: &(dyn Fn() + Sync)) {
+        if self.threads.is_empty() {
+            return job();
         }
-        self.run_on_all(job);
-        self.busy.store(false, Ordering::Release);
+        let panic: Mutex<Option<Box<dyn Any + Send>>> = Mutex::new(None);
+        let kept = || panic.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        self.team.run(&|| {
+            if let Err(payload) = catch_unwind(AssertUnwindSafe(job)) {
+                kept().get_or_insert(payload);
+            }
+        });
+        let payload = kept().take();
+        if let Some(payload) = payload {
+            resume_unwind(payload);
+        }
     }
 }
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        self.shared.stop.store(true, Ordering::Release);
+        self.team.stop();
         for thread in self.threads.drain(..) {
-            thread.thread().unpark();
-            // A thread cannot have panicked: it catches what its jobs do.
+            // A thread cannot have panicked: what its jobs do is caught.
             let _ = thread.join();
         }
     }
 }
 
-impl Shared {
-    /// The life of a thread: waits for a job, does its part, says so.
-    fn work(&self, index: usize) {
-        let mut seen = 0;
-        loop {
-            wait_until(|| {
-                self.generation.load(Ordering::Acquire) != seen || self.stop.load(Ordering::Acquire)
-            });
-            let generation = self.generation.load(Ordering::Acquire);
-            if generation == seen {
-                return;
-            }
-            seen = generation;
-            // SAFETY: a new generation was seen with acquire ordering, so `job` points to the entry that
-            // was stored before it. The entry stays alive until `running` is 0, which it cannot become
-            // before this thread's decrement below; the pointers are not used after it.
-            let entry = unsafe { &*self.job.load(Ordering::Relaxed) };
-            // SAFETY: as above, for the function that the entry points to.
-            let run = unsafe { &*entry.run };
-            if let Err(payload) = catch_unwind(AssertUnwindSafe(|| run(index))) {
-                self.keep_panic(payload);
-            }
-            let caller = entry.caller.clone();
-            if self.running.fetch_sub(1, Ordering::AcqRel) == 1 {
-                caller.unpark();
-            }
-        }
-    }
-
-    fn keep_panic(&self, payload: Box<dyn Any + Send>) {
-        let mut kept = self.panic.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        kept.get_or_insert(payload);
-    }
-
-    fn take_panic(&self) -> Option<Box<dyn Any + Send>> {
-        self.panic.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take()
-    }
-}
-
-/// Spins, then sleeps until `done`. Whoever makes it true unparks this thread afterwards.
-fn wait_until(done: impl Fn() -> bool) {
-    for _ in 0..SPINS {
-        if done() {
-            return;
-        }
-        core::hint::spin_loop();
-    }
-    while !done() {
-        thread::park();
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::team::{AWAITED, STOPPED};
     use super::*;
+    use core::sync::atomic::{AtomicBool, AtomicUsize};
     use std::time::Duration;
 
-    fn counts(pool: &Pool, job: impl Fn(usize) + Sync) -> Vec<usize> {
-        let counts: Vec<AtomicUsize> = (0..pool.count()).map(|_| AtomicUsize::new(0)).collect();
-        pool.run(&|index| {
-            counts[index].fetch_add(1, Ordering::Relaxed);
-            job(index);
+    /// Runs a job of 64 parts of which each may be done once, and some time after it none.
+    fn check(workers: &dyn Workers, part: impl Fn(usize) + Sync) {
+        let (next, over) = (AtomicUsize::new(0), AtomicBool::new(false));
+        let done: [AtomicUsize; 64] = [const { AtomicUsize::new(0) }; 64];
+        workers.run(&|| {
+            loop {
+                let index = next.fetch_add(1, Ordering::Relaxed);
+                let Some(done) = done.get(index) else { return };
+                part(index);
+                assert!(!over.load(Ordering::Relaxed));
+                done.fetch_add(1, Ordering::Relaxed);
+            }
         });
-        counts.into_iter().map(AtomicUsize::into_inner).collect()
+        over.store(true, Ordering::Relaxed);
+        assert!(done.iter().all(|done| done.load(Ordering::Relaxed) == 1));
     }
 
     #[test]
-    fn every_thread_runs_every_job_once() {
-        for threads in 1..=4 {
+    fn every_part_is_done_once_by_any_number_of_threads() {
+        for threads in 1..=6 {
             let pool = Pool::new(threads).unwrap();
             assert_eq!(pool.count(), threads);
             for _ in 0..500 {
-                assert_eq!(counts(&pool, |_| {}), std::vec![1; threads]);
+                check(&pool, |_| {});
             }
         }
         assert!(Pool::new(0).is_err());
     }
 
     #[test]
-    fn wakes_threads_that_sleep_and_waits_for_slow_ones() {
+    fn threads_that_sleep_are_woken_and_slow_ones_waited_for() {
         let pool = Pool::new(3).unwrap();
         for _ in 0..3 {
             thread::sleep(Duration::from_millis(30));
-            let slow = |index| thread::sleep(Duration::from_millis(10 * index as u64));
-            assert_eq!(counts(&pool, slow), [1; 3]);
+            let workers = Mutex::new(Vec::new());
+            check(&pool, |index| {
+                // Whoever begins first waits for another: nobody is late for good.
+                if index < 3 {
+                    thread::sleep(Duration::from_millis(20 * (index as u64 + 1)));
+                }
+                workers.lock().unwrap().push(thread::current().id());
+            });
+            let mut workers = workers.into_inner().unwrap();
+            workers.dedup();
+            assert!(workers.len() > 1, "one thread did it all");
         }
     }
 
     #[test]
-    fn a_job_may_run_a_job() {
-        let pool = Pool::new(3).unwrap();
-        let inner = AtomicUsize::new(0);
-        let outer = counts(&pool, |_| {
-            pool.run(&|_| {
-                inner.fetch_add(1, Ordering::Relaxed);
-            });
+    fn a_job_may_run_a_job_and_several_callers_may_meet() {
+        let pool = Pool::new(2).unwrap();
+        check(&pool, |_| check(&pool, |_| {}));
+        thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| (0..300).for_each(|_| check(&pool, |_| {})));
+            }
         });
-        assert_eq!((outer, inner.into_inner()), (std::vec![1; 3], 9));
     }
 
     #[test]
-    fn several_callers_at_once() {
-        let pool = Pool::new(2).unwrap();
-        thread::scope(|scope| {
-            for _ in 0..4 {
-                scope.spawn(|| (0..300).for_each(|_| assert_eq!(counts(&pool, |_| {}), [1; 2])));
+    fn threads_come_and_go_while_jobs_run() {
+        let parking = || Parking { crowded: true, lock: Mutex::new(()), changed: Condvar::new() };
+        for count in [2, 4] {
+            let team = Team::new(count, parking());
+            thread::scope(|scope| {
+                (0..3).for_each(|_| drop(scope.spawn(|| team.work())));
+                (0..300).for_each(|_| check(&team, |_| {}));
+                scope.spawn(|| {
+                    thread::sleep(Duration::from_millis(3));
+                    team.stop();
+                });
+                (0..3000).for_each(|_| check(&team, |_| {}));
+                // One that comes too late goes at once.
+                team.work();
+                check(&team, |_| {});
+            });
+        }
+    }
+
+    #[test]
+    fn a_thread_that_does_not_run_holds_up_nobody() {
+        struct Late(Parking);
+
+        impl Waiting for Late {
+            fn sleep(&self, word: &AtomicU32, value: u32) {
+                self.0.sleep(word, value);
             }
+            // Who sleeps until there is a job sleeps on, as on a system that has no processor for it.
+            fn wake(&self, word: &AtomicU32) {
+                if word.load(Ordering::Relaxed) & (AWAITED | STOPPED) != 0 {
+                    self.0.wake(word);
+                }
+            }
+        }
+        let parking = Parking { crowded: true, lock: Mutex::new(()), changed: Condvar::new() };
+        let team = Team::new(3, Late(parking));
+        thread::scope(|scope| {
+            (0..2).for_each(|_| drop(scope.spawn(|| team.work())));
+            thread::sleep(Duration::from_millis(30));
+            (0..100).for_each(|_| check(&team, |_| {}));
+            team.stop();
         });
     }
 
     #[test]
     fn a_panic_reaches_the_caller_and_the_pool_lives_on() {
         let pool = Pool::new(3).unwrap();
-        for guilty in 0..3 {
+        for guilty in [0, 31, 63] {
             let result = catch_unwind(AssertUnwindSafe(|| {
-                pool.run(&|index| assert_ne!(index, guilty, "thread {index} gives up"));
+                check(&pool, |index| assert_ne!(index, guilty, "part {index} gives up"));
             }));
             let payload = result.unwrap_err();
             assert!(payload.downcast_ref::<std::string::String>().unwrap().contains("gives up"));
-            assert_eq!(counts(&pool, |_| {}), [1; 3]);
+            check(&pool, |_| {});
         }
     }
 }

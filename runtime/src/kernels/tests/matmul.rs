@@ -132,10 +132,10 @@ impl Workers for Threads {
         self.0
     }
 
-    fn run(&self, job: &(dyn Fn(usize) + Sync)) {
+    fn run(&self, job: &(dyn Fn() + Sync)) {
         thread::scope(|scope| {
-            for i in 0..self.1 {
-                scope.spawn(move || job(i));
+            for _ in 0..self.1 {
+                scope.spawn(job);
             }
         });
     }
