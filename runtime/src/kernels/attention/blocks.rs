@@ -16,7 +16,7 @@ pub(crate) fn attention_blocks<S: Simd>(
     s: S,
     queries: &[f32],
     lanes: &[Query],
-    cache: Cache<Q8Block>,
+    cache: Cache<&[Q8Block]>,
     rule: Scores,
     out: &mut [f32],
 ) {
@@ -27,7 +27,14 @@ pub(crate) fn attention_blocks<S: Simd>(
 }
 
 #[inline(always)]
-fn one_query<S: Simd>(s: S, q: &[f32], lane: &Query, cache: Cache<Q8Block>, rule: Scores, out: &mut [f32]) {
+fn one_query<S: Simd>(
+    s: S,
+    q: &[f32],
+    lane: &Query,
+    cache: Cache<&[Q8Block]>,
+    rule: Scores,
+    out: &mut [f32],
+) {
     let mut query = [(0.0, [0; 64]); MAX_BLOCKS];
     let blocks = (q.len() / BLOCK).min(MAX_BLOCKS);
     for ((scale, doubled), q) in query.iter_mut().zip(q.as_chunks::<BLOCK>().0) {
