@@ -1,7 +1,7 @@
 //! The one dispatch table, and which of the tables a CPU can run.
 
 use super::activations::{Activations, ActivationsMut};
-use super::attention::{Cache, Elements, KeyValues, Q8Block, Query, Ring, Scores};
+use super::attention::{Cache, Elements, KeyValues, MAX_WIDTH, Q8Block, Query, Ring, Scores};
 use super::low_rank::{LowRank, Precision};
 use super::matmul::{self, BlockKernels, Matrix, Product, RowsKernel};
 use crate::format::{DType, Layout};
@@ -299,7 +299,7 @@ impl Kernels {
     /// `out = softmax(scores(q K^T)) V` of query heads that share a key-value head. Each head is `width` values of
     /// `queries` and of `out`, for a cache of blocks a multiple of 32; row `r` of the keys starts at element
     /// `r * stride` of the cache, as do its values. Nothing is computed if a head or a row that is seen lies
-    /// outside its slice.
+    /// outside its slice, or a head is wider than 1024.
     #[expect(clippy::too_many_arguments, reason = "what attention is made of")]
     pub fn attention(
         &self,
@@ -313,7 +313,7 @@ impl Kernels {
     ) {
         let room = queries.len().min(out.len());
         let fits = |lane: &Query| lane.at.checked_add(width).is_some_and(|end| end <= room);
-        let fit = lanes.iter().all(fits);
+        let fit = width <= MAX_WIDTH && lanes.iter().all(fits);
         let width_in = |len: usize, elements: usize| {
             Cache { keys: (), values: (), stride, rows, width }.holds(lanes, len, elements)
         };

@@ -1,14 +1,14 @@
 //! Attention of one query over a cache of blocks: keys meet the query as integers, and their sums are exact.
 
-use super::{Cache, POSITIONS, Q8Block, Query, Scores, exp1, exponentials, peak};
+use super::{Cache, MAX_WIDTH, POSITIONS, Q8Block, Query, Scores, exp1, exponentials, peak};
 use crate::format::f16_to_f32;
 use crate::kernels::activations::BLOCK;
 use crate::kernels::float::soft_cap;
 use crate::kernels::integers::quantize;
 use crate::kernels::simd::Simd;
 
-/// Blocks of the widest head that a specification allows.
-const MAX_BLOCKS: usize = 1024 / BLOCK;
+/// Blocks of the widest head.
+const MAX_BLOCKS: usize = MAX_WIDTH / BLOCK;
 
 /// `out = softmax(scores(q K^T)) V`, for one query after the other.
 #[inline(always)]

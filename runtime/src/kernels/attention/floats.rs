@@ -2,8 +2,9 @@
 //!
 //! Some rows at a time are widened to `f32` on the stack, laid out as the loops read them, for all queries of a
 //! call: four of these meet two keys at once, then four values.
+#![allow(clippy::needless_range_loop, reason = "indices name registers")]
 
-use super::{Cache, Elements, POSITIONS, Query, Scores, exp1, exponentials, peak};
+use super::{Cache, Elements, MAX_WIDTH, POSITIONS, Query, Scores, exp1, exponentials, peak};
 use crate::kernels::float::{Element, soft_cap};
 use crate::kernels::simd::{Op, Simd};
 use core::ops::Range;
@@ -12,8 +13,8 @@ use core::ops::Range;
 const LANES: usize = 32;
 /// Queries of a tile.
 const TILE: usize = 4;
-/// Widened numbers, in eights: 16 KiB, and at least four rows of the widest head that a specification allows.
-const EIGHTS: usize = 512;
+/// Widened numbers, in eights: 16 KiB, and four rows of the widest head.
+const EIGHTS: usize = MAX_WIDTH / 8 * 4;
 /// Scores of a block, and room behind the last ones for those of a whole step.
 type Row = [f32; POSITIONS + 8];
 
@@ -138,11 +139,17 @@ fn eights(width: usize) -> usize {
     width.div_ceil(8).max(1)
 }
 
+/// Rows that there is room for, in pairs.
+#[inline(always)]
+fn rows_at_once(width: usize) -> usize {
+    EIGHTS / eights(width) / 2 * 2
+}
+
 /// The rows of the positions `start .. start + n`, the first of which is at `place` of its block, as many at a time as
 /// there is room for.
 #[inline(always)]
 fn for_pieces(cache: &Cache<Elements>, place: usize, start: usize, n: usize, mut job: impl FnMut(Piece)) {
-    let room = (EIGHTS / eights(cache.width) / 2 * 2).max(1);
+    let room = rows_at_once(cache.width);
     for (range, row) in cache.runs(start, n) {
         for first in range.clone().step_by(room) {
             let count = room.min(range.end - first);
@@ -151,36 +158,44 @@ fn for_pieces(cache: &Cache<Elements>, place: usize, start: usize, n: usize, mut
     }
 }
 
-/// Widens row `row` of the cache: its eights, the last one filled up, go to `to`.
+/// Widens two rows of the cache: their eights, the last one filled up, go to `to`.
 #[inline(always)]
-fn widen<'w, S: Simd, T: Element>(
+fn widen_two<'w, S: Simd, T: Element>(
     s: S,
     elements: &[T],
     cache: &Cache<Elements>,
-    row: usize,
-    mut to: impl Iterator<Item = &'w mut [f32; 8]>,
+    rows: [usize; 2],
+    mut to: impl Iterator<Item = &'w mut [[f32; 8]; 2]>,
 ) {
-    let (whole, rest) = elements[row * cache.stride..][..cache.width].as_chunks::<8>();
-    for (eight, to) in whole.iter().zip(&mut to) {
-        s.store(T::load8(s, eight), to);
+    let [(a, a_rest), (b, b_rest)] =
+        rows.map(|row| elements[row * cache.stride..][..cache.width].as_chunks::<8>());
+    for ((a, b), to) in a.iter().zip(b).zip(&mut to) {
+        s.store(T::load8(s, a), &mut to[0]);
+        s.store(T::load8(s, b), &mut to[1]);
     }
-    if let (false, Some(to)) = (rest.is_empty(), to.next()) {
-        let mut eight = [T::default(); 8];
-        eight[..rest.len()].copy_from_slice(rest);
-        s.store(T::load8(s, &eight), to);
+    if let (false, Some(to)) = (a_rest.is_empty(), to.next()) {
+        for (rest, to) in [a_rest, b_rest].into_iter().zip(to) {
+            let mut eight = [T::default(); 8];
+            eight[..rest.len()].copy_from_slice(rest);
+            s.store(T::load8(s, &eight), to);
+        }
     }
+}
+
+/// The rows `r` and `r + 1` of a piece; behind the last one the last one again.
+#[inline(always)]
+fn pair_of(piece: Piece, r: usize) -> [usize; 2] {
+    [piece.row + r, piece.row + (r + 1).min(piece.count - 1)]
 }
 
 /// Keys in pairs of rows: eight numbers of the first, eight of the second, and so on.
 #[inline(always)]
 fn widen_keys<S: Simd>(s: S, cache: &Cache<Elements>, piece: Piece, wide: &mut [[f32; 8]; EIGHTS]) {
-    let eights = eights(cache.width);
-    for r in 0..piece.count {
-        let pairs = wide.as_chunks_mut::<2>().0[r / 2 * eights..][..eights].iter_mut();
-        let to = pairs.map(|pair| &mut pair[r % 2]);
+    let pairs = wide.as_chunks_mut::<2>().0.chunks_exact_mut(eights(cache.width));
+    for (r, pairs) in (0..piece.count).step_by(2).zip(pairs) {
         match cache.keys {
-            Elements::Half(keys) => widen(s, keys, cache, piece.row + r, to),
-            Elements::Full(keys) => widen(s, keys, cache, piece.row + r, to),
+            Elements::Half(keys) => widen_two(s, keys, cache, pair_of(piece, r), pairs.iter_mut()),
+            Elements::Full(keys) => widen_two(s, keys, cache, pair_of(piece, r), pairs.iter_mut()),
         }
     }
 }
@@ -193,12 +208,13 @@ fn widen_values<S: Simd>(
     piece: Piece,
     wide: &mut [[f32; 8]; EIGHTS],
 ) -> usize {
-    let room = EIGHTS / eights(cache.width);
-    for r in 0..piece.count {
-        let to = wide.chunks_exact_mut(room).map(|column| &mut column[r]);
+    let room = rows_at_once(cache.width);
+    for r in (0..piece.count).step_by(2) {
+        let columns = wide.chunks_exact_mut(room);
+        let to = columns.filter_map(|column| column.get_mut(r..)?.first_chunk_mut::<2>());
         match cache.values {
-            Elements::Half(values) => widen(s, values, cache, piece.row + r, to),
-            Elements::Full(values) => widen(s, values, cache, piece.row + r, to),
+            Elements::Half(values) => widen_two(s, values, cache, pair_of(piece, r), to),
+            Elements::Full(values) => widen_two(s, values, cache, pair_of(piece, r), to),
         }
     }
     room
@@ -327,7 +343,11 @@ fn weigh<S: Simd>(s: S, rule: Scores, seen: Range<usize>, scores: &mut Row, stat
     scores[after..].fill(0.0);
     let weights = &mut scores[before..after];
     let peak = peak(s, state.highest, weights);
-    state.keep = exp1(s, state.highest - peak);
+    state.keep = match state.highest - peak {
+        0.0 => 1.0,
+        f32::NEG_INFINITY => 0.0,
+        step => exp1(s, step),
+    };
     state.total = state.total * state.keep + exponentials(s, peak, weights);
     state.highest = peak;
 }
@@ -346,29 +366,26 @@ impl<S: Simd, const N: usize> Op<S> for AddValues<'_, N> {
     #[inline(always)]
     fn run(self, s: S) {
         let Self { tile: Tile { lanes, width, wide, at, rows }, room, weights, states, out } = self;
-        let first = at + rows.start;
+        let weights = weights.each_ref().map(|weights| &weights[at + rows.start..][..rows.len()]);
+        let (fours, rest) = (rows.len() / 4, rows.len() / 4 * 4);
+        let weights4 = weights.map(|weights| &weights.as_chunks::<4>().0[..fours]);
         for (c, column) in wide.chunks_exact(room).take(eights(width)).enumerate() {
+            let column = &column[rows.clone()];
             let mut sums = [s.splat(0.0); N];
             for l in 0..N.min(lanes.len()) {
                 sums[l] = s.mul(load(s, &out[lanes[l].at..][..width], c), s.splat(states[l].keep));
             }
-            let (fours, rest) = column[rows.clone()].as_chunks::<4>();
-            let mut place = first;
-            for values in fours {
+            for (i, values) in column.as_chunks::<4>().0[..fours].iter().enumerate() {
                 let x = [s.load(&values[0]), s.load(&values[1]), s.load(&values[2]), s.load(&values[3])];
                 for l in 0..N {
-                    if let Some(weights) = weights[l][place..].first_chunk() {
-                        sums[l] = s.fma4(weights, x, sums[l]);
-                    }
+                    sums[l] = s.fma4(&weights4[l][i], x, sums[l]);
                 }
-                place += 4;
             }
-            for value in rest {
+            for (i, value) in column.iter().enumerate().skip(rest) {
                 let x = s.load(value);
                 for l in 0..N {
-                    sums[l] = s.fma(s.splat(weights[l][place]), x, sums[l]);
+                    sums[l] = s.fma(s.splat(weights[l][i]), x, sums[l]);
                 }
-                place += 1;
             }
             for l in 0..N.min(lanes.len()) {
                 let out = &mut out[lanes[l].at..][..width][8 * c..];

@@ -17,6 +17,9 @@ use super::exp::exp_lanes;
 use super::simd::Simd;
 use core::ops::Range;
 
+/// The widest head, which is also what a specification allows.
+pub(super) const MAX_WIDTH: usize = 1024;
+
 /// Positions in a block of scores.
 const POSITIONS: usize = 64;
 
