@@ -60,6 +60,11 @@ impl Features {
     }
 }
 
+/// Attention of query heads over a cache of floats.
+type Attend = unsafe fn(&[f32], &[Query], Cache<Elements>, Scores, &mut [f32]);
+/// Attention of query heads over a cache of blocks.
+type AttendBlocks = unsafe fn(&[f32], &[Query], Cache<&[Q8Block]>, Scores, &mut [f32]);
+
 /// The kernels of one instruction set.
 ///
 /// All tables agree bit for bit with [`Kernels::generic`], except for the payload and sign of NaNs.
@@ -78,8 +83,8 @@ pub struct Kernels {
     pub(super) geglu: unsafe fn(&mut [f32], &[f32]),
     pub(super) soft_cap: unsafe fn(&mut [f32], f32),
     pub(super) rope: unsafe fn(&mut [f32], &[f32], &[f32], RopePairing),
-    pub(super) attend: for<'c> unsafe fn(&[f32], &[Query], Cache<Elements<'c>>, Scores, &mut [f32]),
-    pub(super) attend_blocks: for<'c> unsafe fn(&[f32], &[Query], Cache<&'c [Q8Block]>, Scores, &mut [f32]),
+    pub(super) attend: Attend,
+    pub(super) attend_blocks: AttendBlocks,
     pub(super) add_floats: unsafe fn(&LowRank, &[f32], &mut [f32]),
     pub(super) add_integers: unsafe fn(&LowRank, &[f32], &mut [f32]),
     pub(super) f32_rows: RowsKernel,
