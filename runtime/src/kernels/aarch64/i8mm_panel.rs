@@ -2,9 +2,9 @@
 //!
 //! Written in assembly because it needs all 32 registers: 16 of sums, 8 of integers on the way, 4 of weights and
 //! 4 of activations. Each two by two sums (rows 2i and 2i + 1, two tokens) take eight instructions a block that
-//! nothing can save: four products, and clearing, converting, scaling and adding what they sum up to. The
-//! other seventeen for the sixteen of them load 64 bytes each, but for the loop's own two. The compiler needs half
-//! as many again, mostly to compute addresses.
+//! nothing can save: four products, and clearing, converting, scaling and adding what they sum up to. For all
+//! sixteen of them there are sixteen loads, most of 64 bytes, besides, and one instruction of the loop: 145 a block,
+//! where the compiler makes 174, mostly to compute addresses.
 
 use super::rows16::neon;
 use crate::format::TILE_ROWS as ROWS;
