@@ -8,10 +8,11 @@
 #   decode      a token of 64 that follow one another from an empty context
 #   prefill     a token of a prompt of 128, and of 512
 #   start       from the process's start to the first token's logits, that token included
-# EDGE_RUN names another program, EDGE_RUN_ARGS adds arguments (--adapter FILE, --kernels NAME).
+# EDGE_RUN names another program, EDGE_RUN_ARGS adds arguments (--kernels NAME). ADAPTER=FILE asks for something else:
+# what a LoRA adapter adds to decode; random_adapter.py makes one.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-[ $# -ge 1 ] || { sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,12s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 model=$1
 shift
 [ $# -gt 0 ] || set -- max
@@ -41,15 +42,35 @@ count() {
     awk '$1 == "instructions" { print $2 }' <<< "$said"
 }
 
+# tokens CPU ARGUMENTS...: sets `before`, the instructions of a run before its first token, `token`, those of a first
+# token, and `decode`, those of one of 64.
+tokens() {
+    local cpu=$1 two three
+    shift
+    # A test runs its tokens once to warm up and then as often as -r says.
+    two=$(count "$cpu" bench "$model" -p 0 -n 1 -r 1 "$@")
+    three=$(count "$cpu" bench "$model" -p 0 -n 1 -r 2 "$@")
+    token=$((three - two))
+    before=$((two - 2 * token))
+    decode=$((($(count "$cpu" bench "$model" -p 0 -n 64 -r 1 "$@") - before) / 128))
+}
+
+if [ -n "${ADAPTER:-}" ]; then
+    echo "| million instructions | decode | with the adapter | more |"
+    echo "|---|---:|---:|---:|"
+    for cpu in "$@"; do
+        tokens "$cpu"
+        alone=$decode
+        tokens "$cpu" --adapter "$ADAPTER"
+        awk -v name="$(basename "$model"), $cpu" -v d="$alone" -v a="$decode" \
+            'BEGIN { printf "| %s | %.2f | %.2f | %.1f %% |\n", name, d / 1e6, a / 1e6, 100 * (a - d) / d }'
+    done
+    exit
+fi
 echo "| million instructions | decode | prefill 128 | prefill 512 | start |"
 echo "|---|---:|---:|---:|---:|"
 for cpu in "$@"; do
-    # A test runs its tokens once to warm up and then as often as -r says.
-    two=$(count "$cpu" bench "$model" -p 0 -n 1 -r 1)
-    three=$(count "$cpu" bench "$model" -p 0 -n 1 -r 2)
-    token=$((three - two))
-    before=$((two - 2 * token))
-    decode=$((($(count "$cpu" bench "$model" -p 0 -n 64 -r 1) - before) / 128))
+    tokens "$cpu"
     short=$((($(count "$cpu" bench "$model" -n 0 -p 128 -r 1) - before) / 256))
     long=$((($(count "$cpu" bench "$model" -n 0 -p 512 -r 1) - before) / 1024))
     awk -v name="$(basename "$model"), $cpu" -v d="$decode" -v p="$short" -v q="$long" -v s=$((before + token)) \

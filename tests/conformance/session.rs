@@ -35,6 +35,30 @@ fn all_logits(session: &mut Session<'_>, tokens: &[u32]) -> Vec<f32> {
 }
 
 #[test]
+fn the_last_tokens_logits_are_those_of_all_tokens_logits() {
+    let ids = tokens(40);
+    // The last layer computes only what the asked-for logits need; what it leaves in the cache must not differ.
+    for file in [tiny(), golden("gemma3"), golden("phi3")] {
+        for cache in [CacheType::Auto, CacheType::F16] {
+            let mut whole = engine(&file, 9, cache);
+            let expected = all_logits(&mut whole.session(&file).unwrap(), &ids);
+            let expected: Vec<&[f32]> = expected.chunks(whole.plan.spec().vocab).collect();
+            for batch in [1, 9, 40] {
+                let mut engine = engine(&file, batch, cache);
+                let mut session = engine.session(&file).unwrap();
+                let mut fed = 0;
+                // Batches that are whole, not whole, several, and of one token.
+                for count in [9, 4, 20, 1, 6] {
+                    session.feed(&ids[fed..][..count]).unwrap();
+                    fed += count;
+                    assert!(session.logits() == expected[fed - 1], "token {fed}, batch {batch}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn a_ring_of_a_windows_length_says_the_same_as_a_cache_of_everything() {
     let ids = tokens(CONTEXT);
     for name in WINDOWED {

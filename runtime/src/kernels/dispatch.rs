@@ -1,8 +1,8 @@
 //! The one dispatch table, and which of the tables a CPU can run.
 
 use super::activations::{Activations, ActivationsMut};
-use super::attention::{Cache, KeyValues, Q8Block, Query, Ring, Scores};
-use super::low_rank::LowRank;
+use super::attention::{Cache, Elements, KeyValues, MAX_WIDTH, Q8Block, Query, Ring, Scores};
+use super::low_rank::{LowRank, Precision};
 use super::matmul::{self, BlockKernels, Matrix, Product, RowsKernel};
 use crate::format::{DType, Layout};
 use crate::workers::Workers;
@@ -68,8 +68,10 @@ impl Features {
     }
 }
 
-/// Attention of query heads over a cache of elements of one type.
-type Attend<T> = unsafe fn(&[f32], &[Query], Cache<T>, Scores, &mut [f32]);
+/// Attention of query heads over a cache of floats.
+type Attend = unsafe fn(&[f32], &[Query], Cache<Elements>, Scores, &mut [f32]);
+/// Attention of query heads over a cache of blocks.
+type AttendBlocks = unsafe fn(&[f32], &[Query], Cache<&[Q8Block]>, Scores, &mut [f32]);
 
 /// The kernels of one instruction set.
 ///
@@ -89,10 +91,10 @@ pub struct Kernels {
     pub(super) geglu: unsafe fn(&mut [f32], &[f32]),
     pub(super) soft_cap: unsafe fn(&mut [f32], f32),
     pub(super) rope: unsafe fn(&mut [f32], &[f32], &[f32], RopePairing),
-    pub(super) attend_half: Attend<u16>,
-    pub(super) attend_full: Attend<f32>,
-    pub(super) attend_blocks: Attend<Q8Block>,
-    pub(super) add_low_rank: unsafe fn(&LowRank, &[f32], &mut [f32]),
+    pub(super) attend: Attend,
+    pub(super) attend_blocks: AttendBlocks,
+    pub(super) add_floats: unsafe fn(&LowRank, &[f32], &mut [f32]),
+    pub(super) add_integers: unsafe fn(&LowRank, &[f32], &mut [f32]),
     pub(super) f32_rows: RowsKernel,
     pub(super) f16_rows: RowsKernel,
     pub(super) bf16_rows: RowsKernel,
@@ -299,14 +301,18 @@ impl Kernels {
 
     /// `y += B u`; as many rows as `y` has.
     pub(crate) fn add_low_rank(&self, b: &LowRank, u: &[f32], y: &mut [f32]) {
+        let add = match b.precision() {
+            Precision::Exact => self.add_floats,
+            Precision::Integers => self.add_integers,
+        };
         // SAFETY: whoever holds this table has a CPU that can run it.
-        unsafe { (self.add_low_rank)(b, u, y) }
+        unsafe { add(b, u, y) }
     }
 
     /// `out = softmax(scores(q K^T)) V` of query heads that share a key-value head. Each head is `width` values of
     /// `queries` and of `out`, for a cache of blocks a multiple of 32; row `r` of the keys starts at element
     /// `r * stride` of the cache, as do its values. Nothing is computed if a head or a row that is seen lies
-    /// outside its slice.
+    /// outside its slice, or a head is wider than 1024.
     #[expect(clippy::too_many_arguments, reason = "what attention is made of")]
     pub fn attention(
         &self,
@@ -320,32 +326,30 @@ impl Kernels {
     ) {
         let room = queries.len().min(out.len());
         let fits = |lane: &Query| lane.at.checked_add(width).is_some_and(|end| end <= room);
-        let fit = lanes.iter().all(fits);
-        let held;
+        let fit = width <= MAX_WIDTH && lanes.iter().all(fits);
+        let width_in = |len: usize, elements: usize| {
+            Cache { keys: (), values: (), stride, rows, width }.holds(lanes, len, elements)
+        };
+        let floats = |keys: Elements, values: Elements, out: &mut [f32]| {
+            let cache = Cache { keys, values, stride, rows, width };
+            // SAFETY: whoever holds this table has a CPU that can run it.
+            unsafe { (self.attend)(queries, lanes, cache, scores, out) }
+        };
+        let held = match cache {
+            KeyValues::Half { keys, values } => width_in(width, keys.len().min(values.len())),
+            KeyValues::Full { keys, values } => width_in(width, keys.len().min(values.len())),
+            KeyValues::Blocks { keys, values } => {
+                width.is_multiple_of(32) && width_in(width / 32, keys.len().min(values.len()))
+            }
+        };
         match cache {
-            KeyValues::Half { keys, values } => {
-                let cache = Cache { keys, values, stride, rows, width };
-                held = cache.holds(lanes, width);
-                if fit && held {
-                    // SAFETY: whoever holds this table has a CPU that can run it.
-                    unsafe { (self.attend_half)(queries, lanes, cache, scores, out) }
-                }
-            }
-            KeyValues::Full { keys, values } => {
-                let cache = Cache { keys, values, stride, rows, width };
-                held = cache.holds(lanes, width);
-                if fit && held {
-                    // SAFETY: as above.
-                    unsafe { (self.attend_full)(queries, lanes, cache, scores, out) }
-                }
-            }
+            _ if !fit || !held => {}
+            KeyValues::Half { keys, values } => floats(Elements::Half(keys), Elements::Half(values), out),
+            KeyValues::Full { keys, values } => floats(Elements::Full(keys), Elements::Full(values), out),
             KeyValues::Blocks { keys, values } => {
                 let cache = Cache { keys, values, stride, rows, width };
-                held = width.is_multiple_of(32) && cache.holds(lanes, width / 32);
-                if fit && held {
-                    // SAFETY: as above.
-                    unsafe { (self.attend_blocks)(queries, lanes, cache, scores, out) }
-                }
+                // SAFETY: as above.
+                unsafe { (self.attend_blocks)(queries, lanes, cache, scores, out) }
             }
         }
         debug_assert!(fit && held, "attention outside its slices");

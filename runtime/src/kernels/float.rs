@@ -13,19 +13,12 @@ use edge_models::RopePairing;
 pub(crate) trait Element: Copy + Default {
     /// Eight elements as floats.
     fn load8<S: Simd>(s: S, x: &[Self; 8]) -> S::F;
-    /// One element as a float.
-    fn to_f32(self) -> f32;
 }
 
 impl Element for f32 {
     #[inline(always)]
     fn load8<S: Simd>(s: S, x: &[f32; 8]) -> S::F {
         s.load(x)
-    }
-
-    #[inline(always)]
-    fn to_f32(self) -> f32 {
-        self
     }
 }
 
@@ -34,11 +27,6 @@ impl Element for u16 {
     #[inline(always)]
     fn load8<S: Simd>(s: S, x: &[u16; 8]) -> S::F {
         s.f16_bits(*x)
-    }
-
-    #[inline(always)]
-    fn to_f32(self) -> f32 {
-        f16_to_f32(self)
     }
 }
 

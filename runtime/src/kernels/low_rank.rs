@@ -1,21 +1,27 @@
 //! The wide half of a low-rank update (Hu et al. 2021, arXiv 2106.09685): `y += B u` for a short `u`.
 //!
-//! An ordinary matrix kernel spends more on ending a row than on its few products, so `B` is kept in tiles
-//! of 8 rows whose 8 results form together: as `f32` beside a float matrix, as 8-bit integers with a scale
-//! for each row and 32 columns beside a quantized one. Sums of integers are exact, and all others are made
-//! in the same order by every instruction set.
+//! An ordinary matrix kernel spends more on ending a row than on its few products, so `B` is kept in tiles:
+//! as `f32` beside a float matrix, 8 rows whose results form together; beside a quantized one as 8-bit integers
+//! with a scale for each row and 32 columns, 16 rows side by side as in [`super::tiles`]. Sums of integers are
+//! exact, and all others are made in the same order by every instruction set.
 
 use super::activations::BLOCK;
 use super::integers::quantize;
 use super::simd::Simd;
+use super::tiles::Lanes;
+use crate::format::TILE_ROWS;
 use crate::{Code, Error, Result};
 
 /// Largest rank.
 pub(crate) const MAX_RANK: usize = 256;
-/// Rows in a tile.
-const TILE: usize = 8;
-/// Columns that are stored together.
+/// Rows in a tile of floats.
+const FLOAT_ROWS: usize = 8;
+/// Columns of integers that are stored together: four times four.
 const HALF: usize = BLOCK / 2;
+/// Bytes of these.
+const HALF_BYTES: usize = HALF * TILE_ROWS;
+/// Bytes of the scales of a block.
+const SCALES: usize = TILE_ROWS * size_of::<f32>();
 
 /// How the numbers of an update are kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,19 +41,26 @@ pub(crate) struct LowRank<'a> {
 }
 
 impl<'a> LowRank<'a> {
-    /// Bytes of one tile.
-    const fn tile_bytes(precision: Precision, rank: usize) -> usize {
+    /// Rows and bytes of one tile.
+    const fn tile(precision: Precision, rank: usize) -> (usize, usize) {
         match precision {
-            Precision::Exact => rank * TILE * size_of::<f32>(),
+            Precision::Exact => (FLOAT_ROWS, rank * FLOAT_ROWS * size_of::<f32>()),
+            // The last block may lack its second half.
             Precision::Integers => {
-                rank.div_ceil(BLOCK) * TILE * size_of::<f32>() + rank.div_ceil(HALF) * TILE * HALF
+                (TILE_ROWS, rank.div_ceil(BLOCK) * SCALES + rank.div_ceil(HALF) * HALF_BYTES)
             }
         }
     }
 
     /// Bytes of all tiles; `None` beyond the address space. `rank` must not exceed [`MAX_RANK`].
     pub(crate) fn bytes(precision: Precision, rows: usize, rank: usize) -> Option<usize> {
-        rows.div_ceil(TILE).checked_mul(Self::tile_bytes(precision, rank))
+        let (tile_rows, bytes) = Self::tile(precision, rank);
+        rows.div_ceil(tile_rows).checked_mul(bytes)
+    }
+
+    /// How the numbers are kept.
+    pub(crate) fn precision(&self) -> Precision {
+        self.precision
     }
 
     /// The tiles that [`LowRank::pack`] made.
@@ -76,25 +89,26 @@ impl<'a> LowRank<'a> {
     ) -> Result<()> {
         LowRank::new(precision, rows, rank, out)?;
         out.fill(0);
-        let tile_bytes = Self::tile_bytes(precision, rank);
+        let (tile_rows, tile_bytes) = Self::tile(precision, rank);
         let mut values = [0.0; MAX_RANK];
         for index in 0..rows {
             row(index, &mut values[..rank])?;
-            let tile = &mut out[index / TILE * tile_bytes..][..tile_bytes];
-            let lane = index % TILE;
+            let tile = &mut out[index / tile_rows * tile_bytes..][..tile_bytes];
+            let lane = index % tile_rows * 4;
             match precision {
                 Precision::Exact => {
-                    for (value, eight) in values[..rank].iter().zip(tile.chunks_exact_mut(TILE * 4)) {
-                        eight[lane * 4..][..4].copy_from_slice(&value.to_le_bytes());
+                    for (value, eight) in values[..rank].iter().zip(tile.chunks_exact_mut(FLOAT_ROWS * 4)) {
+                        eight[lane..][..4].copy_from_slice(&value.to_le_bytes());
                     }
                 }
                 Precision::Integers => {
-                    for (values, block) in values[..rank].chunks(BLOCK).zip(blocks_mut(tile)) {
+                    let blocks = tile.chunks_mut(SCALES + 2 * HALF_BYTES);
+                    for (values, block) in values[..rank].chunks(BLOCK).zip(blocks) {
                         let (scale, quants) = quantize(values);
-                        block[lane * 4..][..4].copy_from_slice(&scale.to_le_bytes());
-                        let halves = block[TILE * 4..].chunks_exact_mut(TILE * HALF);
-                        for (half, quants) in halves.zip(quants.as_chunks::<HALF>().0) {
-                            half[lane * HALF..][..HALF].copy_from_slice(&quants.map(|q| q as u8));
+                        let (scales, vectors) = block.split_at_mut(SCALES);
+                        scales[lane..][..4].copy_from_slice(&scale.to_le_bytes());
+                        for (vector, quants) in vectors.chunks_exact_mut(64).zip(quants.as_chunks::<4>().0) {
+                            vector[lane..][..4].copy_from_slice(&quants.map(|q| q as u8));
                         }
                     }
                 }
@@ -104,79 +118,69 @@ impl<'a> LowRank<'a> {
     }
 }
 
-/// Bytes of a whole block of a tile: 8 scales, 8 first halves of rows, 8 second halves. The last block may
-/// lack the second halves.
-const BLOCK_BYTES: usize = TILE * 4 + TILE * BLOCK;
-
-fn blocks_mut(tile: &mut [u8]) -> impl Iterator<Item = &mut [u8]> {
-    tile.chunks_mut(BLOCK_BYTES)
-}
-
-/// `y += B u`; as many rows as `y` has, and the tiles hold.
+/// `y += B u` of floats; as many rows as `y` has, and the tiles hold.
 #[inline(always)]
-pub(crate) fn add_low_rank<S: Simd>(s: S, b: &LowRank, u: &[f32], y: &mut [f32]) {
+pub(crate) fn add_floats<S: Simd>(s: S, b: &LowRank, u: &[f32], y: &mut [f32]) {
     let u = &u[..b.rank.min(u.len())];
-    match b.precision {
-        Precision::Exact => for_tiles(s, b, y, |tile| {
-            let mut sum = s.splat(0.0);
-            for (u, weights) in u.iter().zip(tile.as_chunks::<32>().0) {
-                sum = s.add(sum, s.mul(s.splat(*u), s.f32_bytes(weights)));
+    let tiles = b.data.chunks_exact(LowRank::tile(Precision::Exact, b.rank).1);
+    for (tile, y) in tiles.zip(y.chunks_mut(FLOAT_ROWS)) {
+        let mut sum = s.splat(0.0);
+        for (u, weights) in u.iter().zip(tile.as_chunks::<32>().0) {
+            sum = s.add(sum, s.mul(s.splat(*u), s.f32_bytes(weights)));
+        }
+        let mut lanes = [0.0; FLOAT_ROWS];
+        lanes[..y.len()].copy_from_slice(y);
+        s.store(s.add(s.load(&lanes), sum), &mut lanes);
+        y.copy_from_slice(&lanes[..y.len()]);
+    }
+}
+
+/// 32 columns of `u`: their scale, their sum and the integers.
+type Block = (f32, i32, [i8; BLOCK]);
+
+/// `y += B u` of integers; as many rows as `y` has, and the tiles hold.
+#[inline(always)]
+pub(crate) fn add_integers<S: Lanes>(s: S, b: &LowRank, u: &[f32], y: &mut [f32]) {
+    let mut blocks: [Block; MAX_RANK / BLOCK] = [(0.0, 0, [0; BLOCK]); MAX_RANK / BLOCK];
+    let count = b.rank.div_ceil(BLOCK);
+    for ((scale, sum, quants), u) in blocks.iter_mut().zip(u[..b.rank.min(u.len())].chunks(BLOCK)) {
+        (*scale, *quants) = quantize(u);
+        *sum = quants.iter().map(|q| i32::from(*q)).sum();
+    }
+    let tiles = b.data.chunks_exact(LowRank::tile(Precision::Integers, b.rank).1);
+    for (tile, y) in tiles.zip(y.chunks_mut(TILE_ROWS)) {
+        match y.as_mut_array() {
+            Some(y) => add_tile(s, tile, &blocks[..count], y),
+            None => {
+                let mut lanes = [0.0; TILE_ROWS];
+                lanes[..y.len()].copy_from_slice(y);
+                add_tile(s, tile, &blocks[..count], &mut lanes);
+                y.copy_from_slice(&lanes[..y.len()]);
             }
-            sum
-        }),
-        Precision::Integers => {
-            let mut blocks = [(0.0, [0i8; 64]); MAX_RANK / BLOCK];
-            for (block, u) in blocks.iter_mut().zip(u.chunks(BLOCK)) {
-                let (scale, quants) = quantize(u);
-                block.0 = scale;
-                // Both rows of a pair meet the same integers.
-                for (i, quant) in quants.into_iter().enumerate() {
-                    let at = i / HALF * 32 + i % HALF;
-                    block.1[at] = quant;
-                    block.1[at + HALF] = quant;
-                }
-            }
-            for_tiles(s, b, y, |tile| {
-                let mut sum = s.splat(0.0);
-                for (block, (scale, a)) in tile.chunks(BLOCK_BYTES).zip(&blocks) {
-                    let Some((scales, rows)) = block.split_first_chunk::<32>() else { break };
-                    let (first, second) = rows.split_at(TILE * HALF);
-                    let mut products = [s.no_products(); 4];
-                    for (i, product) in products.iter_mut().enumerate() {
-                        *product = s.dot_signed([pair(s, first, i), pair(s, second, i)], a);
-                    }
-                    let scales = s.mul(s.f32_bytes(scales), s.splat(*scale));
-                    sum = s.add(sum, s.mul(s.totals(products), scales));
-                }
-                sum
-            });
         }
     }
 }
 
-/// Halves of the rows `2 i` and `2 i + 1`; zeros where there are none.
+/// Adds the products of a tile's rows.
 #[inline(always)]
-fn pair<S: Simd>(s: S, halves: &[u8], i: usize) -> S::B {
-    match halves.as_chunks::<HALF>().0.get(2 * i..2 * i + 2) {
-        Some([even, odd]) => s.pair(even, odd),
-        _ => s.both(&[0; 16]),
-    }
-}
-
-/// `y += sums(tile)`, 8 rows at a time.
-#[inline(always)]
-fn for_tiles<S: Simd>(s: S, b: &LowRank, y: &mut [f32], sums: impl Fn(&[u8]) -> S::F) {
-    let tiles = b.data.chunks_exact(LowRank::tile_bytes(b.precision, b.rank));
-    for (tile, y) in tiles.zip(y.chunks_mut(TILE)) {
-        let sum = sums(tile);
-        if let Some(y) = y.as_chunks_mut::<TILE>().0.first_mut() {
-            s.store(s.add(s.load(y), sum), y);
-            continue;
+fn add_tile<S: Lanes>(s: S, tile: &[u8], blocks: &[Block], y: &mut [f32; TILE_ROWS]) {
+    let mut out = s.load(y);
+    for (block, (scale, sum, quants)) in tile.chunks(SCALES + 2 * HALF_BYTES).zip(blocks) {
+        let Some((scales, vectors)) = block.split_first_chunk::<SCALES>() else { break };
+        let start = -S::SIGNED_BIAS * sum;
+        let mut p = s.start(start);
+        for (four, a) in vectors.as_chunks::<64>().0.as_chunks::<4>().0.iter().zip(quants.as_chunks().0) {
+            let a = s.activations(a);
+            p = s.dot_wide::<0>(p, s.signed(s.bytes(&four[0])), a);
+            p = s.dot_wide::<1>(p, s.signed(s.bytes(&four[1])), a);
+            p = s.dot_wide::<2>(p, s.signed(s.bytes(&four[2])), a);
+            p = s.dot_wide::<3>(p, s.signed(s.bytes(&four[3])), a);
         }
-        let mut lanes = [0.0; TILE];
-        s.store(sum, &mut lanes);
-        for (y, lane) in y.iter_mut().zip(lanes) {
-            *y += lane;
+        let mut numbers = [0.0; TILE_ROWS];
+        for (number, bytes) in numbers.iter_mut().zip(scales.as_chunks().0) {
+            *number = f32::from_le_bytes(*bytes);
         }
+        out = s.fma(s.finish_wide(p, start), s.mul(s.load(&numbers), s.splat(*scale)), out);
     }
+    s.store(out, y);
 }

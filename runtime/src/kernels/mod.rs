@@ -35,6 +35,7 @@ pub(crate) use integers::q8_0_block;
 pub(crate) use low_rank::{LowRank, MAX_RANK, Precision};
 pub use matmul::Matrix;
 pub use tiles::pack_tiles;
+pub(crate) use tiles::put_q8_0;
 
 #[cfg(test)]
 mod tests;

@@ -112,6 +112,28 @@ impl Columns<'_> {
         }
     }
 
+    /// `N` elements each of `T` tokens from `token` on, from row `first` on; `None` unless all are in this part.
+    #[cfg_attr(not(target_arch = "aarch64"), expect(dead_code, reason = "for micro-kernels in assembly"))]
+    #[inline(always)]
+    pub fn block_mut<const N: usize, const T: usize>(
+        &mut self,
+        token: usize,
+        first: usize,
+    ) -> Option<[&mut [f32; N]; T]> {
+        let last_token = token.checked_add(T)?;
+        if last_token > self.tokens || first < self.rows.start || first.checked_add(N)? > self.rows.end {
+            return None;
+        }
+        // SAFETY: `first + N <= rows.end <= stride`, so the elements lie within the rows of tokens `token..token + T`,
+        // which are within the buffer that `Output` borrows mutably for as long as this lives; those of two
+        // tokens do not overlap. No other `Columns` has these rows, and `self` is borrowed mutably for as long as
+        // the arrays live. The buffer was a slice of `f32` and stays initialized; arrays are aligned as
+        // their elements.
+        Some(core::array::from_fn(|i| unsafe {
+            &mut *self.start.add((token + i) * self.stride + first).cast::<[f32; N]>()
+        }))
+    }
+
     /// Writes the elements of `token` from row `first` on, as far as they are in this part.
     #[inline(always)]
     pub fn set_rows<const N: usize>(&mut self, token: usize, first: usize, values: &[f32; N]) {

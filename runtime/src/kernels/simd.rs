@@ -9,6 +9,12 @@
 //!
 //! Nothing here knows a weight type or a model.
 
+/// Work that an instruction set can do in a function of its own.
+pub(crate) trait Op<S> {
+    /// Does it; to be inlined.
+    fn run(self, s: S);
+}
+
 /// A token of an instruction set: holding one proves that the CPU has it.
 pub(crate) trait Simd: Copy {
     /// Eight `f32`.
@@ -19,6 +25,9 @@ pub(crate) trait Simd: Copy {
     type P: Copy;
     /// Four 8-bit factors of a pair of blocks, one for each half of a block.
     type K: Copy;
+
+    /// Runs `op` in a function of its own, compiled for the instruction set: a loop that needs all registers has them.
+    fn outline<O: Op<Self>>(self, op: O);
 
     /// `x` in all lanes.
     fn splat(self, x: f32) -> Self::F;
@@ -47,10 +56,26 @@ pub(crate) trait Simd: Copy {
     fn mul(self, a: Self::F, b: Self::F) -> Self::F;
     /// `a * b + c`, rounded once.
     fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    /// `w[3] * x[3] + (w[2] * x[2] + (w[1] * x[1] + (w[0] * x[0] + c)))`, each rounded once.
+    #[inline(always)]
+    fn fma4(self, w: &[f32; 4], x: [Self::F; 4], c: Self::F) -> Self::F {
+        let [a, b, d, e] = x;
+        let c = self.fma(self.splat(w[1]), b, self.fma(self.splat(w[0]), a, c));
+        self.fma(self.splat(w[3]), e, self.fma(self.splat(w[2]), d, c))
+    }
     /// `a / b`.
     fn div(self, a: Self::F, b: Self::F) -> Self::F;
     /// `if a < b { yes } else { no }`.
     fn select_less(self, a: Self::F, b: Self::F, yes: Self::F, no: Self::F) -> Self::F;
+    /// `if a < x { x } else { a }` where `a` is a number; of two zeros either.
+    fn higher(self, a: Self::F, x: Self::F) -> Self::F;
+    /// The highest of eight numbers; of two zeros either.
+    #[inline(always)]
+    fn highest(self, x: Self::F) -> f32 {
+        let mut lanes = [0.0; 8];
+        self.store(x, &mut lanes);
+        lanes.into_iter().fold(f32::NEG_INFINITY, |a, x| if a < x { x } else { a })
+    }
     /// Adds the low 9 bits of `n`'s representation to the exponent of `x`: `x * 2^n` where `n` was rounded
     /// to an integer by adding `1.5 * 2^23`, and nothing overflows.
     fn add_exponent(self, x: Self::F, n: Self::F) -> Self::F;

@@ -7,7 +7,7 @@ macro_rules! kernel_table {
         use $crate::kernels::output::Columns;
         use $crate::kernels::matmul::{self, Matrix};
         use $crate::kernels::{attention, blocks, dispatch, float, low_rank, tiles};
-        use $crate::kernels::attention::{Q8Block, Query, Scores};
+        use $crate::kernels::attention::{Cache, Elements, Q8Block, Query, Scores};
         use edge_models::RopePairing;
 
         $crate::kernels::table::entries! {
@@ -24,13 +24,11 @@ macro_rules! kernel_table {
             fn geglu(gate: &mut [f32], up: &[f32]) = float::geglu;
             fn soft_cap(x: &mut [f32], cap: f32) = float::soft_cap;
             fn rope(head: &mut [f32], cos: &[f32], sin: &[f32], pairing: RopePairing) = float::rope;
-            fn attend_half(q: &[f32], lanes: &[Query], cache: attention::Cache<u16>, scores: Scores, out: &mut [f32])
+            fn attend(q: &[f32], lanes: &[Query], cache: Cache<Elements>, scores: Scores, out: &mut [f32])
                 = attention::attention;
-            fn attend_full(q: &[f32], lanes: &[Query], cache: attention::Cache<f32>, scores: Scores, out: &mut [f32])
-                = attention::attention;
-            fn attend_blocks(q: &[f32], lanes: &[Query], cache: attention::Cache<Q8Block>, scores: Scores, out: &mut [f32])
+            fn attend_blocks(q: &[f32], lanes: &[Query], cache: Cache<&[Q8Block]>, scores: Scores, out: &mut [f32])
                 = attention::attention_blocks;
-            fn add_low_rank(b: &low_rank::LowRank, u: &[f32], y: &mut [f32]) = low_rank::add_low_rank;
+            fn add_floats(b: &low_rank::LowRank, u: &[f32], y: &mut [f32]) = low_rank::add_floats;
             fn f32_rows(w: &Matrix, x: &Activations, out: &mut Columns) = matmul::float_rows::<_, matmul::F32>;
             fn f16_rows(w: &Matrix, x: &Activations, out: &mut Columns) = matmul::float_rows::<_, matmul::F16>;
             fn bf16_rows(w: &Matrix, x: &Activations, out: &mut Columns) = matmul::float_rows::<_, matmul::BF16>;
@@ -40,7 +38,7 @@ macro_rules! kernel_table {
         pub(crate) static TABLE: dispatch::Kernels = dispatch::Kernels {
             name: $name,
             quantize, quantize_tiles, dot, axpy, to_half, round_to_half, rms_norm, rms_norm_in_place, swiglu, geglu, soft_cap, rope,
-            attend_half, attend_full, attend_blocks, add_low_rank,
+            attend, attend_blocks, add_floats, add_integers,
             f32_rows, f16_rows, bf16_rows,
             rows: &ROWS,
             tiles: &TILES,
@@ -55,10 +53,14 @@ macro_rules! kernel_table {
     };
 }
 
-/// Defines `TILES`, the kernels for quantized weights in tiles.
+/// Defines `TILES`, the kernels for quantized weights in tiles, and `add_integers`.
 macro_rules! tile_table {
     ($token:expr, $(#[$features:meta])*) => {
-        use $crate::kernels::tiles as tile_kernels;
+        use $crate::kernels::{low_rank as low_rank_kernels, tiles as tile_kernels};
+        $crate::kernels::table::entries! {
+            [$token, $(#[$features])*]
+            fn add_integers(b: &low_rank_kernels::LowRank, u: &[f32], y: &mut [f32]) = low_rank_kernels::add_integers;
+        }
         $crate::kernels::table::block_entries! {
             [$token, $(#[$features])*]
             /// The kernels for quantized weights in tiles.

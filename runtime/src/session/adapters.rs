@@ -7,9 +7,9 @@
 
 use super::arena::{Arena, padded_bytes};
 use super::weights::{Layer, Weights};
-use crate::format::{DType, Gguf, TensorInfo};
+use crate::format::{DType, Gguf, Layout, TensorInfo, tiled_bytes};
 use crate::kernels::{
-    Activations, Kernels, LowRank, MAX_RANK, Matrix, Precision, dequantize_row, q8_0_block,
+    Activations, Kernels, LowRank, MAX_RANK, Matrix, Precision, dequantize_row, put_q8_0, q8_0_block,
 };
 use crate::workers::{Workers, for_each_chunk};
 use crate::{Code, Error, Name, Result};
@@ -70,23 +70,45 @@ pub(super) struct AdapterSizes {
     low: usize,
 }
 
-/// How the update of a matrix of type `dtype` is kept.
-fn precision(dtype: DType) -> Precision {
-    if dtype.is_float() { Precision::Exact } else { Precision::Integers }
+/// How the update of a matrix is kept.
+#[derive(Clone, Copy)]
+enum Kept {
+    /// As `f32`.
+    Floats,
+    /// As 8-bit integers, `A` laid out as the matrix is, because it meets the same activations.
+    Integers(Layout),
 }
 
-/// The type of `A`.
-fn down_type(precision: Precision) -> DType {
-    match precision {
-        Precision::Exact => DType::F32,
-        Precision::Integers => DType::Q8_0,
+impl Kept {
+    /// Beside a matrix of type `dtype` that lies as `layout` says.
+    fn beside(dtype: DType, layout: Layout) -> Self {
+        if dtype.is_float() { Self::Floats } else { Self::Integers(layout) }
     }
-}
 
-/// Bytes of `A` and of `B` for a matrix `[rows, cols]`; `None` beyond the address space.
-fn factor_bytes(precision: Precision, [rows, cols]: [usize; 2], rank: usize) -> Option<[usize; 2]> {
-    let down = down_type(precision).row_bytes(cols)?.checked_mul(rank)?;
-    Some([down, LowRank::bytes(precision, rows, rank)?])
+    /// Of `B`.
+    fn precision(self) -> Precision {
+        match self {
+            Self::Floats => Precision::Exact,
+            Self::Integers(_) => Precision::Integers,
+        }
+    }
+
+    /// Of `A`.
+    fn down(self) -> (DType, Layout) {
+        match self {
+            Self::Floats => (DType::F32, Layout::Rows),
+            Self::Integers(layout) => (DType::Q8_0, layout),
+        }
+    }
+
+    /// Bytes of `A` and of `B` for a matrix `[rows, cols]`; `None` beyond the address space.
+    fn bytes(self, [rows, cols]: [usize; 2], rank: usize) -> Option<[usize; 2]> {
+        let down = match self.down() {
+            (dtype, Layout::Rows) => dtype.row_bytes(cols)?.checked_mul(rank)?,
+            (dtype, Layout::Tiles) => tiled_bytes(dtype, rank, cols)?,
+        };
+        Some([down, LowRank::bytes(self.precision(), rows, rank)?])
+    }
 }
 
 impl Layer<'_> {
@@ -117,8 +139,8 @@ impl AdapterSizes {
         let mut slot_bytes = Some(0usize);
         for layer in 0..spec.layers {
             for role in TARGETS {
-                let precision = precision(weights.dtype(role, layer)?);
-                let bytes = factor_bytes(precision, role.shape(spec), max_rank);
+                let (dtype, layout) = weights.kind(role, layer)?;
+                let bytes = Kept::beside(dtype, layout).bytes(role.shape(spec), max_rank);
                 slot_bytes = bytes.and_then(|[down, up]| slot_bytes?.checked_add(down)?.checked_add(up));
             }
         }
@@ -258,8 +280,9 @@ impl<'a> Adapters<'a> {
             let shape @ [rows, cols] = role.shape(spec);
             let target = TARGETS.iter().position(|target| target == role);
             let (Some(target), Some(layer)) = (target, layers.get(pair.layer)) else { continue };
-            let precision = precision(layer.matrices()[target].dtype());
-            let bytes = factor_bytes(precision, shape, rank);
+            let weight = layer.matrices()[target];
+            let kept = Kept::beside(weight.dtype(), weight.layout());
+            let bytes = kept.bytes(shape, rank);
             let start = slot * self.slot_bytes + *at;
             let end = (slot + 1) * self.slot_bytes;
             let room = self.data.get_mut(start..end).and_then(|room| {
@@ -272,9 +295,9 @@ impl<'a> Adapters<'a> {
                 return Err(Error::new(Code::BadLength, pair.down.name).hint("a tensor is there twice"));
             };
             let (moved, row) = (down.len() + up.len(), &mut scratch[..cols]);
-            let norm = copy_down(precision, &pair.down, row, down)?;
+            let norm = copy_down(kept, &pair.down, row, down)?;
             let read = &mut |index: usize, out: &mut [f32]| row_of(&pair.up, first_row + index, out);
-            LowRank::pack(precision, [rows, rank], read, up)?;
+            LowRank::pack(kept.precision(), [rows, rank], read, up)?;
             *entry = Entry { at: *at as u64, factor: factor * norm, rank: rank as u32 };
             *at += moved;
             first_row += rows;
@@ -293,20 +316,19 @@ impl<'a> Adapters<'a> {
         out: &mut [f32],
     ) -> Result<()> {
         let slots = self.scales.len();
-        let (precision, shape) = (precision(weight.dtype()), [weight.rows(), weight.cols()]);
+        let (kept, shape) = (Kept::beside(weight.dtype(), weight.layout()), [weight.rows(), weight.cols()]);
         let [rows, cols] = shape;
         for slot in 0..slots {
             let entry =
                 self.entries[slot * (self.entries.len() / slots) + layer * TARGETS.len() + target as usize];
             let scale = self.scales[slot] * entry.factor;
             let (rank, start) = (entry.rank as usize, slot * self.slot_bytes + entry.at as usize);
-            let Some([down, up]) = factor_bytes(precision, shape, rank).filter(|_| rank > 0 && scale != 0.0)
-            else {
-                continue;
-            };
+            let bytes = kept.bytes(shape, rank).filter(|_| rank > 0 && scale != 0.0);
+            let Some([down, up]) = bytes else { continue };
             let (down, up) = self.data[start..start + down + up].split_at(down);
-            let down = Matrix::new(down_type(precision), rank, cols, down)?;
-            let up = LowRank::new(precision, rows, rank, up)?;
+            let (dtype, layout) = kept.down();
+            let down = Matrix::with(layout, dtype, rank, cols, down)?;
+            let up = LowRank::new(kept.precision(), rows, rank, up)?;
             let low = &mut self.low[..x.tokens() * rank];
             kernels.matmul(workers, &down, x, low)?;
             low.iter_mut().for_each(|x| *x *= scale);
@@ -449,33 +471,35 @@ fn row_of(tensor: &TensorInfo<'_>, index: usize, out: &mut [f32]) -> Result<()> 
     }
 }
 
-/// Copies `A` in the type of `precision`; gives what its products must be multiplied by.
+/// Copies `A`; gives what its products must be multiplied by.
 ///
 /// Integers have a half-precision scale for each block, whose range small weights would leave: they are
 /// multiplied by a power of two that brings the largest between 1/2 and 1.
-fn copy_down(precision: Precision, tensor: &TensorInfo<'_>, row: &mut [f32], out: &mut [u8]) -> Result<f32> {
-    let rank = tensor.rows();
-    let bytes = out.len() / rank.max(1);
+fn copy_down(kept: Kept, tensor: &TensorInfo<'_>, row: &mut [f32], out: &mut [u8]) -> Result<f32> {
+    let (rank, cols) = (tensor.rows(), row.len());
     let mut peak = 0;
     for index in 0..rank {
         row_of(tensor, index, row)?;
         peak = row.iter().fold(peak, |peak: u32, x| peak.max(x.to_bits() & 0x7fff_ffff));
-        if precision == Precision::Exact {
-            let out = out[index * bytes..][..bytes].as_chunks_mut::<4>().0;
-            out.iter_mut().zip(&*row).for_each(|(out, x)| *out = x.to_le_bytes());
+        if let Kept::Floats = kept {
+            let out = out.as_chunks_mut::<4>().0[index * cols..].iter_mut();
+            out.zip(&*row).for_each(|(out, x)| *out = x.to_le_bytes());
         }
     }
-    if precision == Precision::Exact {
-        return Ok(1.0);
-    }
+    let Kept::Integers(layout) = kept else { return Ok(1.0) };
     let exponent = (peak >> 23).clamp(1, 252);
     let up = f32::from_bits((253 - exponent) << 23);
+    // A last tile may have more rows than there are.
+    out.fill(0);
     for index in 0..rank {
         row_of(tensor, index, row)?;
         row.iter_mut().for_each(|x| *x *= up);
-        let blocks = out[index * bytes..][..bytes].as_chunks_mut::<34>().0;
-        for (out, block) in blocks.iter_mut().zip(row.as_chunks::<32>().0) {
-            *out = q8_0_block(block);
+        for (at, block) in row.as_chunks::<32>().0.iter().enumerate() {
+            let block = q8_0_block(block);
+            match layout {
+                Layout::Rows => out.as_chunks_mut().0[index * (cols / 32) + at] = block,
+                Layout::Tiles => put_q8_0(out, cols, index, at, &block),
+            }
         }
     }
     Ok(1.0 / up)

@@ -11,14 +11,15 @@ use super::weights::{Layer, Linear};
 use crate::Result;
 use crate::kernels::{Activations, ActivationsMut, Kernels, Matrix, Query, Scores};
 use crate::workers::{Workers, for_each_chunk};
+use core::ops::Range;
 use edge_models::{Activation, DecoderSpec};
 
 /// Multiplications below which other threads are not worth waking.
 const WORTH_SHARING: usize = 1 << 15;
 /// Tokens whose attention is one piece of work.
-const TOKENS_TOGETHER: usize = 4;
+const TOKENS_TOGETHER: usize = 8;
 /// Query heads that are handed to the kernel at once.
-const LANES: usize = 16;
+const LANES: usize = 32;
 
 /// Room for everything between the embedding and the logits of one batch.
 pub(super) struct Buffers<'a> {
@@ -41,27 +42,31 @@ pub(super) struct Step<'s> {
     pub(super) spec: &'s DecoderSpec,
     pub(super) kernels: &'static Kernels,
     pub(super) workers: &'s dyn Workers,
-    /// Position of the first token.
+    /// Position of the batch's first token.
     pub(super) position: usize,
-    /// Number of tokens, at most the batch.
+    /// The first token of the batch that is still on its way.
+    pub(super) first: usize,
+    /// Number of tokens from there on, at most the batch.
     pub(super) tokens: usize,
     /// The layer that the batch has come to.
     pub(super) layer: usize,
 }
 
-impl Step<'_> {
-    /// `residual += post_norm(attention(norm(residual)))`; the keys and values of the batch are added to
-    /// the layer's cache.
+impl<'s> Step<'s> {
+    /// The keys and values of the batch are added to the layer's cache; then, for the tokens `wanted` of those on
+    /// their way, `residual += post_norm(attention(norm(residual)))`. The others end here: answers the step
+    /// of those that go on, which have moved to the front of the residual stream.
     pub(super) fn attention(
         &self,
         layer: &Layer,
         angles: &Angles,
         mut cache: LayerCache,
         buffers: &mut Buffers,
-    ) -> Result<()> {
+        wanted: Range<usize>,
+    ) -> Result<Step<'s>> {
         let (spec, n) = (self.spec, self.tokens);
+        let all = wanted.len() == n;
         let Buffers { residual, narrow, narrow_quants, outputs, adapters, .. } = buffers;
-        let residual = &mut residual[..n * spec.hidden];
         let mut input = ActivationsMut::new(n, spec.hidden, narrow, narrow_quants)?;
         self.norm(residual, layer.attn_norm, input.values_mut());
         let input = self.quantize(&mut input, &[&layer.q.weight, &layer.k.weight, &layer.v.weight]);
@@ -70,23 +75,53 @@ impl Step<'_> {
         let (queries, rest) = outputs.split_at_mut(n * spec.q_width());
         let (keys, rest) = rest.split_at_mut(n * kv_width);
         let values = &mut rest[..n * kv_width];
-        let outs = [
-            (Target::Q, &layer.q.weight, &mut *queries),
-            (Target::K, &layer.k.weight, &mut *keys),
-            (Target::V, &layer.v.weight, &mut *values),
-        ];
-        self.adapted(&input, outs, adapters)?;
-        self.add_bias(&layer.q, queries);
+        let queries = &mut queries[..wanted.len() * spec.q_width()];
+        let [k, v] = [(Target::K, &layer.k.weight, &mut *keys), (Target::V, &layer.v.weight, &mut *values)];
+        if all {
+            self.adapted(&input, [(Target::Q, &layer.q.weight, &mut *queries), k, v], adapters)?;
+        } else {
+            self.adapted(&input, [k, v], adapters)?;
+        }
         self.add_bias(&layer.k, keys);
         self.add_bias(&layer.v, values);
         self.place(keys, kv_width, layer.k_norm, angles);
-        cache.store(self.kernels, Part::Keys, self.position, keys, kv_width);
-        cache.store(self.kernels, Part::Values, self.position, values, kv_width);
+        let position = self.position + self.first;
+        cache.store(self.kernels, Part::Keys, position, keys, kv_width);
+        cache.store(self.kernels, Part::Values, position, values, kv_width);
+
+        let step = Step { first: self.first + wanted.start, tokens: wanted.len(), ..*self };
+        if step.tokens == 0 {
+            return Ok(step);
+        }
+        if !all {
+            residual.copy_within(wanted.start * spec.hidden..wanted.end * spec.hidden, 0);
+            let mut input = ActivationsMut::new(step.tokens, spec.hidden, narrow, narrow_quants)?;
+            step.norm(residual, layer.attn_norm, input.values_mut());
+            let input = step.quantize(&mut input, &[&layer.q.weight]);
+            step.adapted(&input, [(Target::Q, &layer.q.weight, &mut *queries)], adapters)?;
+        }
+        step.attention_of(layer, angles, &cache, buffers)?;
+        Ok(step)
+    }
+
+    /// What is left of [`Step::attention`] once the outputs begin with the queries of the tokens.
+    fn attention_of(
+        &self,
+        layer: &Layer,
+        angles: &Angles,
+        cache: &LayerCache,
+        buffers: &mut Buffers,
+    ) -> Result<()> {
+        let (spec, n) = (self.spec, self.tokens);
+        let Buffers { residual, narrow, narrow_quants, outputs, adapters, .. } = buffers;
+        let residual = &mut residual[..n * spec.hidden];
+        let queries = &mut outputs[..n * spec.q_width()];
+        self.add_bias(&layer.q, queries);
         self.place(queries, spec.q_width(), layer.q_norm, angles);
         cache.round(self.kernels, queries);
 
         let mut attended = ActivationsMut::new(n, spec.q_width(), narrow, narrow_quants)?;
-        self.attend(layer.window, queries, &cache, attended.values_mut());
+        self.attend(layer.window, queries, cache, attended.values_mut());
         let attended = self.quantize(&mut attended, &[&layer.attn_out.weight]);
         let added = &mut outputs[..n * spec.hidden];
         let outs = [(Target::AttnOut, &layer.attn_out.weight, &mut *added)];
@@ -124,7 +159,7 @@ impl Step<'_> {
         Ok(())
     }
 
-    /// Logits of the batch's tokens `first..first + count` into `logits`, `[count, vocab]`.
+    /// Logits of the tokens `first..first + count` of those that came through, into `logits`, `[count, vocab]`.
     pub(super) fn head(
         &self,
         norm: &[f32],
@@ -169,7 +204,7 @@ impl Step<'_> {
     fn place(&self, x: &mut [f32], width: usize, norm: &[f32], angles: &Angles) {
         let spec = self.spec;
         self.rows(x, width, 2, &|token, row| {
-            let (cos, sin) = angles.of(token);
+            let (cos, sin) = angles.of(self.first + token);
             for head in row.chunks_exact_mut(spec.head_dim) {
                 if !norm.is_empty() {
                     self.kernels.rms_norm_in_place(head, norm, spec.norm_eps);
@@ -186,26 +221,30 @@ impl Step<'_> {
         let spec = self.spec;
         let (width, group) = (spec.head_dim, spec.heads / spec.kv_heads);
         let scores = Scores { scale: spec.score_scale(), soft_cap: spec.attn_soft_cap };
+        let position = self.position + self.first;
         // Two multiplications for each element of each cached row.
-        let cost = 2 * out.len().saturating_mul(self.position + self.tokens);
+        let cost = 2 * out.len().saturating_mul(position + self.tokens);
         // Some tokens together, because they see nearly the same rows; of one token each group of heads.
-        let part = if self.tokens == 1 { group * width } else { TOKENS_TOGETHER * spec.q_width() };
+        let (q_width, alone) = (spec.q_width(), self.tokens == 1);
+        let part = if alone { group * width } else { TOKENS_TOGETHER * q_width };
         for_each_chunk(self.workers, cost >= WORTH_SHARING, out, part, &|index, out| {
             let queries = &queries[index * part..][..out.len()];
-            let heads = out.len() / width;
-            let first_head = index * part / width;
-            for kv_head in 0..spec.kv_heads {
+            let (kv_heads, first_token) =
+                if alone { (index..index + 1, 0) } else { (0..spec.kv_heads, index * TOKENS_TOGETHER) };
+            for (kv_at, kv_head) in kv_heads.enumerate() {
                 let (cache, ring) = cache.view(kv_head * width);
                 let mut lanes = [Query { at: 0, first: 0, end: 0 }; LANES];
                 let mut count = 0;
-                for head in (0..heads).filter(|head| (first_head + head) % spec.heads / group == kv_head) {
-                    let end = self.position + (first_head + head) / spec.heads + 1;
+                for (token, row) in (0..out.len()).step_by(if alone { part } else { q_width }).enumerate() {
+                    let end = position + first_token + token + 1;
                     let first = if window == 0 { 0 } else { end.saturating_sub(window) };
-                    lanes[count] = Query { at: head * width, first, end };
-                    count += 1;
-                    if count == LANES {
-                        self.kernels.attention(queries, width, &lanes, cache, ring, scores, out);
-                        count = 0;
+                    for head in kv_at * group..(kv_at + 1) * group {
+                        lanes[count] = Query { at: row + head * width, first, end };
+                        count += 1;
+                        if count == LANES {
+                            self.kernels.attention(queries, width, &lanes, cache, ring, scores, out);
+                            count = 0;
+                        }
                     }
                 }
                 if count > 0 {

@@ -30,6 +30,7 @@ use crate::{Code, Error, Result};
 use adapters::Adapters;
 use arena::Arena;
 use cache::Cache;
+use core::ops::Range;
 use edge_models::DecoderSpec;
 use forward::{Buffers, Step};
 use rope::Angles;
@@ -149,13 +150,14 @@ impl<'a> Session<'a> {
     /// [`Code::BadToken`] or [`Code::ContextFull`]; then nothing was added.
     pub fn feed(&mut self, tokens: &[u32]) -> Result<()> {
         self.check(tokens)?;
+        let mut left = tokens.len();
         for batch in tokens.chunks(self.limits.batch) {
-            self.step(batch)?;
+            left -= batch.len();
+            // Only the very last token's logits are asked for.
+            let wanted = if left == 0 { batch.len() - 1..batch.len() } else { 0..0 };
+            self.step(batch, wanted)?;
         }
-        match tokens.len().checked_sub(1) {
-            Some(last) => self.head(last % self.limits.batch, 1),
-            None => Ok(()),
-        }
+        if tokens.is_empty() { Ok(()) } else { self.head(0, 1) }
     }
 
     /// As [`Session::feed`]; `sink` gets the index of every token and the logits after it, `[vocab]`.
@@ -166,7 +168,7 @@ impl<'a> Session<'a> {
         self.check(tokens)?;
         let Limits { batch, logits_rows, .. } = self.limits;
         for (index, tokens) in tokens.chunks(batch).enumerate() {
-            self.step(tokens)?;
+            self.step(tokens, 0..tokens.len())?;
             for first in (0..tokens.len()).step_by(logits_rows) {
                 let count = logits_rows.min(tokens.len() - first);
                 self.head(first, count)?;
@@ -286,8 +288,9 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Takes one batch through all layers; its residual stream stays in the buffers.
-    fn step(&mut self, tokens: &[u32]) -> Result<()> {
+    /// Takes one batch through all layers; the residual stream of its tokens `wanted`, whose logits are asked for,
+    /// stays in the buffers. Of the others the last layer needs keys and values alone.
+    fn step(&mut self, tokens: &[u32], wanted: Range<usize>) -> Result<()> {
         self.last_row = None;
         let Self { spec, model, angles, cache, buffers, .. } = self;
         for angles in angles.iter_mut().flatten() {
@@ -306,11 +309,16 @@ impl<'a> Session<'a> {
                 kernels: self.kernels,
                 workers: self.workers,
                 position: self.position,
+                first: 0,
                 tokens: tokens.len(),
                 layer: index,
             };
-            step.attention(layer, angles, cache.layer(spec, &self.limits, index), buffers)?;
-            step.feed_forward(layer, buffers)?;
+            let wanted = if index + 1 < model.layers.len() { 0..tokens.len() } else { wanted.clone() };
+            let cache = cache.layer(spec, &self.limits, index);
+            let step = step.attention(layer, angles, cache, buffers, wanted)?;
+            if step.tokens > 0 {
+                step.feed_forward(layer, buffers)?;
+            }
         }
         self.history[self.position..][..tokens.len()].copy_from_slice(tokens);
         self.position += tokens.len();
@@ -318,7 +326,7 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    /// Logits of `count` tokens of the last batch, from its token `first` on.
+    /// Logits of `count` of the tokens that the last batch was asked for, from the one at `first` on.
     fn head(&mut self, first: usize, count: usize) -> Result<()> {
         let Self { spec, model, buffers, .. } = self;
         let logits = &mut self.logits[..count * spec.vocab];
@@ -327,6 +335,7 @@ impl<'a> Session<'a> {
             kernels: self.kernels,
             workers: self.workers,
             position: self.position,
+            first: 0,
             tokens: count,
             layer: spec.layers,
         };

@@ -174,9 +174,10 @@ impl<'a> Weights<'_, 'a> {
         Ok((TensorInfo { data, ..info }, dtype, layout))
     }
 
-    /// The type of the tensor of `role` in `layer`.
-    pub(super) fn dtype(&self, role: Role, layer: usize) -> Result<DType> {
-        Ok(self.get(role, layer)?.1)
+    /// The type of the tensor of `role` in `layer`, and how its rows lie.
+    pub(super) fn kind(&self, role: Role, layer: usize) -> Result<(DType, Layout)> {
+        let (_, dtype, layout) = self.get(role, layer)?;
+        Ok((dtype, layout))
     }
 
     /// The type of the embedding table, and nearly always the widest of the file.

@@ -158,4 +158,4 @@ crate::kernels::table::tile_table! {
 
 /// The kernels of this instruction set: those of NEON, and tiles.
 pub(crate) static TABLE: crate::kernels::dispatch::Kernels =
-    crate::kernels::dispatch::Kernels { name: "dotprod", tiles: &TILES, ..super::neon::TABLE };
+    crate::kernels::dispatch::Kernels { name: "dotprod", tiles: &TILES, add_integers, ..super::neon::TABLE };

@@ -5,8 +5,10 @@
 //! instruction.
 
 use super::dotprod::Dotprod;
+use super::i8mm_panel;
 use super::rows16::{F, W, for_panel, neon, shared_lanes};
-use crate::kernels::tiles::{Format, Lanes, Panel, Quad, SIDE};
+use crate::kernels::output::Columns;
+use crate::kernels::tiles::{Format, Lanes, Panel, Quad, SIDE, TileActs, multiply_quads};
 use core::arch::aarch64::*;
 use core::arch::asm;
 
@@ -167,6 +169,23 @@ impl Lanes for I8mm {
         // SAFETY: a token exists, so the CPU has both extensions.
         unsafe { for_panel!(T, multiply(self, panel, acts, out)) }
     }
+
+    #[inline(always)]
+    fn multiply_panel<T: Format>(
+        self,
+        panel: &Panel,
+        acts: &TileActs,
+        first: usize,
+        row: usize,
+        out: &mut Columns,
+    ) {
+        if T::SEGMENTS == 1 && !T::MINS {
+            // SAFETY: a token exists, so the CPU has the instructions.
+            unsafe { i8mm_panel::multiply(panel, acts, first, row, out) }
+        } else {
+            multiply_quads::<Self, T>(self, panel, acts, first, row, out);
+        }
+    }
 }
 
 /// [`Lanes::multiply_quad`].
@@ -185,4 +204,4 @@ crate::kernels::table::tile_table! {
 
 /// The kernels of this instruction set: those of NEON, and tiles.
 pub(crate) static TABLE: crate::kernels::dispatch::Kernels =
-    crate::kernels::dispatch::Kernels { name: "i8mm", tiles: &TILES, ..super::neon::TABLE };
+    crate::kernels::dispatch::Kernels { name: "i8mm", tiles: &TILES, add_integers, ..super::neon::TABLE };

@@ -3,6 +3,7 @@
 
 pub(super) mod dotprod;
 pub(super) mod i8mm;
+mod i8mm_panel;
 pub(super) mod neon;
 mod neon_tiles;
 mod rows16;

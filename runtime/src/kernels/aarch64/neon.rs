@@ -3,7 +3,7 @@
 //! Bytes are multiplied into 16 bits, where at least two products of signed bytes fit (128 * 127 * 2), and
 //! widened to 32 bits by pairwise addition.
 
-use crate::kernels::simd::Simd;
+use crate::kernels::simd::{Op, Simd};
 use core::arch::aarch64::*;
 
 /// NEON belongs to the build's baseline, so this needs no proof.
@@ -105,6 +105,11 @@ impl Simd for Neon {
     /// Factors of the even block's halves, then of the odd one's.
     type K = [[i32; 2]; 2];
 
+    #[inline(never)]
+    fn outline<O: Op<Self>>(self, op: O) {
+        op.run(self);
+    }
+
     #[inline(always)]
     fn splat(self, x: f32) -> F {
         neon!([vdupq_n_f32(x); 2])
@@ -194,6 +199,20 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
+    fn fma4(self, w: &[f32; 4], x: [F; 4], mut c: F) -> F {
+        neon!({
+            let w = vld1q_f32(w.as_ptr());
+            for i in 0..2 {
+                c[i] = vfmaq_laneq_f32::<0>(c[i], x[0][i], w);
+                c[i] = vfmaq_laneq_f32::<1>(c[i], x[1][i], w);
+                c[i] = vfmaq_laneq_f32::<2>(c[i], x[2][i], w);
+                c[i] = vfmaq_laneq_f32::<3>(c[i], x[3][i], w);
+            }
+            c
+        })
+    }
+
+    #[inline(always)]
     fn div(self, a: F, b: F) -> F {
         neon!([vdivq_f32(a[0], b[0]), vdivq_f32(a[1], b[1])])
     }
@@ -204,6 +223,17 @@ impl Simd for Neon {
             vbslq_f32(vcltq_f32(a[0], b[0]), yes[0], no[0]),
             vbslq_f32(vcltq_f32(a[1], b[1]), yes[1], no[1]),
         ])
+    }
+
+    #[inline(always)]
+    fn higher(self, a: F, x: F) -> F {
+        // The number where one is none.
+        neon!([vmaxnmq_f32(a[0], x[0]), vmaxnmq_f32(a[1], x[1])])
+    }
+
+    #[inline(always)]
+    fn highest(self, x: F) -> f32 {
+        neon!(vmaxnmvq_f32(vmaxnmq_f32(x[0], x[1])))
     }
 
     #[inline(always)]

@@ -1,14 +1,14 @@
 //! Attention of one query over a cache of blocks: keys meet the query as integers, and their sums are exact.
 
-use super::{Cache, POSITIONS, Q8Block, Query, Scores, exp1, exponentials, peak};
+use super::{Cache, MAX_WIDTH, POSITIONS, Q8Block, Query, Scores, exp1, exponentials, peak};
 use crate::format::f16_to_f32;
 use crate::kernels::activations::BLOCK;
 use crate::kernels::float::soft_cap;
 use crate::kernels::integers::quantize;
 use crate::kernels::simd::Simd;
 
-/// Blocks of the widest head that a specification allows.
-const MAX_BLOCKS: usize = 1024 / BLOCK;
+/// Blocks of the widest head.
+const MAX_BLOCKS: usize = MAX_WIDTH / BLOCK;
 
 /// `out = softmax(scores(q K^T)) V`, for one query after the other.
 #[inline(always)]
@@ -16,7 +16,7 @@ pub(crate) fn attention_blocks<S: Simd>(
     s: S,
     queries: &[f32],
     lanes: &[Query],
-    cache: Cache<Q8Block>,
+    cache: Cache<&[Q8Block]>,
     rule: Scores,
     out: &mut [f32],
 ) {
@@ -27,7 +27,14 @@ pub(crate) fn attention_blocks<S: Simd>(
 }
 
 #[inline(always)]
-fn one_query<S: Simd>(s: S, q: &[f32], lane: &Query, cache: Cache<Q8Block>, rule: Scores, out: &mut [f32]) {
+fn one_query<S: Simd>(
+    s: S,
+    q: &[f32],
+    lane: &Query,
+    cache: Cache<&[Q8Block]>,
+    rule: Scores,
+    out: &mut [f32],
+) {
     let mut query = [(0.0, [0; 64]); MAX_BLOCKS];
     let blocks = (q.len() / BLOCK).min(MAX_BLOCKS);
     for ((scale, doubled), q) in query.iter_mut().zip(q.as_chunks::<BLOCK>().0) {

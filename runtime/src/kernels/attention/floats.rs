@@ -1,270 +1,403 @@
 //! Attention over rows of floating-point numbers.
+//!
+//! Some rows at a time are widened to `f32` on the stack, laid out as the loops read them, for all queries of a
+//! call: four of these meet two keys at once, then four values.
+#![allow(clippy::needless_range_loop, reason = "indices name registers")]
 
-use super::{Cache, POSITIONS, Query, Scores, exp1, exponentials, peak};
+use super::{Cache, Elements, MAX_WIDTH, POSITIONS, Query, Scores, exp1, exponentials, peak};
 use crate::kernels::float::{Element, soft_cap};
-use crate::kernels::simd::Simd;
+use crate::kernels::simd::{Op, Simd};
 use core::ops::Range;
+
+/// Queries that share widened rows.
+const LANES: usize = 32;
+/// Queries of a tile.
+const TILE: usize = 4;
+/// Widened numbers, in eights: 16 KiB, and four rows of the widest head.
+const EIGHTS: usize = MAX_WIDTH / 8 * 4;
+/// Scores of a block, and room behind the last ones for those of a whole step.
+type Row = [f32; POSITIONS + 8];
+
+/// Where online softmax has come to for one query.
+#[derive(Clone, Copy)]
+struct State {
+    highest: f32,
+    total: f32,
+    /// What the sums so far are to be multiplied by.
+    keep: f32,
+}
+
+/// Some rows of a block of positions.
+#[derive(Clone, Copy)]
+struct Piece {
+    /// The place of the first among the block's positions.
+    at: usize,
+    /// Its row in the cache.
+    row: usize,
+    count: usize,
+}
 
 /// `out = softmax(scores(q K^T)) V` of all lanes.
 #[inline(always)]
-pub(crate) fn attention<S: Simd, T: Element>(
+pub(crate) fn attention<S: Simd>(
     s: S,
     queries: &[f32],
     lanes: &[Query],
-    cache: Cache<T>,
+    cache: Cache<Elements>,
     rule: Scores,
     out: &mut [f32],
 ) {
-    // A tile has eight registers of sums, whatever its number of queries.
-    let (fours, rest) = lanes.as_chunks::<4>();
-    for lanes in fours {
-        tile::<S, T, 4, 2>(s, queries, lanes, cache, rule, out);
-    }
-    let (twos, rest) = rest.as_chunks::<2>();
-    for lanes in twos {
-        tile::<S, T, 2, 4>(s, queries, lanes, cache, rule, out);
-    }
-    for lanes in rest.as_chunks::<1>().0 {
-        tile::<S, T, 1, 8>(s, queries, lanes, cache, rule, out);
+    let mut wide = [[0.0; 8]; EIGHTS];
+    for lanes in lanes.chunks(LANES) {
+        together(s, queries, lanes, cache, rule, &mut wide, out);
     }
 }
 
-/// `N` queries, `M = 8 / N` rows or registers of values at a time. Blocks of positions are those from multiples of
-/// 64 on, so that they are the same for every query.
+/// [`attention`] of at most [`LANES`] queries. Blocks of positions are those from multiples of 64 on, so that they are
+/// the same for every query.
 #[inline(always)]
-fn tile<S: Simd, T: Element, const N: usize, const M: usize>(
+fn together<S: Simd>(
     s: S,
     queries: &[f32],
-    lanes: &[Query; N],
-    cache: Cache<T>,
+    lanes: &[Query],
+    cache: Cache<Elements>,
     rule: Scores,
+    wide: &mut [[f32; 8]; EIGHTS],
     out: &mut [f32],
 ) {
-    let mut q: [&[f32]; N] = [&[]; N];
-    for (q, lane) in q.iter_mut().zip(lanes) {
-        *q = &queries[lane.at..][..cache.width];
+    let mut scores: [[Row; TILE]; LANES / TILE] = [[[0.0; POSITIONS + 8]; TILE]; LANES / TILE];
+    let mut states = [State { highest: f32::NEG_INFINITY, total: 0.0, keep: 1.0 }; LANES];
+    for lane in lanes {
         out[lane.at..][..cache.width].fill(0.0);
     }
-    let first = lanes.iter().fold(usize::MAX, |first, lane| first.min(lane.first));
-    let end = lanes.iter().fold(0, |end, lane| end.max(lane.end));
-    let (mut highest, mut total) = ([f32::NEG_INFINITY; N], [0.0; N]);
+    let Range { start: first, end } = seen(lanes);
     for block in (first / POSITIONS * POSITIONS..end).step_by(POSITIONS) {
         let start = block.max(first);
         let n = end.min(block + POSITIONS) - start;
-        let mut weights = [[f32::NEG_INFINITY; POSITIONS]; N];
-        for (range, row) in cache.runs(start, n) {
-            let (keys, at) = (&cache.keys[row * cache.stride..], start - block + range.start);
-            products::<S, T, N, M>(s, q, keys, cache.stride, rule.scale, &mut weights, at, range.len());
-        }
-        let mut keep = [1.0; N];
-        for (l, lane) in lanes.iter().enumerate() {
-            let weights = &mut weights[l];
-            if rule.soft_cap > 0.0 {
-                soft_cap(s, &mut weights[start - block..][..n], rule.soft_cap);
+        for_pieces(&cache, start - block, start, n, |piece| {
+            widen_keys(s, &cache, piece, wide);
+            for (lanes, scores) in lanes.chunks(TILE).zip(&mut scores) {
+                let rows = rows_of(piece, block, lanes);
+                if rows.is_empty() {
+                    continue;
+                }
+                let (scale, tile) =
+                    (rule.scale, Tile { lanes, width: cache.width, wide, at: piece.at, rows });
+                if let ([_], Some(scores)) = (lanes, scores.first_chunk_mut()) {
+                    s.outline(Products::<1, 4> { tile, queries, scale, scores });
+                } else {
+                    s.outline(Products::<TILE, 1> { tile, queries, scale, scores });
+                }
             }
-            // What this lane does not see of what the others do.
+        });
+        for ((lane, scores), state) in lanes.iter().zip(scores.as_flattened_mut()).zip(&mut states) {
             let place = |position: usize| position.saturating_sub(block).min(POSITIONS);
-            let seen = place(lane.first)..place(lane.end);
-            weights[..seen.start].fill(f32::NEG_INFINITY);
-            weights[seen.end..].fill(f32::NEG_INFINITY);
-            if seen.is_empty() {
-                weights.fill(0.0);
-                continue;
+            weigh(s, rule, place(lane.first)..place(lane.end), scores, state);
+        }
+        for_pieces(&cache, start - block, start, n, |piece| {
+            let room = widen_values(s, &cache, piece, wide);
+            let tiles = lanes.chunks(TILE).zip(&scores).zip(states.as_chunks_mut::<TILE>().0);
+            for ((lanes, weights), states) in tiles {
+                let rows = rows_of(piece, block, lanes);
+                if rows.is_empty() {
+                    continue;
+                }
+                let tile = Tile { lanes, width: cache.width, wide, at: piece.at, rows };
+                if let ([_], Some(weights)) = (lanes, weights.first_chunk()) {
+                    s.outline(AddValues::<1> { tile, room, weights, states, out });
+                } else {
+                    s.outline(AddValues::<TILE> { tile, room, weights, states, out });
+                }
+                states.iter_mut().for_each(|state| state.keep = 1.0);
             }
-            // Whole registers around what is seen; the others' exponentials are zeros.
-            let (before, after) = (seen.start / 8 * 8, seen.end.next_multiple_of(8));
-            weights[..before].fill(0.0);
-            weights[after..].fill(0.0);
-            let weights = &mut weights[before..after];
-            let peak = peak(s, highest[l], weights);
-            keep[l] = exp1(s, highest[l] - peak);
-            total[l] = total[l] * keep[l] + exponentials(s, peak, weights);
-            highest[l] = peak;
-        }
-        for (range, row) in cache.runs(start, n) {
-            let (values, at) = (&cache.values[row * cache.stride..], start - block + range.start);
-            add_values::<S, T, N, M>(s, &weights, at, range.len(), values, cache, lanes, keep, out);
-            keep = [1.0; N];
-        }
+        });
     }
-    for (lane, total) in lanes.iter().zip(total) {
-        let inverse = 1.0 / total;
+    for (lane, state) in lanes.iter().zip(states) {
+        let inverse = 1.0 / state.total;
         out[lane.at..][..cache.width].iter_mut().for_each(|out| *out *= inverse);
     }
 }
 
-/// Elements `8 * c..8 * c + 8` of each row.
+/// The positions that any of the lanes sees.
 #[inline(always)]
-fn eights<S: Simd, T: Element, const N: usize>(s: S, rows: [&[T]; N], c: usize) -> [S::F; N] {
-    let mut lanes = [s.splat(0.0); N];
-    for (lanes, row) in lanes.iter_mut().zip(rows) {
-        *lanes = T::load8(s, &row.as_chunks().0[c]);
-    }
-    lanes
+fn seen(lanes: &[Query]) -> Range<usize> {
+    let first = lanes.iter().fold(usize::MAX, |first, lane| first.min(lane.first));
+    first..lanes.iter().fold(0, |end, lane| end.max(lane.end))
 }
 
-/// The elements in `range`, fewer than eight, of each row, filled up with zeros.
+/// The rows of a piece that any of the lanes sees.
 #[inline(always)]
-fn lasts<S: Simd, T: Element, const N: usize>(s: S, rows: [&[T]; N], range: &Range<usize>) -> [S::F; N] {
-    let mut lanes = [s.splat(0.0); N];
-    for (lanes, row) in lanes.iter_mut().zip(rows) {
-        let mut eight = [T::default(); 8];
-        for (to, from) in eight.iter_mut().zip(&row[range.clone()]) {
-            *to = *from;
+fn rows_of(piece: Piece, block: usize, lanes: &[Query]) -> Range<usize> {
+    let Range { start, end } = seen(lanes);
+    let place = |position: usize| position.saturating_sub(block + piece.at).min(piece.count);
+    place(start)..place(end)
+}
+
+/// Eights of a row, the last one filled up.
+#[inline(always)]
+fn eights(width: usize) -> usize {
+    width.div_ceil(8).max(1)
+}
+
+/// Rows that there is room for, in pairs.
+#[inline(always)]
+fn rows_at_once(width: usize) -> usize {
+    EIGHTS / eights(width) / 2 * 2
+}
+
+/// The rows of the positions `start .. start + n`, the first of which is at `place` of its block, as many at a time as
+/// there is room for.
+#[inline(always)]
+fn for_pieces(cache: &Cache<Elements>, place: usize, start: usize, n: usize, mut job: impl FnMut(Piece)) {
+    let room = rows_at_once(cache.width);
+    for (range, row) in cache.runs(start, n) {
+        for first in range.clone().step_by(room) {
+            let count = room.min(range.end - first);
+            job(Piece { at: place + first, row: row + first - range.start, count });
         }
-        *lanes = T::load8(s, &eight);
     }
-    lanes
 }
 
-/// `scores[l][at + i] = scale * dot(q[l], key[i])` for `count` rows.
+/// Widens two rows of the cache: their eights, the last one filled up, go to `to`.
 #[inline(always)]
-#[expect(clippy::too_many_arguments, reason = "registers, not an interface")]
-fn products<S: Simd, T: Element, const N: usize, const M: usize>(
+fn widen_two<'w, S: Simd, T: Element>(
     s: S,
-    q: [&[f32]; N],
-    keys: &[T],
-    stride: usize,
-    scale: f32,
-    scores: &mut [[f32; POSITIONS]; N],
-    at: usize,
-    count: usize,
+    elements: &[T],
+    cache: &Cache<Elements>,
+    rows: [usize; 2],
+    mut to: impl Iterator<Item = &'w mut [[f32; 8]; 2]>,
 ) {
-    let width = q[0].len();
-    let (whole, rest) = (width / 8, width / 8 * 8..width);
-    for i in (0..count).step_by(M) {
-        let mut rows: [&[T]; M] = [&[]; M];
-        for (j, row) in rows.iter_mut().enumerate() {
+    let [(a, a_rest), (b, b_rest)] =
+        rows.map(|row| elements[row * cache.stride..][..cache.width].as_chunks::<8>());
+    for ((a, b), to) in a.iter().zip(b).zip(&mut to) {
+        s.store(T::load8(s, a), &mut to[0]);
+        s.store(T::load8(s, b), &mut to[1]);
+    }
+    if let (false, Some(to)) = (a_rest.is_empty(), to.next()) {
+        for (rest, to) in [a_rest, b_rest].into_iter().zip(to) {
+            let mut eight = [T::default(); 8];
+            eight[..rest.len()].copy_from_slice(rest);
+            s.store(T::load8(s, &eight), to);
+        }
+    }
+}
+
+/// The rows `r` and `r + 1` of a piece; behind the last one the last one again.
+#[inline(always)]
+fn pair_of(piece: Piece, r: usize) -> [usize; 2] {
+    [piece.row + r, piece.row + (r + 1).min(piece.count - 1)]
+}
+
+/// Keys in pairs of rows: eight numbers of the first, eight of the second, and so on.
+#[inline(always)]
+fn widen_keys<S: Simd>(s: S, cache: &Cache<Elements>, piece: Piece, wide: &mut [[f32; 8]; EIGHTS]) {
+    let pairs = wide.as_chunks_mut::<2>().0.chunks_exact_mut(eights(cache.width));
+    for (r, pairs) in (0..piece.count).step_by(2).zip(pairs) {
+        match cache.keys {
+            Elements::Half(keys) => widen_two(s, keys, cache, pair_of(piece, r), pairs.iter_mut()),
+            Elements::Full(keys) => widen_two(s, keys, cache, pair_of(piece, r), pairs.iter_mut()),
+        }
+    }
+}
+
+/// Values with the same eight numbers of all rows side by side; answers how many rows have room there.
+#[inline(always)]
+fn widen_values<S: Simd>(
+    s: S,
+    cache: &Cache<Elements>,
+    piece: Piece,
+    wide: &mut [[f32; 8]; EIGHTS],
+) -> usize {
+    let room = rows_at_once(cache.width);
+    for r in (0..piece.count).step_by(2) {
+        let columns = wide.chunks_exact_mut(room);
+        let to = columns.filter_map(|column| column.get_mut(r..)?.first_chunk_mut::<2>());
+        match cache.values {
+            Elements::Half(values) => widen_two(s, values, cache, pair_of(piece, r), to),
+            Elements::Full(values) => widen_two(s, values, cache, pair_of(piece, r), to),
+        }
+    }
+    room
+}
+
+/// Queries that meet widened rows.
+struct Tile<'x> {
+    /// Fewer than there are registers for leave some of these with what nobody asks for.
+    lanes: &'x [Query],
+    width: usize,
+    wide: &'x [[f32; 8]; EIGHTS],
+    /// The place of the first widened row.
+    at: usize,
+    /// Those that any of the queries sees.
+    rows: Range<usize>,
+}
+
+/// `scores[l][at + r] = scale * dot(q[l], key[r])` for the rows of keys in pairs, of `N` queries and `P` pairs at a
+/// time, `N * P = 4`. Scores of other rows may be overwritten.
+struct Products<'x, const N: usize, const P: usize> {
+    tile: Tile<'x>,
+    queries: &'x [f32],
+    scale: f32,
+    scores: &'x mut [Row; N],
+}
+
+impl<S: Simd, const N: usize, const P: usize> Op<S> for Products<'_, N, P> {
+    #[inline(always)]
+    fn run(self, s: S) {
+        let Self { tile: Tile { lanes, width, wide, at, rows }, queries, scale, scores } = self;
+        let mut q: [&[f32]; N] = [&[]; N];
+        for (l, q) in q.iter_mut().enumerate() {
             // Behind the last one the last one again.
-            *row = &keys[(i + j).min(count - 1) * stride..][..width];
+            *q = &queries[lanes[l.min(lanes.len() - 1)].at..][..width];
         }
-        let mut sums = [s.splat(0.0); 8];
-        for c in 0..whole {
-            add_products(s, eights(s, q, c), eights(s, rows, c), &mut sums);
-        }
-        if !rest.is_empty() {
-            add_products(s, lasts(s, q, &rest), lasts(s, rows, &rest), &mut sums);
-        }
-        let mut lanes = [0.0; 8];
-        s.store(s.mul(s.sums(sums), s.splat(scale)), &mut lanes);
-        let here = M.min(count - i);
-        for (scores, lanes) in scores.iter_mut().zip(lanes.as_chunks::<M>().0) {
-            match scores[at + i..].first_chunk_mut::<M>() {
-                Some(scores) if here == M => *scores = *lanes,
-                _ => scores[at + i..][..here].copy_from_slice(&lanes[..here]),
+        let (keys, eights, fours) = (wide.as_chunks::<2>().0, eights(width), width / 32);
+        let q4 = q.map(|q| &q.as_chunks::<32>().0[..fours]);
+        let last = (rows.end - 1) / 2;
+        for pair in (rows.start / 2..last + 1).step_by(P) {
+            let mut pairs: [&[[[f32; 8]; 2]]; P] = [&[]; P];
+            for (p, keys_of) in pairs.iter_mut().enumerate() {
+                *keys_of = &keys[(pair + p).min(last) * eights..][..eights];
+            }
+            let k4 = pairs.map(|keys| &keys.as_chunks::<4>().0[..fours]);
+            let mut sums = [s.splat(0.0); 8];
+            for i in 0..fours {
+                for c in 0..4 {
+                    let mut x = [s.splat(0.0); N];
+                    for l in 0..N {
+                        x[l] = s.load(&q4[l][i].as_chunks().0[c]);
+                    }
+                    for p in 0..P {
+                        add_products(s, x, &k4[p][i][c], &mut sums, p * 2);
+                    }
+                }
+            }
+            for c in fours * 4..eights {
+                let mut x = [s.splat(0.0); N];
+                for l in 0..N {
+                    x[l] = load(s, q[l], c);
+                }
+                for p in 0..P {
+                    add_products(s, x, &pairs[p][c], &mut sums, p * 2);
+                }
+            }
+            let mut results = [0.0; 8];
+            s.store(s.mul(s.sums(sums), s.splat(scale)), &mut results);
+            for (l, scores) in scores.iter_mut().enumerate() {
+                for p in 0..P {
+                    if let Some(two) = scores[at + 2 * (pair + p)..].first_chunk_mut::<2>() {
+                        *two = results.as_chunks().0[l * P + p];
+                    }
+                }
             }
         }
     }
 }
 
-/// `sums[l * M + j] += q[l] * row[j]`, eight lanes each.
+/// `sums[first + l * 8 / N + j] += q[l] * keys[j]`, eight lanes each.
 #[inline(always)]
-fn add_products<S: Simd, const N: usize, const M: usize>(
+fn add_products<S: Simd, const N: usize>(
     s: S,
     q: [S::F; N],
-    row: [S::F; M],
+    keys: &[[f32; 8]; 2],
     sums: &mut [S::F; 8],
+    first: usize,
 ) {
-    for l in 0..N {
-        for j in 0..M {
-            sums[l * M + j] = s.fma(q[l], row[j], sums[l * M + j]);
-        }
-    }
-}
-
-/// `out[l] = out[l] * keep[l] + sum of weights[l][at + i] * value[i]` over `count` rows.
-#[inline(always)]
-#[expect(clippy::too_many_arguments, reason = "registers, not an interface")]
-fn add_values<S: Simd, T: Element, const N: usize, const M: usize>(
-    s: S,
-    weights: &[[f32; POSITIONS]; N],
-    at: usize,
-    count: usize,
-    values: &[T],
-    cache: Cache<T>,
-    lanes: &[Query; N],
-    keep: [f32; N],
-    out: &mut [f32],
-) {
-    let whole = cache.width / (8 * M) * (8 * M);
-    for column in (0..whole).step_by(8 * M) {
-        columns::<S, T, N, M>(
-            s,
-            weights,
-            at,
-            count,
-            &values[column..],
-            cache.stride,
-            lanes,
-            column,
-            keep,
-            out,
-        );
-    }
-    for column in (whole..cache.width / 8 * 8).step_by(8) {
-        columns::<S, T, N, 1>(
-            s,
-            weights,
-            at,
-            count,
-            &values[column..],
-            cache.stride,
-            lanes,
-            column,
-            keep,
-            out,
-        );
-    }
-    for column in cache.width / 8 * 8..cache.width {
-        for (l, lane) in lanes.iter().enumerate() {
-            let mut sum = out[lane.at + column] * keep[l];
-            for (i, weight) in weights[l][at..][..count].iter().enumerate() {
-                sum = libm::fmaf(*weight, values[i * cache.stride + column].to_f32(), sum);
-            }
-            out[lane.at + column] = sum;
-        }
-    }
-}
-
-/// `8 * M` columns of [`add_values`], from `column` on.
-#[inline(always)]
-#[expect(clippy::too_many_arguments, reason = "registers, not an interface")]
-fn columns<S: Simd, T: Element, const N: usize, const M: usize>(
-    s: S,
-    weights: &[[f32; POSITIONS]; N],
-    at: usize,
-    count: usize,
-    values: &[T],
-    stride: usize,
-    lanes: &[Query; N],
-    column: usize,
-    keep: [f32; N],
-    out: &mut [f32],
-) {
-    let mut sums = [[s.splat(0.0); M]; N];
-    for (l, lane) in lanes.iter().enumerate() {
-        let out = out[lane.at + column..][..8 * M].as_chunks::<8>().0;
-        for (sum, out) in sums[l].iter_mut().zip(out) {
-            *sum = s.mul(s.load(out), s.splat(keep[l]));
-        }
-    }
-    for i in 0..count {
-        let row = values[i * stride..][..8 * M].as_chunks::<8>().0;
-        let mut value = [s.splat(0.0); M];
-        for (value, row) in value.iter_mut().zip(row) {
-            *value = T::load8(s, row);
-        }
+    for (j, key) in keys.iter().enumerate() {
+        let key = s.load(key);
         for l in 0..N {
-            let weight = s.splat(weights[l][at + i]);
-            for j in 0..M {
-                sums[l][j] = s.fma(weight, value[j], sums[l][j]);
-            }
+            let sum = &mut sums[first + l * (8 / N) + j];
+            *sum = s.fma(q[l], key, *sum);
         }
     }
-    for (l, lane) in lanes.iter().enumerate() {
-        let out = out[lane.at + column..][..8 * M].as_chunks_mut::<8>().0;
-        for (sum, out) in sums[l].iter().zip(out) {
-            s.store(*sum, out);
+}
+
+/// Numbers `8 * c..8 * c + 8` of a row, zeros behind its end.
+#[inline(always)]
+fn load<S: Simd>(s: S, row: &[f32], c: usize) -> S::F {
+    let rest = &row[8 * c..];
+    match rest.first_chunk() {
+        Some(eight) => s.load(eight),
+        None => {
+            let mut eight = [0.0; 8];
+            eight[..rest.len()].copy_from_slice(rest);
+            s.load(&eight)
+        }
+    }
+}
+
+/// Turns the scores of a block into weights, of which those of places that are not `seen` are zeros.
+#[inline(always)]
+fn weigh<S: Simd>(s: S, rule: Scores, seen: Range<usize>, scores: &mut Row, state: &mut State) {
+    if seen.is_empty() {
+        scores.fill(0.0);
+        return;
+    }
+    if rule.soft_cap > 0.0 {
+        soft_cap(s, &mut scores[seen.clone()], rule.soft_cap);
+    }
+    // Whole registers around what is seen; the others' exponentials are zeros.
+    let (before, after) = (seen.start / 8 * 8, seen.end.next_multiple_of(8));
+    scores[..before].fill(0.0);
+    scores[before..seen.start].fill(f32::NEG_INFINITY);
+    scores[seen.end..after].fill(f32::NEG_INFINITY);
+    scores[after..].fill(0.0);
+    let weights = &mut scores[before..after];
+    let peak = peak(s, state.highest, weights);
+    state.keep = match state.highest - peak {
+        0.0 => 1.0,
+        f32::NEG_INFINITY => 0.0,
+        step => exp1(s, step),
+    };
+    state.total = state.total * state.keep + exponentials(s, peak, weights);
+    state.highest = peak;
+}
+
+/// `out[l] = out[l] * keep[l] + sum of weights[l][at + r] * value[r]` over the rows of values, of `N` queries.
+struct AddValues<'x, const N: usize> {
+    tile: Tile<'x>,
+    /// Rows that there is room for.
+    room: usize,
+    weights: &'x [Row; N],
+    states: &'x [State; TILE],
+    out: &'x mut [f32],
+}
+
+impl<S: Simd, const N: usize> Op<S> for AddValues<'_, N> {
+    #[inline(always)]
+    fn run(self, s: S) {
+        let Self { tile: Tile { lanes, width, wide, at, rows }, room, weights, states, out } = self;
+        let weights = weights.each_ref().map(|weights| &weights[at + rows.start..][..rows.len()]);
+        let (fours, rest) = (rows.len() / 4, rows.len() / 4 * 4);
+        let weights4 = weights.map(|weights| &weights.as_chunks::<4>().0[..fours]);
+        for (c, column) in wide.chunks_exact(room).take(eights(width)).enumerate() {
+            let column = &column[rows.clone()];
+            let mut sums = [s.splat(0.0); N];
+            for l in 0..N.min(lanes.len()) {
+                sums[l] = s.mul(load(s, &out[lanes[l].at..][..width], c), s.splat(states[l].keep));
+            }
+            for (i, values) in column.as_chunks::<4>().0[..fours].iter().enumerate() {
+                let x = [s.load(&values[0]), s.load(&values[1]), s.load(&values[2]), s.load(&values[3])];
+                for l in 0..N {
+                    sums[l] = s.fma4(&weights4[l][i], x, sums[l]);
+                }
+            }
+            for (i, value) in column.iter().enumerate().skip(rest) {
+                let x = s.load(value);
+                for l in 0..N {
+                    sums[l] = s.fma(s.splat(weights[l][i]), x, sums[l]);
+                }
+            }
+            for l in 0..N.min(lanes.len()) {
+                let out = &mut out[lanes[l].at..][..width][8 * c..];
+                match out.first_chunk_mut() {
+                    Some(out) => s.store(sums[l], out),
+                    None => {
+                        let mut eight = [0.0; 8];
+                        s.store(sums[l], &mut eight);
+                        out.copy_from_slice(&eight[..out.len()]);
+                    }
+                }
+            }
         }
     }
 }

@@ -3,9 +3,9 @@
 //!
 //! Online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867) over blocks of 64 positions: a block's
 //! scores live on the stack; when a block brings a new maximum, what was summed before is scaled down.
-//! Queries that share keys and values - heads of a group, neighbouring tokens - are taken up to four at a
-//! time, so that a row is loaded once for them; every query's sums are formed in the order that they have
-//! when it is alone. The rows may be a ring.
+//! Queries that share keys and values - heads of a group, neighbouring tokens - are taken together, so that a
+//! row is loaded and widened once for them; every query's sums are formed in the order that they have when it
+//! is alone. The rows may be a ring.
 
 mod blocks;
 mod floats;
@@ -16,6 +16,9 @@ pub(crate) use floats::attention;
 use super::exp::exp_lanes;
 use super::simd::Simd;
 use core::ops::Range;
+
+/// The widest head, which is also what a specification allows.
+pub(super) const MAX_WIDTH: usize = 1024;
 
 /// Positions in a block of scores.
 const POSITIONS: usize = 64;
@@ -64,21 +67,28 @@ pub struct Scores {
     pub soft_cap: f32,
 }
 
+/// Floating-point numbers.
+#[derive(Clone, Copy)]
+pub(crate) enum Elements<'a> {
+    /// The bits of half-precision ones.
+    Half(&'a [u16]),
+    Full(&'a [f32]),
+}
+
 /// The cached rows of one key-value head.
 #[derive(Clone, Copy)]
-pub(crate) struct Cache<'a, T> {
-    pub keys: &'a [T],
-    pub values: &'a [T],
+pub(crate) struct Cache<T> {
+    pub keys: T,
+    pub values: T,
     pub stride: usize,
     pub rows: usize,
     /// Values of a head.
     pub width: usize,
 }
 
-impl<T> Cache<'_, T> {
-    /// Whether all that `lanes` see lies within both slices, a head being `len` elements.
-    pub(super) fn holds(&self, lanes: &[Query], len: usize) -> bool {
-        let elements = self.keys.len().min(self.values.len());
+impl<T> Cache<T> {
+    /// Whether all that `lanes` see lies within slices of `elements` elements, a head being `len` of them.
+    pub(super) fn holds(&self, lanes: &[Query], len: usize, elements: usize) -> bool {
         let all = self.rows.checked_sub(1).and_then(|last| last.checked_mul(self.stride)?.checked_add(len));
         all.is_some_and(|all| all <= elements)
             && lanes.iter().all(|lane| lane.first < lane.end && lane.end - lane.first <= self.rows)
@@ -107,12 +117,9 @@ fn exp1<S: Simd>(s: S, x: f32) -> f32 {
 fn peak<S: Simd>(s: S, highest: f32, x: &[f32]) -> f32 {
     let mut lanes = s.splat(highest);
     for x in x.as_chunks().0 {
-        let x = s.load(x);
-        lanes = s.select_less(lanes, x, x, lanes);
+        lanes = s.higher(lanes, s.load(x));
     }
-    let mut eight = [0.0; 8];
-    s.store(lanes, &mut eight);
-    eight.into_iter().fold(highest, |peak, x| if x > peak { x } else { peak })
+    s.highest(lanes)
 }
 
 /// `x = exp(x - peak)`, of a multiple of 8; returns their sum.

@@ -2,7 +2,7 @@
 
 mod dequantize;
 
-use super::simd::Simd;
+use super::simd::{Op, Simd};
 use crate::format::{bf16_to_f32, f16_to_f32, f32_to_f16};
 
 pub use dequantize::dequantize_row;
@@ -33,6 +33,11 @@ impl Simd for Scalar {
     type B = [u8; 32];
     type P = [i32; 2];
     type K = [[i8; 2]; 2];
+
+    #[inline(never)]
+    fn outline<O: Op<Self>>(self, op: O) {
+        op.run(self);
+    }
 
     #[inline(always)]
     fn splat(self, x: f32) -> F {
@@ -109,6 +114,11 @@ impl Simd for Scalar {
     #[inline(always)]
     fn select_less(self, a: F, b: F, yes: F, no: F) -> F {
         core::array::from_fn(|i| if a[i] < b[i] { yes[i] } else { no[i] })
+    }
+
+    #[inline(always)]
+    fn higher(self, a: F, x: F) -> F {
+        map2(a, x, |a, x| if a < x { x } else { a })
     }
 
     #[inline(always)]

@@ -62,6 +62,20 @@ pub(crate) struct Quad<'a> {
 }
 
 impl<'a> TileActs<'a> {
+    /// Integers and scales of [`TileActs::quad`] alone.
+    #[cfg_attr(not(target_arch = "aarch64"), expect(dead_code, reason = "for micro-kernels in assembly"))]
+    #[inline(always)]
+    pub fn products(
+        &self,
+        index: usize,
+        first: usize,
+        count: usize,
+    ) -> (&'a [[[i8; 32]; 4]], &'a [[f32; SIDE]]) {
+        let start = index * self.blocks + first;
+        let quants = self.quants.as_chunks::<32>().0.as_chunks::<4>().0;
+        (&quants[start..][..count], &self.scales.as_chunks().0[start..][..count])
+    }
+
     /// Blocks `first..first + count` of the tokens from `4 * index` on.
     #[inline(always)]
     pub fn quad(&self, index: usize, first: usize, count: usize) -> Quad<'a> {
@@ -80,32 +94,47 @@ impl<'a> TileActs<'a> {
 /// Fills the twin that [`TileActs`] reads. A block with a value that is not finite gets the scale NaN.
 #[inline(always)]
 pub(crate) fn quantize<S: Simd>(s: S, acts: &mut ActivationsMut) {
-    let (tokens, cols) = (acts.tokens(), acts.cols());
-    let (blocks, padded) = (cols / BLOCK, padded_tokens(tokens));
-    if tokens == 0 || acts.scales.is_empty() {
-        return;
+    match acts.tokens() {
+        _ if acts.scales.is_empty() => {}
+        0 => {}
+        1 => quantize_groups::<S, 1>(s, acts),
+        _ => quantize_groups::<S, SIDE>(s, acts),
     }
-    let side = if tokens == 1 { 1 } else { SIDE };
+}
+
+/// [`quantize`] with `N` tokens side by side.
+#[inline(always)]
+fn quantize_groups<S: Simd, const N: usize>(s: S, acts: &mut ActivationsMut) {
+    let (tokens, cols) = (acts.tokens(), acts.cols());
+    let blocks = cols / BLOCK;
     let (sums, halves) = acts.sums.split_at_mut(acts.scales.len());
-    for token in 0..padded {
-        let group = token / side * side * blocks;
-        let lane = token % side;
-        let values = if token < tokens { &acts.values[token * cols..][..cols] } else { &[] };
-        let values = values.as_chunks::<BLOCK>().0;
-        for block in 0..blocks {
-            let (scale, quants) = match values.get(block) {
-                Some(values) => quantize_block(s, values),
-                None => (0.0, [[0; 16]; 2]),
-            };
-            let at = group + block * side + lane;
-            let (first, second) = (s.sum_i8(&quants[0]), s.sum_i8(&quants[1]));
-            acts.scales[at] = scale;
-            sums[at] = bits(first + second);
-            halves[at] = bits(first);
-            let to = &mut acts.quants[(group + block * side) * BLOCK..][..side * BLOCK];
-            let to = to.as_chunks_mut::<8>().0;
-            for (octet, from) in quants.as_flattened().as_chunks::<8>().0.iter().enumerate() {
-                to[octet * side + lane] = *from;
+    let groups = acts.scales.chunks_exact_mut(N * blocks).zip(sums.chunks_exact_mut(N * blocks));
+    let groups = groups.zip(halves.chunks_exact_mut(N * blocks));
+    let quants = acts.quants.chunks_exact_mut(N * blocks * BLOCK);
+    for (group, (((scales, sums), halves), quants)) in groups.zip(quants).take(tokens.div_ceil(N)).enumerate()
+    {
+        for lane in 0..N {
+            let token = group * N + lane;
+            let numbers = scales.as_chunks_mut::<N>().0.iter_mut().zip(sums.as_chunks_mut::<N>().0);
+            let numbers = numbers.zip(halves.as_chunks_mut::<N>().0);
+            let quants = quants.as_chunks_mut::<8>().0.as_chunks_mut::<N>().0.as_chunks_mut::<4>().0;
+            let blocks = numbers.zip(quants);
+            if token >= tokens {
+                for (((scale, sum), half), octets) in blocks {
+                    (scale[lane], sum[lane], half[lane]) = (0.0, bits(0), bits(0));
+                    octets.iter_mut().for_each(|octet| octet[lane] = [0; 8]);
+                }
+                continue;
+            }
+            let values = acts.values[token * cols..][..cols].as_chunks::<BLOCK>().0;
+            for ((((scale, sum), half), octets), values) in blocks.zip(values) {
+                let quants;
+                (scale[lane], quants) = quantize_block(s, values);
+                let (first, second) = (s.sum_i8(&quants[0]), s.sum_i8(&quants[1]));
+                (sum[lane], half[lane]) = (bits(first + second), bits(first));
+                for (octet, from) in octets.iter_mut().zip(quants.as_flattened().as_chunks::<8>().0) {
+                    octet[lane] = *from;
+                }
             }
         }
     }

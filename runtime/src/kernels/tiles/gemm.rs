@@ -77,18 +77,31 @@ pub(crate) fn many_tokens<S: Lanes, W: Format>(s: S, weight: &Matrix, acts: &Til
         for first in (0..acts.blocks).step_by(size.max(1)) {
             let count = size.min(acts.blocks - first);
             panel.fill::<S, W>(s, bytes, first, count);
-            for quad in 0..acts.tokens.div_ceil(SIDE) {
-                let mut sums = [[0.0; ROWS]; SIDE];
-                if first > 0 {
-                    for (lane, sums) in sums.iter_mut().enumerate() {
-                        out.get_rows(quad * SIDE + lane, row, sums);
-                    }
-                }
-                s.multiply_quad::<W>(&panel, acts.quad(quad, first, count), &mut sums);
-                for (lane, sums) in sums.iter().enumerate() {
-                    out.set_rows(quad * SIDE + lane, row, sums);
-                }
+            s.multiply_panel::<W>(&panel, acts, first, row, out);
+        }
+    }
+}
+
+/// [`Lanes::multiply_panel`], one quad after the other.
+#[inline(always)]
+pub(crate) fn multiply_quads<S: Lanes, W: Format>(
+    s: S,
+    panel: &Panel,
+    acts: &TileActs,
+    first: usize,
+    row: usize,
+    out: &mut Columns,
+) {
+    for quad in 0..acts.tokens.div_ceil(SIDE) {
+        let mut sums = [[0.0; ROWS]; SIDE];
+        if first > 0 {
+            for (lane, sums) in sums.iter_mut().enumerate() {
+                out.get_rows(quad * SIDE + lane, row, sums);
             }
+        }
+        s.multiply_quad::<W>(panel, acts.quad(quad, first, panel.blocks), &mut sums);
+        for (lane, sums) in sums.iter().enumerate() {
+            out.set_rows(quad * SIDE + lane, row, sums);
         }
     }
 }

@@ -3,8 +3,9 @@
 //! As with [`Simd`](crate::kernels::simd::Simd), every operation has one exact result, so all
 //! instruction sets agree bit for bit; `fma` rounds once.
 
-use super::gemm::Panel;
-use super::{Format, Quad};
+use super::gemm::{Panel, multiply_quads};
+use super::{Format, Quad, TileActs};
+use crate::kernels::output::Columns;
 
 /// A token of an instruction set: holding one proves that the CPU has it.
 pub(crate) trait Lanes: Copy {
@@ -88,4 +89,17 @@ pub(crate) trait Lanes: Copy {
     }
     /// Adds the products of a panel with four tokens to `out`.
     fn multiply_quad<W: Format>(self, panel: &Panel, acts: Quad, out: &mut [[f32; 16]; 4]);
+    /// The products of a panel, whose blocks are those from `first` on, with all tokens: the rows from `row` on of
+    /// `out`, to which they are added unless `first` is 0.
+    #[inline(always)]
+    fn multiply_panel<W: Format>(
+        self,
+        panel: &Panel,
+        acts: &TileActs,
+        first: usize,
+        row: usize,
+        out: &mut Columns,
+    ) {
+        multiply_quads::<Self, W>(self, panel, acts, first, row, out);
+    }
 }

@@ -25,11 +25,12 @@ mod scalar;
 pub(crate) use activations::{Quad, SIDE, TileActs, padded_tokens, quantize};
 pub(crate) use formats::{Format, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
 pub(crate) use gemm::Panel;
-#[cfg(target_arch = "aarch64")]
-pub(crate) use gemm::multiply_each;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use gemm::multiply_quad;
+#[cfg(target_arch = "aarch64")]
+pub(crate) use gemm::{multiply_each, multiply_quads};
 pub(crate) use lanes::Lanes;
+pub(crate) use pack::put_q8_0;
 pub use pack::{dequantize_tile_row, pack_tiles};
 
 use super::activations::Activations;

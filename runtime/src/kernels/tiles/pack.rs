@@ -138,6 +138,26 @@ fn write_quants(vectors: usize, to: &mut [u8], lane: usize, q: &[u8; BLOCK]) {
     }
 }
 
+/// Puts block `block` of row `row` into a matrix of type Q8_0 and `cols` columns in tiles. Nothing happens if it is not
+/// in there.
+pub(crate) fn put_q8_0(tiles: &mut [u8], cols: usize, row: usize, block: usize, bytes: &[u8; 34]) {
+    let Some(geometry) = Geometry::of(DType::Q8_0) else { return };
+    let (kind, vectors, lane) = (geometry.factors, geometry.vectors * 64, row % ROWS);
+    let start = geometry
+        .tile_bytes(cols)
+        .map(|bytes| row / ROWS * bytes + block / kind.blocks() * geometry.share_bytes());
+    let share = start.and_then(|start| tiles.get_mut(start..)?.get_mut(..geometry.share_bytes()));
+    if let (Some(share), Some((scale, quants))) = (share, bytes.split_first_chunk::<2>()) {
+        let (factors, room) = share.split_at_mut(kind.bytes());
+        let block = block % kind.blocks();
+        factors[(block * ROWS + lane) * 2..][..2].copy_from_slice(scale);
+        let room = &mut room[block * vectors..][..vectors];
+        for (vector, quants) in room.as_chunks_mut::<64>().0.iter_mut().zip(quants.as_chunks::<4>().0) {
+            vector[lane * 4..][..4].copy_from_slice(quants);
+        }
+    }
+}
+
 /// The `out.len()` values of row `row` of the matrix in `tiles`, whose rows are as long.
 ///
 /// # Errors

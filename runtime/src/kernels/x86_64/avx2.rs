@@ -4,7 +4,7 @@
 //! are, signed ones as magnitudes with their sign moved to the activation, which is never -128. Two products
 //! of at most 128 * 127 fit 16 bits.
 
-use crate::kernels::simd::Simd;
+use crate::kernels::simd::{Op, Simd};
 use core::arch::x86_64::*;
 
 /// Proof that the CPU has AVX2, FMA and F16C.
@@ -50,6 +50,17 @@ impl Simd for Avx2 {
     type P = __m256i;
     /// For each half, eight 16-bit copies of the even block's factor, then of the odd one's.
     type K = [__m256i; 2];
+
+    #[inline(always)]
+    fn outline<O: Op<Self>>(self, op: O) {
+        #[inline(never)]
+        #[target_feature(enable = "avx2,f16c,fma")]
+        fn run<O: Op<Avx2>>(s: Avx2, op: O) {
+            op.run(s);
+        }
+        // SAFETY: an `Avx2` exists, so the CPU has these features.
+        unsafe { run(self, op) }
+    }
 
     #[inline(always)]
     fn splat(self, x: f32) -> __m256 {
@@ -138,6 +149,12 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn select_less(self, a: __m256, b: __m256, yes: __m256, no: __m256) -> __m256 {
         avx2!(_mm256_blendv_ps(no, yes, _mm256_cmp_ps::<_CMP_LT_OQ>(a, b)))
+    }
+
+    #[inline(always)]
+    fn higher(self, a: __m256, x: __m256) -> __m256 {
+        // The second operand where one is not a number.
+        avx2!(_mm256_max_ps(x, a))
     }
 
     #[inline(always)]

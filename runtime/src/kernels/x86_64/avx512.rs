@@ -151,4 +151,4 @@ crate::kernels::table::tile_table! {
 
 /// The kernels of this instruction set: those of AVX2, and tiles.
 pub(crate) static TABLE: crate::kernels::dispatch::Kernels =
-    crate::kernels::dispatch::Kernels { name: "avx512", tiles: &TILES, ..super::avx2::TABLE };
+    crate::kernels::dispatch::Kernels { name: "avx512", tiles: &TILES, add_integers, ..super::avx2::TABLE };
