@@ -8,7 +8,7 @@ use edgec::export::gguf::{Mix, export_encoded, measure};
 use edgec::model::Model;
 use edgec::profile;
 use edgec::quantize::calibrate::{Rounding, Sample, imatrix, round_model, weigh};
-use edgec::quantize::{Encoding, Imatrix, budget};
+use edgec::quantize::{Encoding, Imatrix, awq, budget};
 use edgec::teacher;
 use edgec::text::{ChatTemplate, HostTokenizer, corpus};
 
@@ -59,6 +59,9 @@ struct Calibration {
     /// Importance of columns, as llama.cpp's llama-imatrix or --imatrix-out wrote it
     #[arg(long, value_name = "FILE", conflicts_with = "calibration")]
     imatrix: Option<PathBuf>,
+    /// Before rounding, make columns that matter larger and what feeds them smaller by as much (AWQ)
+    #[arg(long)]
+    awq: bool,
     /// Write the importance of columns on the text to this file, for here and for llama.cpp
     #[arg(long, value_name = "FILE", requires = "calibration")]
     imatrix_out: Option<PathBuf>,
@@ -81,16 +84,23 @@ enum Method {
 }
 
 pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
-    let model = teacher::load(&arguments.model)?;
+    let mut model = teacher::load(&arguments.model)?;
     let ids = arguments.calibration.text(arguments)?;
     let sample = ids.as_ref().map(|(ids, bos)| Sample {
         ids,
         length: arguments.calibration.calibration_length as usize,
         bos: *bos,
     });
-    let importance = arguments.calibration.importance(&model, sample)?;
+    let mut importance = arguments.calibration.importance(&model, sample)?;
     let Some(out) = &arguments.out else { return Ok(()) };
     let (name, encoding) = arguments.types(&model, sample)?;
+    if arguments.calibration.awq {
+        let importance = importance.as_mut().context("--awq needs --calibration or --imatrix")?;
+        let mut progress = Progress::start("awq");
+        let mut tell = |done, total, message: &str| progress.update(done, total, message);
+        awq::scale(&mut model, importance, &encoding, &mut tell)?;
+        progress.finish("columns are scaled");
+    }
     let encoding = arguments.calibration.encode(&model, encoding, sample, importance.as_ref())?;
     let report = export_encoded(&model, &encoding, out).with_context(|| out.display().to_string())?;
     note(
@@ -166,8 +176,8 @@ impl Calibration {
         if let Some(path) = &self.imatrix {
             return Ok(Some(Imatrix::read(path)?));
         }
-        let Some(sample) = sample.filter(|_| self.imatrix_out.is_some() || self.method() == Method::Imatrix)
-        else {
+        let needed = self.imatrix_out.is_some() || self.awq || self.method() == Method::Imatrix;
+        let Some(sample) = sample.filter(|_| needed) else {
             return Ok(None);
         };
         let mut progress = Progress::start("imatrix");

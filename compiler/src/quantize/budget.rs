@@ -311,3 +311,66 @@ impl<'m> Probe<'m> {
         Ok(parts.kl.max(0.0))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::quantize::calibrate::tests::{divergence, through_a_file};
+    use crate::train::fixture::{text, tiny_in_blocks};
+
+    fn tensors() -> Vec<Sensitivity> {
+        // Bytes and divergence of three types, the tensors being of unlike size and sensitivity.
+        [(10, 4.0), (10, 0.1), (40, 1.0), (25, 9.0), (5, 0.5)]
+            .into_iter()
+            .map(|(size, kl)| {
+                let choice = |dtype, bits, share| Choice { dtype, bytes: size * bits, kl: kl * share };
+                let choices = vec![
+                    choice(DType::Q4_0, 4, 1.0),
+                    choice(DType::Q5_0, 5, 0.25),
+                    choice(DType::Q8_0, 8, 0.004),
+                ];
+                Sensitivity { role: Role::FfnUp, layer: 0, choices }
+            })
+            .collect()
+    }
+
+    #[test]
+    fn allocations_are_nearly_the_best_and_within_the_budget() {
+        let tensors = tensors();
+        let sums = |picks: &[usize]| {
+            let chosen = tensors.iter().zip(picks).map(|(tensor, pick)| tensor.choices[*pick]);
+            chosen.fold((0, 0.0), |(bytes, kl), choice| (bytes + choice.bytes, kl + choice.kl))
+        };
+        let all: Vec<Vec<usize>> =
+            (0..243).map(|i| (0..5).map(|at| i / 3usize.pow(at) % 3).collect()).collect();
+        for budget in (360..=720).step_by(15) {
+            let (bytes, kl) = sums(&allocate(&tensors, budget));
+            assert!(bytes <= budget, "{bytes} of {budget}");
+            let fitting = all.iter().map(|picks| sums(picks)).filter(|(bytes, _)| *bytes <= budget);
+            let best = fitting.map(|(_, kl)| kl).fold(f64::INFINITY, f64::min);
+            assert!(kl <= 1.5 * best + 1e-9, "{budget}: {kl}, the best is {best}");
+        }
+        assert_eq!(allocate(&tensors, 360), [0; 5]);
+        assert_eq!(allocate(&tensors, 720), [2; 5]);
+    }
+
+    #[test]
+    fn a_mix_under_a_budget_beats_one_type_of_the_same_size() {
+        let model = tiny_in_blocks(3, 5);
+        let ids = text(1024);
+        let sample = Sample { ids: &ids, length: 16, bos: None };
+        let uniform = Encoding::from(Mix::Q5_0);
+        let budget = measure(&model, &uniform).unwrap().bytes;
+        let mut last = 0;
+        let (mixed, expected) = choose(&model, budget, sample, &mut |done, _, _| last = done).unwrap();
+        assert_eq!(last, 3 * 7 + 1);
+        let size = measure(&model, &mixed).unwrap().bytes;
+        assert!(size <= budget && size > budget * 95 / 100, "{size} of {budget}");
+        let [uniform, found] =
+            [&uniform, &mixed].map(|encoding| divergence(&model, &through_a_file(&model, encoding)));
+        assert!(found < uniform, "{found} {uniform}");
+        assert!((0.3..3.0).contains(&(expected / found)), "{expected} {found}");
+        let error = choose(&model, 1000, sample, &mut |_, _, _| {}).unwrap_err();
+        assert!(matches!(error, BudgetError::TooSmall { budget: 1000, smallest } if smallest > 1000));
+    }
+}

@@ -10,6 +10,7 @@ use std::ops::RangeInclusive;
 
 use candle_core::Tensor;
 use edge_models::Role;
+use edge_runtime::format::DType;
 use rayon::prelude::*;
 
 use super::encoding::{Blocks, Encoding};
@@ -287,11 +288,12 @@ impl Walk<'_> {
         if dtype.is_float() {
             return Ok(());
         }
-        if !spec.tied_embeddings {
-            let weight = self.weight(role, 0)?;
-            let bytes = quantize_rows(dtype, &weight, spec.hidden, None)
+        // Eight bits leave nothing to make up for.
+        if !spec.tied_embeddings || dtype == DType::Q8_0 {
+            let latent = self.weight(role, 0)?;
+            let blocks = quantize_rows(dtype, &latent, spec.hidden, None)
                 .map_err(|source| CalibrationError::Quantize { role, layer: 0, source })?;
-            return self.keep(role, 0, Rounded { dtype, blocks: bytes, latent: weight });
+            return self.keep(role, 0, Rounded { dtype, blocks, latent });
         }
         let mut moments = Moments::new(spec.hidden, 0);
         let mut tokens = 0;
@@ -492,4 +494,4 @@ fn make_up(weight: &mut [f32], mut moves: Vec<f64>, factor: &Factor, share: f32)
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -73,6 +73,15 @@ impl Imatrix {
         Some(entry.sums.iter().map(|sum| sum / entry.tokens).collect())
     }
 
+    /// What a matrix reads is divided by `scales`, one for each column. Matrices that share a tensor share the entry,
+    /// and it is divided once.
+    pub(super) fn scale(&mut self, role: Role, layer: usize, spec: &DecoderSpec, scales: &[f32]) {
+        let first = spec.family.tensor(role).map_or(role, |row| row.members()[0]);
+        if let Some(entry) = self.entries.get_mut(&name(role, layer, spec)).filter(|_| first == role) {
+            entry.sums.iter_mut().zip(scales).for_each(|(sum, scale)| *sum /= scale * scale);
+        }
+    }
+
     /// [`Imatrix::importance`] of a matrix, `None` for the embedding table and the head if they are not there, as
     /// llama.cpp leaves them out; `path` is what errors call the file.
     ///

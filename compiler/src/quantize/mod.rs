@@ -3,6 +3,7 @@
 //! [`quantize_rows`] encodes, [`Mix`] says which tensor becomes which type. Reading blocks is the
 //! runtime's business (`edge_runtime::kernels::dequantize_row`); files are [`crate::export`]'s.
 
+pub mod awq;
 mod blocks;
 pub mod budget;
 pub mod calibrate;
