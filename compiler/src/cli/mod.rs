@@ -10,6 +10,7 @@ mod export;
 mod generate;
 mod inspect;
 mod logits;
+mod merge;
 mod output;
 mod pack;
 mod pretrain;
@@ -17,6 +18,7 @@ mod progress;
 mod quantize;
 mod targets;
 mod tokenize;
+mod tune;
 
 use std::path::{Path, PathBuf};
 
@@ -37,6 +39,10 @@ struct Cli {
 enum Command {
     /// Distill a student from a teacher and bundle it for a target.
     Distill(distill::Arguments),
+    /// Train a LoRA, rsLoRA, DoRA or QLoRA adapter beside a model.
+    Tune(tune::Arguments),
+    /// Put adapters into the weights of their model.
+    Merge(merge::Arguments),
     /// Write a model as GGUF in another tensor type.
     Quantize(quantize::Arguments),
     /// Write a model folder in an open format.
@@ -110,6 +116,8 @@ pub fn run() -> anyhow::Result<()> {
     let cli = Cli::try_parse().unwrap_or_else(|error| refuse(&error));
     match cli.command {
         Command::Distill(arguments) => distill::run(arguments),
+        Command::Tune(arguments) => tune::run(&arguments),
+        Command::Merge(arguments) => merge::run(&arguments),
         Command::Quantize(arguments) => quantize::run(&arguments),
         Command::Export(arguments) => export::run(&arguments),
         Command::Pack(arguments) => pack::run(&arguments),

@@ -4,6 +4,7 @@
 //! runtime's business (`edge_runtime::kernels::dequantize_row`); files are [`crate::export`]'s.
 
 mod blocks;
+mod held;
 mod mix;
 mod search;
 mod super_blocks;
@@ -12,6 +13,8 @@ use edge_runtime::format::{DType, f32_to_bf16, f32_to_f16};
 use rayon::prelude::*;
 
 pub use crate::export::gguf::export as quantize_file;
+pub(crate) use held::hold;
+pub use held::{Blocks, HeldModel};
 pub use mix::{Mix, UnknownMix};
 
 /// Why values could not be quantized.

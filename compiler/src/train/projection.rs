@@ -2,10 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{Result, Tensor};
+use candle_core::{Device, Result, Tensor};
 use edge_models::Role;
 
-use super::ops::linear;
+use super::low_rank::LowRank;
+use super::ops::{Frozen, linear};
 
 /// The matrices of a decoder by role and layer (0 for those that exist once).
 pub type Matrices = BTreeMap<(Role, usize), Projection>;
@@ -15,6 +16,10 @@ pub type Matrices = BTreeMap<(Role, usize), Projection>;
 pub enum Projection {
     /// As it is; trained if it is a variable, frozen otherwise.
     Dense(Tensor),
+    /// Not trained, and held in f32 or in blocks.
+    Frozen(Frozen),
+    /// Not trained, with a trained update beside it.
+    LowRank(Box<LowRank>),
 }
 
 impl Projection {
@@ -22,6 +27,8 @@ impl Projection {
     pub fn dims(&self) -> &[usize] {
         match self {
             Self::Dense(weight) => weight.dims(),
+            Self::Frozen(weight) => weight.dims(),
+            Self::LowRank(weight) => weight.base.dims(),
         }
     }
 
@@ -32,6 +39,8 @@ impl Projection {
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
         match self {
             Self::Dense(weight) => linear(x, weight),
+            Self::Frozen(weight) => weight.apply(x),
+            Self::LowRank(weight) => weight.apply(x),
         }
     }
 
@@ -41,7 +50,16 @@ impl Projection {
     /// There is no such row.
     pub fn rows(&self, ids: &Tensor) -> Result<Tensor> {
         match self {
-            Self::Dense(weight) => weight.index_select(ids, 0),
+            Self::Dense(weight) | Self::Frozen(Frozen::Dense(weight)) => weight.index_select(ids, 0),
+            Self::Frozen(Frozen::Blocks(blocks, _)) => {
+                let (ids, cols) = (ids.to_vec1::<u32>()?, blocks.dims()[1]);
+                let mut values = vec![0.0; ids.len() * cols];
+                for (id, out) in ids.iter().zip(values.chunks_exact_mut(cols)) {
+                    blocks.row(*id as usize, out).map_err(|error| candle_core::Error::Msg(error.to_string()))?;
+                }
+                Tensor::from_vec(values, (ids.len(), cols), &Device::Cpu)
+            }
+            Self::LowRank(_) => self.matrix()?.index_select(ids, 0),
         }
     }
 
@@ -51,7 +69,14 @@ impl Projection {
     /// What an operation that makes it answers.
     pub fn matrix(&self) -> Result<Tensor> {
         match self {
-            Self::Dense(weight) => Ok(weight.clone()),
+            Self::Dense(weight) | Self::Frozen(Frozen::Dense(weight)) => Ok(weight.clone()),
+            Self::Frozen(Frozen::Blocks(blocks, _)) => {
+                let [rows, cols] = *blocks.dims();
+                let mut values = vec![0.0; rows * cols];
+                blocks.values(&mut values).map_err(|error| candle_core::Error::Msg(error.to_string()))?;
+                Tensor::from_vec(values, (rows, cols), &Device::Cpu)
+            }
+            Self::LowRank(weight) => weight.matrix(),
         }
     }
 }
