@@ -109,7 +109,8 @@ pub(super) fn read(path: &Path, spec: &DecoderSpec) -> Result<Adapter, AdapterEr
     let known: HashSet<String> = pairs.iter().flat_map(halves).collect();
     match file.tensors().find(|info| !known.contains(info.name)) {
         Some(info) => {
-            Err(reader.tensor(info.name, format!("no linear layer of this {} model takes it", spec.family.name)))
+            Err(reader
+                .tensor(info.name, format!("no linear layer of this {} model takes it", spec.family.name)))
         }
         None if pairs.is_empty() => Err(refuse("the adapter has no tensors".into())),
         None => Ok(Adapter { path: path.into(), pairs, rs: false }),
@@ -169,19 +170,23 @@ impl Reader<'_> {
     fn values(&self, info: &TensorInfo<'_>, [rows, cols]: [usize; 2]) -> Result<Vec<f32>, AdapterError> {
         let found = [info.rows(), info.cols()];
         if found != [rows, cols] || rows == 0 || cols == 0 {
-            return Err(self.tensor(info.name, format!("its shape is {found:?}, expected {:?}", [rows, cols])));
+            return Err(
+                self.tensor(info.name, format!("its shape is {found:?}, expected {:?}", [rows, cols]))
+            );
         }
         let Some(dtype) = info.dtype else {
             return Err(self.tensor(info.name, format!("its type is #{}, which is not read", info.type_id)));
         };
         let mut values = vec![0.0; rows * cols];
-        for (bytes, out) in info.data.chunks_exact(info.data.len() / rows).zip(values.chunks_exact_mut(cols)) {
+        for (bytes, out) in info.data.chunks_exact(info.data.len() / rows).zip(values.chunks_exact_mut(cols))
+        {
             dequantize_row(dtype, bytes, out).map_err(|error| self.tensor(info.name, error.to_string()))?;
         }
         match values.iter().position(|value| !value.is_finite()) {
             None => Ok(values),
             Some(index) => {
-                let message = format!("it holds {} at element {index}, expected finite numbers", values[index]);
+                let message =
+                    format!("it holds {} at element {index}, expected finite numbers", values[index]);
                 Err(self.tensor(info.name, message))
             }
         }

@@ -44,9 +44,9 @@ pub fn read(folder: &Path, spec: &DecoderSpec) -> Result<Adapter, AdapterError> 
     }
     if reader.taken < file.len() {
         let known = |name: &&str| {
-            pairs.iter().any(|pair| {
-                name.starts_with(&format!("{PREFIX}{}.lora_", module(pair.row, pair.layer)))
-            })
+            pairs
+                .iter()
+                .any(|pair| name.starts_with(&format!("{PREFIX}{}.lora_", module(pair.row, pair.layer))))
         };
         let names = file.names();
         let name = names.iter().find(|name| !known(name)).map_or("", |name| name);

@@ -192,6 +192,9 @@ mod tests {
         assert_eq!(settings.rank_and_scale("model.layers.1.mlp.up_proj"), (16, 0.5));
         assert_eq!(settings.rank_and_scale("model.layers.0.mlp.up_proj"), (2, 4.0));
         assert_eq!(settings.rank_and_scale("model.layers.0.self_attn.q_proj"), (4, 3.0));
-        assert_eq!(Settings { rs: true, ..settings }.rank_and_scale("model.layers.0.mlp.down_proj"), (4, 4.0));
+        assert_eq!(
+            Settings { rs: true, ..settings }.rank_and_scale("model.layers.0.mlp.down_proj"),
+            (4, 4.0)
+        );
     }
 }

@@ -132,11 +132,14 @@ fn text(arguments: &Arguments, base: &Model) -> anyhow::Result<(Vec<u32>, Config
 fn check(found: &Parity, arguments: &Arguments) -> anyhow::Result<()> {
     let rounding = arguments.tolerance.unwrap_or(0.0).max(ROUNDING);
     let written = arguments.limit();
-    for (what, kl, limit) in [("merged", found.merged_kl, rounding), ("written", found.exported_kl, written)] {
+    for (what, kl, limit) in [("merged", found.merged_kl, rounding), ("written", found.exported_kl, written)]
+    {
         // What is no number is above every limit.
         if !kl.is_finite() || kl > limit {
             let place = arguments.out.display();
-            bail!("{place}: KL of the {what} model from base and adapters is {kl:.2e}, expected at most {limit:.0e}");
+            bail!(
+                "{place}: KL of the {what} model from base and adapters is {kl:.2e}, expected at most {limit:.0e}"
+            );
         }
     }
     Ok(())

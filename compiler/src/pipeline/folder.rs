@@ -76,7 +76,9 @@ pub(super) fn difference<R: Serialize>(found: &R, asked: &R) -> Option<String> {
         if let Ok(Value::Object(fields)) = serde_json::to_value(recipe) {
             for (key, value) in fields {
                 match value {
-                    Value::Object(inner) if ["train", "adapter"].contains(&key.as_str()) => flat.extend(inner),
+                    Value::Object(inner) if ["train", "adapter"].contains(&key.as_str()) => {
+                        flat.extend(inner)
+                    }
                     value => drop(flat.insert(key, value)),
                 }
             }

@@ -56,9 +56,7 @@ pub(super) fn read(
             let paths = [path.to_owned()];
             (corpus, corpus::load(&paths, tokenizer, template.as_ref(), false)?.ids)
         }
-        None if *wanted.data == Data::Embedded => {
-            (corpus, corpus::from_text(demo::HELD_OUT, tokenizer)?.ids)
-        }
+        None if *wanted.data == Data::Embedded => (corpus, corpus::from_text(demo::HELD_OUT, tokenizer)?.ids),
         None => {
             let count = held_out(corpus.ids.len(), length);
             corpus.split(count)

@@ -167,8 +167,10 @@ fn prepare(
         length: recipe.train.length,
     };
     let (train, eval) = text::read(&wanted, &tokenizer, &mut hashes, observer)?;
-    observer
-        .note("text", &format!("{} tokens to learn from, {} held out to judge on", train.ids.len(), eval.len()));
+    observer.note(
+        "text",
+        &format!("{} tokens to learn from, {} held out to judge on", train.ids.len(), eval.len()),
+    );
     let (base, requantized) = match mix {
         None => {
             let dense = recipe.dense()?;
@@ -284,7 +286,12 @@ impl Judge<'_> {
     }
 
     /// The model with the adapter beside it, or merged where it cannot be.
-    fn adapted(&self, file: ModelFile, adapter: &Adapter, observer: &mut dyn Observer) -> Result<Outcome, Error> {
+    fn adapted(
+        &self,
+        file: ModelFile,
+        adapter: &Adapter,
+        observer: &mut dyn Observer,
+    ) -> Result<Outcome, Error> {
         let mut settings = Settings::new(0);
         let spec = profile::spec_of(&file)?;
         if !adapter.is_dora() {

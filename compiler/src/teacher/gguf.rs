@@ -24,10 +24,7 @@ pub(super) fn held(path: &Path, mix: Mix) -> Result<HeldModel, LoadError> {
     with_file(path, |gguf| held_from_gguf(gguf, path, mix))
 }
 
-fn with_file<T>(
-    path: &Path,
-    read: impl FnOnce(&Gguf<'_>) -> Result<T, LoadError>,
-) -> Result<T, LoadError> {
+fn with_file<T>(path: &Path, read: impl FnOnce(&Gguf<'_>) -> Result<T, LoadError>) -> Result<T, LoadError> {
     let io = |source| LoadError::Io { path: path.into(), source };
     let file = File::open(path).map_err(io)?;
     // SAFETY: the map is read-only and private to this process, and every byte of it is checked by
@@ -98,7 +95,8 @@ pub fn held_from_gguf(gguf: &Gguf<'_>, path: &Path, mix: Mix) -> Result<HeldMode
         } else {
             let tensor = read(info, row, &spec, path)?;
             let values = tensor.flatten_all().and_then(|flat| flat.to_vec1()).map_err(tensor_error(path))?;
-            hold(&values, row.role, layer, &spec, mix).map_err(|source| quantize_error(path, info.name, source))?
+            hold(&values, row.role, layer, &spec, mix)
+                .map_err(|source| quantize_error(path, info.name, source))?
         };
         Ok(((row.role, layer), blocks))
     });
@@ -150,9 +148,7 @@ fn weights(gguf: &Gguf<'_>, spec: &DecoderSpec, path: &Path) -> Result<Weights, 
     let infos = index(gguf);
     let loaded: Vec<_> = wanted(spec.family, spec)
         .into_par_iter()
-        .map(|(row, layer)| {
-            Ok((row.role, layer, read(find(&infos, row, layer, path)?, row, spec, path)?))
-        })
+        .map(|(row, layer)| Ok((row.role, layer, read(find(&infos, row, layer, path)?, row, spec, path)?)))
         .collect::<Result<_, LoadError>>()?;
     let mut weights = Weights::default();
     for (role, layer, tensor) in loaded {
@@ -179,9 +175,7 @@ fn read_blocks(
         .map_err(|source| quantize_error(path, info.name, source))?;
     let mut values = vec![0.0; cols];
     for row in 0..span.len() {
-        blocks
-            .row(row, &mut values)
-            .map_err(|source| LoadError::Gguf { path: path.into(), source })?;
+        blocks.row(row, &mut values).map_err(|source| LoadError::Gguf { path: path.into(), source })?;
         check_finite(path, info.name, &values)?;
     }
     Ok(blocks)

@@ -76,7 +76,8 @@ impl Base {
     pub fn bytes(&self) -> [u64; 2] {
         let vectors: usize = self.vectors.iter().map(|(.., tensor)| 4 * tensor.elem_count()).sum();
         let held: usize = self.matrices.values().map(Frozen::bytes).sum();
-        let values: usize = self.matrices.values().map(|matrix| matrix.dims().iter().product::<usize>()).sum();
+        let values: usize =
+            self.matrices.values().map(|matrix| matrix.dims().iter().product::<usize>()).sum();
         [(vectors + held) as u64, (vectors + 4 * values) as u64]
     }
 
@@ -163,7 +164,8 @@ impl Factors {
             Ok(parts.into_iter().collect::<Result<Vec<_>, _>>()?.concat())
         };
         let up = all(self.parts.iter().map(|part| values(&part.up)).collect())?;
-        let lengths: Vec<_> = self.parts.iter().filter_map(|part| part.magnitude.as_ref()).map(values).collect();
+        let lengths: Vec<_> =
+            self.parts.iter().filter_map(|part| part.magnitude.as_ref()).map(values).collect();
         let magnitude = if lengths.is_empty() { None } else { Some(all(lengths)?) };
         let (row, layer, scale) = (self.row, self.layer, self.scale);
         Ok(Pair { row, layer, rank: self.down.dim(0)?, down: values(&self.down)?, up, scale, magnitude })

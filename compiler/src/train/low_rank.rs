@@ -75,7 +75,8 @@ impl LowRank {
     /// The shapes do not fit.
     pub fn matrix(&self) -> Result<Tensor> {
         let (rows, cols) = (self.base.dims()[0], self.base.dims()[1]);
-        let base = self.base.with_values(|values| Tensor::from_slice(values, (rows, cols), self.up.device()))?;
+        let base =
+            self.base.with_values(|values| Tensor::from_slice(values, (rows, cols), self.up.device()))?;
         let sum = (base + (self.up.matmul(&self.down)? * f64::from(self.scale))?)?;
         let Some(lengths) = &self.lengths else { return Ok(sum) };
         let norms = Tensor::from_vec(self.row_lengths(lengths)?, (rows, 1), self.up.device())?;
@@ -167,7 +168,8 @@ mod tests {
             let weights = check::matrix(12, 5, 6);
             let gradients = |y: &Tensor| {
                 let grads = (y * &weights).unwrap().sum_all().unwrap().backward().unwrap();
-                vars.each_ref().map(|var| grads.get(var).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap())
+                vars.each_ref()
+                    .map(|var| grads.get(var).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap())
             };
             assert_eq!(gradients(&matrix.apply(x).unwrap()), gradients(&detached));
         }

@@ -55,7 +55,9 @@ impl Projection {
                 let (ids, cols) = (ids.to_vec1::<u32>()?, blocks.dims()[1]);
                 let mut values = vec![0.0; ids.len() * cols];
                 for (id, out) in ids.iter().zip(values.chunks_exact_mut(cols)) {
-                    blocks.row(*id as usize, out).map_err(|error| candle_core::Error::Msg(error.to_string()))?;
+                    blocks
+                        .row(*id as usize, out)
+                        .map_err(|error| candle_core::Error::Msg(error.to_string()))?;
                 }
                 Tensor::from_vec(values, (ids.len(), cols), &Device::Cpu)
             }

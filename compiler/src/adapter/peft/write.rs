@@ -25,7 +25,8 @@ pub fn write(adapter: &Adapter, spec: &DecoderSpec, base: &str, folder: &Path) -
     };
     std::fs::create_dir_all(folder).map_err(io(folder))?;
     let path = folder.join(WEIGHTS);
-    let weights = weights(adapter).map_err(|source| AdapterError::Safetensors { path: path.clone(), source })?;
+    let weights =
+        weights(adapter).map_err(|source| AdapterError::Safetensors { path: path.clone(), source })?;
     atomic::write(&path, |file| file.write_all(&weights)).map_err(io(&path))?;
     let path = folder.join(CONFIG);
     atomic::write(&path, |file| {

@@ -51,7 +51,12 @@ fn bases(family: &str) -> [Base; 2] {
     [Base::dense(&model).unwrap(), Base::held(&held(&model, Mix::Q4_0)).unwrap()]
 }
 
-fn trainee(base: &Base, settings: &Settings, targets: &str, start: Start) -> Result<Trainee<Adapter>, TrainError> {
+fn trainee(
+    base: &Base,
+    settings: &Settings,
+    targets: &str,
+    start: Start,
+) -> Result<Trainee<Adapter>, TrainError> {
     let targets = targets.parse::<Targets>().unwrap().choose(&base.spec).unwrap();
     adapter(base, settings, &targets, start, Path::new("adapter"))
 }
@@ -174,7 +179,10 @@ fn every_parameter_has_the_gradient_of_the_loss() {
                 );
             }
             // Nothing else has a gradient: not one product is made for what is frozen.
-            assert_eq!(grads.get_ids().filter(|id| !trainee.parameters.iter().any(|p| p.var.id() == **id)).count(), 0);
+            assert_eq!(
+                grads.get_ids().filter(|id| !trainee.parameters.iter().any(|p| p.var.id() == **id)).count(),
+                0
+            );
         }
     }
 }
@@ -184,7 +192,8 @@ fn training_learns_and_leaves_the_base_alone() {
     let model = model("llama");
     let before = fingerprint(&model).unwrap();
     let blocks = held(&model, Mix::Q4_0);
-    let bytes = |held: &HeldModel| held.matrices.values().flat_map(|b| b.bytes().to_vec()).collect::<Vec<u8>>();
+    let bytes =
+        |held: &HeldModel| held.matrices.values().flat_map(|b| b.bytes().to_vec()).collect::<Vec<u8>>();
     let bytes_before = bytes(&blocks);
     let [dense, held] = [Base::dense(&model).unwrap(), Base::held(&blocks).unwrap()];
     let mean = |part: &[f64]| part.iter().sum::<f64>() / part.len() as f64;
@@ -222,7 +231,9 @@ fn a_resumed_run_ends_bit_identical() {
         let (found, losses) = tuned(&base, &settings, start, 9, (stopped.path(), true, 0)).unwrap();
         assert_eq!(losses.len(), 5);
         for (found, wanted) in found.pairs.iter().zip(&wanted.pairs) {
-            assert!((&found.down, &found.up, &found.magnitude) == (&wanted.down, &wanted.up, &wanted.magnitude));
+            assert!(
+                (&found.down, &found.up, &found.magnitude) == (&wanted.down, &wanted.up, &wanted.magnitude)
+            );
         }
         // Another adapter, and another base, are other runs.
         let other = Settings { rank: 5, ..settings.clone() };

@@ -208,11 +208,7 @@ impl CustomOp3 for LowRankProduct {
                             gemm(&mut dx, dlow, down, 1.0, true, true);
                             tensor(dx, n, cols)
                         });
-                        Ok((
-                            dx.transpose()?,
-                            Some(tensor(ddown, rank, cols)?),
-                            Some(tensor(dup, out, rank)?),
-                        ))
+                        Ok((dx.transpose()?, Some(tensor(ddown, rank, cols)?), Some(tensor(dup, out, rank)?)))
                     })
                 })
             })
@@ -277,9 +273,9 @@ impl CustomOp2 for ScaleColumns {
         let (n, out) = x.dims2()?;
         let grad = grad.contiguous()?;
         with_values(&grad, |grad| {
-            let dx = x.track_op().then(|| {
-                with_values(factors, |factors| tensor(self.scaled(grad, factors), n, out))
-            });
+            let dx = x
+                .track_op()
+                .then(|| with_values(factors, |factors| tensor(self.scaled(grad, factors), n, out)));
             let dfactors = with_values(x, |x| {
                 let mut sums = vec![0f64; out];
                 for (x, grad) in x.chunks_exact(out).zip(grad.chunks_exact(out)) {
@@ -287,7 +283,8 @@ impl CustomOp2 for ScaleColumns {
                         *sum += f64::from(x * grad);
                     }
                 }
-                let sums = sums.iter().zip(&self.lengths).map(|(sum, length)| (sum / f64::from(*length)) as f32);
+                let sums =
+                    sums.iter().zip(&self.lengths).map(|(sum, length)| (sum / f64::from(*length)) as f32);
                 Tensor::from_vec(sums.collect(), out, &candle_core::Device::Cpu)
             })?;
             Ok((dx.transpose()?, Some(dfactors)))
@@ -382,7 +379,8 @@ mod tests {
         let (x, down, up) = (check::matrix(1, 5, 32), check::matrix(2, 3, 32), check::matrix(3, 6, 3));
         for base in &bases()[1..] {
             let dense = base.with_values(|values| tensor(values.to_vec(), 6, 32)).unwrap();
-            let product = |base: &Frozen| base.apply_with(&x, &down, &up, 0.5).unwrap().to_vec2::<f32>().unwrap();
+            let product =
+                |base: &Frozen| base.apply_with(&x, &down, &up, 0.5).unwrap().to_vec2::<f32>().unwrap();
             assert_eq!(product(base), product(&Frozen::Dense(dense.clone())));
             let plain = super::super::linear(&x, &dense).unwrap().to_vec2::<f32>().unwrap();
             assert_eq!(base.apply(&x).unwrap().to_vec2::<f32>().unwrap(), plain);
@@ -404,13 +402,17 @@ mod tests {
     fn gradients_of_scaled_columns() {
         let factors = Tensor::from_vec(check::noise(9, 6), 6, &Device::Cpu).unwrap();
         let lengths = vec![0.5, 1.0, 2.0, 3.0, 0.7, 1.5];
-        check::gradients(&[check::matrix(1, 5, 6), factors], |x| scale_columns(&x[0], &x[1], lengths.clone()));
+        check::gradients(&[check::matrix(1, 5, 6), factors], |x| {
+            scale_columns(&x[0], &x[1], lengths.clone())
+        });
     }
 
     #[test]
     fn dropout_is_a_function_of_its_input() {
         let x = check::matrix(1, 40, 50);
-        let dropped = |x: &Tensor, seed| dropout(x, 0.3, seed).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let dropped = |x: &Tensor, seed| {
+            dropout(x, 0.3, seed).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
+        };
         let first = dropped(&x, 1);
         assert_eq!(first, dropped(&x.copy().unwrap(), 1));
         assert_ne!(first, dropped(&x, 2));
