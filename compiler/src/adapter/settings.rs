@@ -85,7 +85,7 @@ impl FromStr for Targets {
             return Ok(Self::AllLinear);
         }
         let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-' | ',');
-        // A dot is in names and in expressions; one beside a word is part of a name.
+        // A dot alone makes no expression: names have them too.
         if !text.is_empty() && text.chars().all(plain) {
             return Ok(Self::Names(text.split(',').map(str::to_owned).collect()));
         }

@@ -135,8 +135,8 @@ impl Arguments {
 }
 
 pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
-    if arguments.model.is_some() && arguments.data.is_empty() {
-        bail!("--data is missing: text for {} to learn from", arguments.out.display());
+    if let Some(model) = arguments.model.as_ref().filter(|_| arguments.data.is_empty()) {
+        bail!("--data is missing: text for {} to learn from", model.display());
     }
     let run = RunFolder::new(&arguments.out, arguments.resume, arguments.checkpoint_every);
     let mut screen = Screen::default();

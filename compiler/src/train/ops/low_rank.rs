@@ -295,7 +295,7 @@ impl CustomOp2 for ScaleColumns {
 /// Sets each element of `x` `[n, in]` to 0 with probability `rate` and divides the others by `1 - rate`
 /// (Srivastava et al., 2014).
 ///
-/// Which ones follows from `seed` and from the values of `x`: a resumed run, and a forward pass that is made again
+/// Which ones of a row follows from `seed`, the row's number and its values: a resumed run, and a forward pass that is made again
 /// for its gradient, drop the same without any state.
 ///
 /// # Errors
@@ -314,11 +314,11 @@ impl Dropout {
     fn mask(&self, x: &[f32], cols: usize, mut out: Vec<f32>) -> Vec<f32> {
         // FNV-1a over the values as words.
         let mix = |hash: u64, value: &f32| (hash ^ u64::from(value.to_bits())).wrapping_mul(0x100_0000_01b3);
-        let seed = x.iter().fold(self.seed ^ 0xcbf2_9ce4_8422_2325, mix);
         let keep = 1.0 / (1.0 - self.rate);
-        out.par_chunks_mut(cols).enumerate().for_each(|(row, values)| {
+        out.par_chunks_mut(cols).zip(x.par_chunks(cols)).enumerate().for_each(|(row, (out, x))| {
+            let seed = x.iter().fold(self.seed ^ 0xcbf2_9ce4_8422_2325, mix);
             let mut random = SplitMix64::new(seed, row as u64);
-            for value in values {
+            for value in out {
                 *value *= if random.unit() <= f64::from(self.rate) { 0.0 } else { keep };
             }
         });
