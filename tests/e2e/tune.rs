@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use edge_tests::{Ran, edgec, teacher, text, workspace};
@@ -12,10 +13,22 @@ fn model() -> PathBuf {
     teacher().join("model.gguf")
 }
 
+/// Text that the teacher has not learned by heart, as it has the beginning of [`text`].
+fn unknown() -> &'static Path {
+    static FILE: OnceLock<PathBuf> = OnceLock::new();
+    FILE.get_or_init(|| {
+        let known = fs::read_to_string(text()).unwrap();
+        let from = (known.len() / 2..).find(|from| known.is_char_boundary(*from)).unwrap();
+        let file = text().with_file_name("unknown.txt");
+        fs::write(&file, &known[from..]).unwrap();
+        file
+    })
+}
+
 /// A run of 40 steps, or of as many as `options` say.
 fn tune(model: &Path, out: &Path, options: &[&str]) -> Command {
     let mut tune = edgec();
-    tune.arg("tune").arg(model).arg("--data").arg(text()).arg("--eval-data").arg(text());
+    tune.arg("tune").arg(model).arg("--data").arg(text()).arg("--eval-data").arg(unknown());
     tune.args(["--length", "64", "--batch", "4", "--rank", "4", "--alpha", "8", "--lr", "1e-2"]);
     if !options.contains(&"--tokens") {
         tune.args(["--tokens", "10240"]);
@@ -32,7 +45,7 @@ fn tuned(model: &Path, out: &Path, options: &[&str]) -> Ran {
 
 fn ppl(model: &Path, adapter: Option<&Path>) -> f64 {
     let mut eval = edgec();
-    eval.arg("eval").arg(model).arg("--data").arg(text());
+    eval.arg("eval").arg(model).arg("--data").arg(unknown());
     eval.args(["--context", "64", "--windows", "16", "--score", "all", "--json"]);
     if let Some(adapter) = adapter {
         eval.arg("--adapter").arg(adapter);

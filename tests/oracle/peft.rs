@@ -45,7 +45,7 @@ fn peft_says_the_same_with_our_adapters() {
         assert!(ran.success, "{name}: {}", ran.err);
         out.join("adapter")
     });
-    python.arg(workspace().join("tests/oracle/peft.py"));
+    python.arg(workspace().join("tests/oracle/adapters.py"));
     let mut child =
         python.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let task = json!({"base": base, "adapters": adapters, "ids": IDS}).to_string();

@@ -310,10 +310,10 @@ pub(super) struct Watch<'a> {
 impl Progress for Watch<'_> {
     fn step(&mut self, report: &StepReport) -> ControlFlow<()> {
         let row = &report.row;
-        let message = format!(
-            "loss {:.4}  KL {:.4}  lr {:.1e}  {:.0} tok/s",
-            row.loss, row.kl, row.lr, report.tokens_per_second
-        );
+        // Without a teacher there is none.
+        let kl = if row.kl > 0.0 { format!("  KL {:.4}", row.kl) } else { String::new() };
+        let message =
+            format!("loss {:.4}{kl}  lr {:.1e}  {:.0} tok/s", row.loss, row.lr, report.tokens_per_second);
         self.observer.progress(self.stage, row.step as usize, report.steps as usize, &message);
         ControlFlow::Continue(())
     }
