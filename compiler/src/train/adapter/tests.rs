@@ -222,12 +222,13 @@ fn training_learns_and_leaves_the_base_alone() {
 fn a_resumed_run_ends_bit_identical() {
     let [dense, held] = bases("llama");
     let start = Start { dropout: 0.2, ..START };
-    for (base, settings) in [(dense, Settings { dora: true, ..SETTINGS }), (held, SETTINGS)] {
+    let dora = Settings { dora: true, ..SETTINGS };
+    for (base, other_base, settings) in [(&dense, &held, dora), (&held, &dense, SETTINGS)] {
         let (straight, stopped) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        let (wanted, _) = tuned(&base, &settings, start, 9, (straight.path(), false, 0)).unwrap();
-        let error = tuned(&base, &settings, start, 9, (stopped.path(), false, 4)).unwrap_err();
+        let (wanted, _) = tuned(base, &settings, start, 9, (straight.path(), false, 0)).unwrap();
+        let error = tuned(base, &settings, start, 9, (stopped.path(), false, 4)).unwrap_err();
         assert!(matches!(error, TrainError::Stopped { step: 4 }));
-        let (found, losses) = tuned(&base, &settings, start, 9, (stopped.path(), true, 0)).unwrap();
+        let (found, losses) = tuned(base, &settings, start, 9, (stopped.path(), true, 0)).unwrap();
         assert_eq!(losses.len(), 5);
         for (found, wanted) in found.pairs.iter().zip(&wanted.pairs) {
             assert!(
@@ -236,10 +237,10 @@ fn a_resumed_run_ends_bit_identical() {
         }
         // Another adapter, and another base, are other runs.
         let other = Settings { rank: 5, ..settings.clone() };
-        let error = tuned(&base, &other, start, 9, (stopped.path(), true, 0)).unwrap_err().to_string();
+        let error = tuned(base, &other, start, 9, (stopped.path(), true, 0)).unwrap_err().to_string();
         assert!(error.contains("adapter was") && !error.contains("base was"), "{error}");
-        let [_, other] = bases("qwen3");
-        let error = tuned(&other, &settings, start, 9, (stopped.path(), true, 0)).unwrap_err().to_string();
+        let error =
+            tuned(other_base, &settings, start, 9, (stopped.path(), true, 0)).unwrap_err().to_string();
         assert!(error.contains("base was") && !error.contains("adapter was"), "{error}");
     }
 }
