@@ -1,5 +1,6 @@
 //! Adapters give the logits that PEFT gives: beside the weights, through GGUF, and merged.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use edge_models::DecoderSpec;
@@ -9,6 +10,7 @@ use edge_tests::workspace;
 use edgec::adapter::AdapterError;
 use edgec::export::gguf::Mix;
 use edgec::profile::{lay_out, open, open_with, spec_of};
+use edgec::train::adapter::Base;
 use edgec::{adapter, pack, quantize, teacher};
 use safetensors::SafeTensors;
 
@@ -92,6 +94,74 @@ fn adapters_say_what_peft_says() {
         adapter::merge(&mut model, &read, 1.0).unwrap();
         let merged = lay_out(&model, &base()).unwrap();
         check(&format!("{name} merged"), &merged, &[], &golden.ids, &golden.merged);
+    }
+}
+
+/// What trains adapters computes with them what PEFT computes.
+#[test]
+fn the_graph_says_what_peft_says() {
+    let model = teacher::load(&base()).unwrap();
+    let frozen = Base::dense(&model).unwrap();
+    for name in ["lora", "rslora", "dora"] {
+        let golden = Golden::read(&folder(name));
+        let adapter = adapter::read(&folder(name), &model.spec).unwrap();
+        let decoder = frozen.with(&adapter).unwrap();
+        let logits = decoder.logits(&golden.ids, 1, golden.ids.len()).unwrap();
+        let logits = logits.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let worst = distance(&logits, &golden.adapted);
+        println!("{name} in the graph: max abs logit error {worst:.2e}");
+        assert!(worst < TOLERANCE, "{name}: {worst}");
+    }
+}
+
+/// What is written is what was read, to the bit, and says of itself what PEFT's own configuration says.
+#[test]
+fn a_written_folder_is_the_one_that_was_read() {
+    let spec = spec();
+    for name in ["lora", "rslora", "dora"] {
+        let out = tempfile::tempdir().unwrap();
+        let read = adapter::read(&folder(name), &spec).unwrap();
+        adapter::write(&read, &spec, "../models/llama-tied", out.path()).unwrap();
+        let again = adapter::read(out.path(), &spec).unwrap();
+        assert_eq!(again.pairs.len(), read.pairs.len());
+        for (a, b) in again.pairs.iter().zip(&read.pairs) {
+            assert_eq!((a.rank, a.scale, &a.down, &a.up), (b.rank, b.scale, &b.down, &b.up));
+            assert_eq!(a.magnitude, b.magnitude);
+        }
+        let tensors = |folder: &Path| std::fs::read(folder.join("adapter_model.safetensors")).unwrap();
+        let (ours, theirs) = (tensors(out.path()), tensors(&folder(name)));
+        let [ours, theirs] = [&ours, &theirs].map(|bytes| SafeTensors::deserialize(bytes).unwrap());
+        assert_eq!(ours.len(), theirs.len());
+        for (tensor, view) in theirs.iter() {
+            assert!(ours.tensor(tensor).unwrap() == view, "{name}: {tensor}");
+        }
+        let config = |folder: &Path| -> serde_json::Value {
+            serde_json::from_slice(&std::fs::read(folder.join("adapter_config.json")).unwrap()).unwrap()
+        };
+        let (ours, theirs) = (config(out.path()), config(&folder(name)));
+        for key in ["peft_type", "task_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern"] {
+            assert_eq!(ours[key], theirs[key], "{name}: {key}");
+        }
+        let targets = |config: &serde_json::Value| {
+            let list = config["target_modules"].as_array().unwrap();
+            list.iter().map(|name| name.as_str().unwrap().to_owned()).collect::<BTreeSet<_>>()
+        };
+        assert_eq!(targets(&ours), targets(&theirs));
+    }
+}
+
+/// A GGUF LoRA merges as the folder that it came from.
+#[test]
+fn a_gguf_lora_can_be_merged() {
+    let (out, spec) = (tempfile::tempdir().unwrap(), spec());
+    for name in ["lora", "rslora"] {
+        let golden = Golden::read(&folder(name));
+        let path = out.path().join("adapter.gguf");
+        adapter::export(&adapter::read(&folder(name), &spec).unwrap(), &spec, &path).unwrap();
+        let mut model = teacher::load(&base()).unwrap();
+        adapter::merge(&mut model, &adapter::read(&path, &spec).unwrap(), 1.0).unwrap();
+        let merged = lay_out(&model, &base()).unwrap();
+        check(&format!("{name} merged from GGUF"), &merged, &[], &golden.ids, &golden.merged);
     }
 }
 

@@ -1,6 +1,6 @@
 """What llama.cpp (PyPI: xllamacpp) says about GGUF files.
 
-Reads a JSON array of tasks, each of them `model` and `context`; `prompts` (texts) and `tokens` for greedy
+Reads a JSON array of tasks, each of them `model` and `context`; `lora`, an adapter to run with; `prompts` (texts) and `tokens` for greedy
 continuations; `windows` (lists of ids below `vocab`) for perplexity as llama.cpp's own tool defines it: in
 each window, the predictions made from its second half count. Writes an array with an answer to each:
 `greedy`, the ids, `ppl` and `tokens`, the number of predictions.
@@ -14,9 +14,11 @@ import urllib.request
 import xllamacpp
 
 
-def server(model, context):
+def server(model, context, lora):
     params = xllamacpp.CommonParams()
     params.model.path = model
+    if lora:
+        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(lora, 1.0)]
     params.n_ctx = context
     params.n_parallel = 1
     params.warmup = False
@@ -47,7 +49,7 @@ def log_probabilities(address, window, vocab):
 
 
 def answer(task):
-    running = server(task["model"], task["context"])
+    running = server(task["model"], task["context"], task.get("lora"))
     address = running.listening_address
     greedy = [
         complete(address, prompt=prompt, n_predict=task["tokens"], cache_prompt=False)["tokens"]

@@ -10,7 +10,7 @@ use edge_tests::{Ran, edgec, require_python, run, text, wide_teacher, workspace}
 use edgec::export::gguf::{MetaValue, Mix};
 use edgec::model::Vocabulary;
 use edgec::profile::eval::{Config, Score, evaluate};
-use edgec::{profile, quantize, teacher};
+use edgec::{adapter, profile, quantize, teacher};
 use serde_json::{Value, json};
 
 const TYPES: [&str; 6] = ["F16", "Q8_0", "Q4_0", "Q4_1", "Q4_K_M", "Q6_K"];
@@ -175,6 +175,45 @@ fn every_family_is_as_sure_in_llama_cpp() {
     }
     for ((what, outcome), answer) in found.iter().zip(llama_cpp(python, &tasks)) {
         assert_eq!(answer["tokens"], outcome.tokens, "{what}");
+        assert_as_sure(what, outcome.ppl, &answer);
+    }
+}
+
+/// Adapters whose scales are more than one alpha and its rank can say: rsLoRA, and patterns.
+#[test]
+fn adapters_are_as_sure_in_llama_cpp() {
+    let Some(python) = require_python("xllamacpp") else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let mut model = teacher::load(&workspace().join("tests/golden/models/llama-tied")).unwrap();
+    model.vocabulary = Some(numbers());
+    let base = folder.path().join("base.gguf");
+    quantize::quantize_file(&model, Mix::F32, &base).unwrap();
+    let adapters = workspace().join("tests/golden/adapters");
+    let read = |name: &str| adapter::read(&adapters.join(name), &model.spec).unwrap();
+    let mut patterns = read("rslora");
+    patterns.pairs.retain(|pair| pair.layer != 1);
+    patterns.pairs.iter_mut().step_by(2).for_each(|pair| pair.scale *= 0.4);
+    let (ids, context) = (arbitrary_ids(), 32);
+    let windows: Vec<_> = ids.chunks_exact(context).collect();
+    let config = Config { context, windows: None, score: Score::Half, bos: None };
+    let (mut found, mut tasks) = (Vec::new(), vec![]);
+    for (name, adapter) in [("lora", read("lora")), ("rslora", read("rslora")), ("patterns", patterns)] {
+        let path = folder.path().join(format!("{name}.gguf"));
+        adapter::export(&adapter, &model.spec, &path).unwrap();
+        let (file, beside) = profile::open_with(&base, &[(path.clone(), 1.0)]).unwrap();
+        let settings = Settings { adapters: beside, ..Settings::new(0) };
+        found.push((name, evaluate(&file, None, &ids, &config, &settings, &mut |_, _, _| ()).unwrap()));
+        let (vocab, context) = (VOCABULARY, 64);
+        tasks.push(json!({
+            "model": base, "lora": path, "context": context, "windows": windows, "vocab": vocab,
+        }));
+    }
+    let plain =
+        evaluate(&profile::open(&base).unwrap(), None, &ids, &config, &Settings::new(0), &mut |_, _, _| ());
+    let plain = plain.unwrap().ppl;
+    for ((what, outcome), answer) in found.iter().zip(llama_cpp(python, &tasks)) {
+        // Otherwise an adapter that does nothing would pass.
+        assert!((outcome.ppl / plain - 1.0).abs() > 4.0 * PERPLEXITY, "{what}: {}, {plain}", outcome.ppl);
         assert_as_sure(what, outcome.ppl, &answer);
     }
 }

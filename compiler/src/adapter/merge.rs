@@ -27,6 +27,21 @@ pub fn merge(model: &mut Model, adapter: &Adapter, scale: f32) -> Result<(), Ada
     Ok(())
 }
 
+/// Changes the weights of `model` as all of `adapters`, each with a scale, say together: the sum of what each
+/// would add to the model alone, so that their order does not matter.
+///
+/// # Errors
+/// As [`merge`]; several DoRAs, each of which scales what the others leave.
+pub fn merge_all(model: &mut Model, adapters: &[(Adapter, f32)]) -> Result<(), AdapterError> {
+    let (doras, loras): (Vec<_>, Vec<_>) = adapters.iter().partition(|(adapter, _)| adapter.is_dora());
+    if let [_, (second, _), ..] = doras[..] {
+        let message = "a second DoRA adapter, expected at most one".into();
+        return Err(AdapterError::File { path: second.path.clone(), message });
+    }
+    // A DoRA scales the rows of the model's own weights.
+    doras.into_iter().chain(loras).try_for_each(|(adapter, scale)| merge(model, adapter, *scale))
+}
+
 /// `weight`, which is the rows `first..first + rows` of the pair's matrix, with the update.
 fn merged(
     weight: &Tensor,

@@ -1,4 +1,4 @@
-//! LoRA adapters on the host: read from PEFT's folders, written as GGUF for devices, or merged into weights.
+//! LoRA adapters on the host: read from and written as PEFT's folders and GGUF files, or merged into weights.
 //!
 //! In memory an adapter is what PEFT trains: `W' x = W x + scale * B (A x)` in Hugging Face's row order, and
 //! for DoRA the length of each row of `W'` besides. The runtime and llama.cpp take the first kind as GGUF;
@@ -8,15 +8,20 @@ mod base;
 mod gguf;
 mod merge;
 mod peft;
+mod settings;
+#[cfg(test)]
+mod tests;
 
 pub use base::{base_of, check_base};
 pub use gguf::{export, export_for, export_to_vec};
-pub use merge::merge;
-pub use peft::read;
+pub use merge::{merge, merge_all};
+pub use peft::write;
+pub use settings::{Settings, Targets};
+pub(crate) use settings::{linear, module};
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use edge_models::TensorRow;
+use edge_models::{DecoderSpec, TensorRow};
 
 use crate::export::gguf::GgufWriteError;
 
@@ -36,6 +41,10 @@ pub enum AdapterError {
     Dora { path: PathBuf },
     #[error("{}: made for the model file with SHA-256 {made_for}, but that of {} is {found}", path.display(), model.display())]
     Base { path: PathBuf, made_for: String, model: PathBuf, found: String },
+    #[error("{}: {message}", path.display())]
+    File { path: PathBuf, message: String },
+    #[error("targets `{targets}`: {message}")]
+    Targets { targets: String, message: String },
     #[error(transparent)]
     Write(#[from] GgufWriteError),
     #[error("cannot merge: {0}")]
@@ -49,6 +58,24 @@ pub struct Adapter {
     pub path: PathBuf,
     /// One for each adapted matrix.
     pub pairs: Vec<Pair>,
+    /// Its scales are rsLoRA's.
+    pub rs: bool,
+}
+
+/// The file of an adapter's folder that says what it is.
+const CONFIG: &str = "adapter_config.json";
+
+/// Reads an adapter for models with `spec`: PEFT's folder, the folder of a run of `edgec tune`, or a GGUF LoRA.
+///
+/// # Errors
+/// What is wrong with the file or the folder.
+pub fn read(path: &Path, spec: &DecoderSpec) -> Result<Adapter, AdapterError> {
+    if path.is_file() {
+        return gguf::read(path, spec);
+    }
+    let inside = path.join("adapter");
+    let of_run = !path.join(CONFIG).is_file() && inside.join(CONFIG).is_file();
+    peft::read(if of_run { &inside } else { path }, spec)
 }
 
 /// The update of one matrix, in Hugging Face's row order. A fused tensor (Phi-3) has one pair for all its roles.

@@ -1,34 +1,32 @@
-//! PEFT's folders: `adapter_config.json` and `adapter_model.safetensors`.
+//! PEFT's folders: `adapter_config.json` and `adapter_model.safetensors`, in and out.
 //!
 //! Whatever the configuration asks for beyond LoRA, rsLoRA and DoRA on linear layers is refused by name:
 //! an adapter that is applied in part says something else than what was trained.
 
+mod write;
+
 use std::path::Path;
 
-use edge_models::{DecoderSpec, NameBuf, Role, TensorRow};
+use edge_models::{DecoderSpec, TensorRow};
 use safetensors::SafeTensors;
 use serde_json::Value;
 
-use super::{Adapter, AdapterError, Pair};
+use super::{Adapter, AdapterError, CONFIG, Pair, Settings, linear, module};
 use crate::teacher;
+pub use write::write;
 
-const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";
 /// What PEFT puts in front of a module's name.
 const PREFIX: &str = "base_model.model.";
 /// Largest adapter that is read, in bytes.
 const MAX_BYTES: u64 = 1 << 33;
 
-/// Matrices that adapters change.
-const LINEAR: [Role; 7] =
-    [Role::AttnQ, Role::AttnK, Role::AttnV, Role::AttnOut, Role::FfnGate, Role::FfnUp, Role::FfnDown];
-
 /// Reads an adapter for models with `spec`.
 ///
 /// # Errors
 /// A key that asks for what is not done, a tensor that is missing, surplus, misshapen or not finite.
 pub fn read(folder: &Path, spec: &DecoderSpec) -> Result<Adapter, AdapterError> {
-    let config = Config::read(&folder.join(CONFIG))?;
+    let config = Settings::read(&folder.join(CONFIG))?;
     let path = folder.join(WEIGHTS);
     let io = |source| AdapterError::Io { path: path.clone(), source };
     let size = std::fs::metadata(&path).map_err(io)?.len();
@@ -41,20 +39,14 @@ pub fn read(folder: &Path, spec: &DecoderSpec) -> Result<Adapter, AdapterError> 
         .map_err(|source| AdapterError::Safetensors { path: path.clone(), source })?;
     let mut reader = Reader { path: &path, file: &file, taken: 0 };
     let mut pairs = Vec::new();
-    for layer in 0..spec.layers {
-        for row in spec.family.tensors.iter().filter(|row| row.leads() && LINEAR.contains(&row.role)) {
-            let name = NameBuf::new(row.hf, layer);
-            let module = name.as_str().trim_end_matches(".weight");
-            pairs.extend(reader.pair(&config, module, row, layer, spec)?);
-        }
+    for (row, layer) in linear(spec) {
+        pairs.extend(reader.pair(&config, row, layer, spec)?);
     }
     if reader.taken < file.len() {
         let known = |name: &&str| {
-            pairs.iter().any(|pair| {
-                let matrix = NameBuf::new(pair.row.hf, pair.layer);
-                let module = format!("{PREFIX}{}.lora_", matrix.as_str().trim_end_matches(".weight"));
-                name.starts_with(&module)
-            })
+            pairs
+                .iter()
+                .any(|pair| name.starts_with(&format!("{PREFIX}{}.lora_", module(pair.row, pair.layer))))
         };
         let names = file.names();
         let name = names.iter().find(|name| !known(name)).map_or("", |name| name);
@@ -65,21 +57,11 @@ pub fn read(folder: &Path, spec: &DecoderSpec) -> Result<Adapter, AdapterError> 
     if pairs.is_empty() {
         return Err(reader.refuse("", "the adapter has no tensors".into()));
     }
-    Ok(Adapter { path: folder.into(), pairs })
+    Ok(Adapter { path: folder.into(), pairs, rs: config.rs })
 }
 
-/// What of `adapter_config.json` counts.
-struct Config {
-    path: std::path::PathBuf,
-    rank: f64,
-    alpha: f64,
-    ranks: Vec<(String, f64)>,
-    alphas: Vec<(String, f64)>,
-    rs: bool,
-    dora: bool,
-}
-
-impl Config {
+impl Settings {
+    /// What of `adapter_config.json` counts.
     fn read(path: &Path) -> Result<Self, AdapterError> {
         let json = teacher::json(path).map_err(|source| AdapterError::Io { path: path.into(), source })?;
         let error = |key: &str, expected| {
@@ -123,30 +105,28 @@ impl Config {
         if let Some(key) = absent.into_iter().find(|key| json.get(key).is_some_and(|value| !empty(value))) {
             return Err(error(key, "null"));
         }
+        let list = |key| pattern(&json, key).ok_or_else(|| error(key, PATTERN));
+        let whole = |key: &str, value: f64| {
+            let fits = value.fract() == 0.0 && value <= MAX_RANK;
+            if fits { Ok(value as usize) } else { Err(error(key, "whole numbers above 0, to 65536")) }
+        };
+        let mut ranks = Vec::new();
+        for (name, rank) in list("rank_pattern")? {
+            ranks.push((name, whole("rank_pattern", rank)?));
+        }
         Ok(Self {
-            path: path.into(),
-            rank: number("r")?,
+            rank: whole("r", number("r")?)?,
             alpha: number("lora_alpha")?,
-            ranks: pattern(&json, "rank_pattern").ok_or_else(|| error("rank_pattern", PATTERN))?,
-            alphas: pattern(&json, "alpha_pattern").ok_or_else(|| error("alpha_pattern", PATTERN))?,
+            ranks,
+            alphas: list("alpha_pattern")?,
             rs: on("use_rslora"),
             dora: on("use_dora"),
         })
     }
-
-    /// The rank that the configuration gives a module, and the scale of its update.
-    fn rank_and_scale(&self, module: &str) -> (f64, f32) {
-        let find = |patterns: &[(String, f64)], default| {
-            let fits = |pattern: &str| {
-                module.strip_suffix(pattern).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
-            };
-            patterns.iter().find(|(pattern, _)| fits(pattern)).map_or(default, |(_, value)| *value)
-        };
-        let (rank, alpha) = (find(&self.ranks, self.rank), find(&self.alphas, self.alpha));
-        (rank, (alpha / if self.rs { rank.sqrt() } else { rank }) as f32)
-    }
 }
 
+/// Largest rank that is read.
+const MAX_RANK: f64 = 65_536.0;
 const PATTERN: &str = "ends of modules' names (no expressions), each with a number above 0";
 
 /// A map from ends of modules' names to numbers; `None` if it is something else. PEFT takes the names for
@@ -176,12 +156,12 @@ impl Reader<'_> {
     /// The pair of a module, if the file has it.
     fn pair(
         &mut self,
-        config: &Config,
-        module: &str,
+        config: &Settings,
         row: &'static TensorRow,
         layer: usize,
         spec: &DecoderSpec,
     ) -> Result<Option<Pair>, AdapterError> {
+        let module = module(row, layer);
         let name = |part: &str| format!("{PREFIX}{module}.{part}");
         let [a, b] = ["lora_A.weight", "lora_B.weight"].map(name);
         match [&a, &b].map(|name| self.file.tensor(name).is_ok()) {
@@ -193,12 +173,7 @@ impl Reader<'_> {
             }
         }
         let [rows, cols] = row.file_shape(spec);
-        let (rank, scale) = config.rank_and_scale(module);
-        if rank.fract() != 0.0 || rank > rows.min(cols) as f64 * 16.0 {
-            let (path, key) = (config.path.clone(), "r".to_owned());
-            return Err(AdapterError::Key { path, key, found: rank.to_string(), expected: "a rank" });
-        }
-        let rank = rank as usize;
+        let (rank, scale) = config.rank_and_scale(&module);
         let down = self.tensor(&a, &[rank, cols])?;
         let up = self.tensor(&b, &[rows, rank])?;
         let magnitude = if config.dora {

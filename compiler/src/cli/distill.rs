@@ -18,6 +18,9 @@ pub struct Arguments {
     /// GGUF file or Hugging Face folder [default: a small teacher inside this program]
     #[arg(long)]
     teacher: Option<PathBuf>,
+    /// An adapter to merge into the teacher first: PEFT's folder, a folder of `edgec tune`, or a GGUF LoRA
+    #[arg(long)]
+    teacher_adapter: Option<PathBuf>,
     /// A smaller model of the same vocabulary to train, instead of one cut from the teacher
     #[arg(long, conflicts_with_all = ["shrink", "layers"])]
     student: Option<PathBuf>,
@@ -146,6 +149,7 @@ impl Arguments {
         }
         Recipe {
             teacher: self.teacher.clone().map_or(TeacherSource::Embedded, TeacherSource::Path),
+            teacher_adapter: self.teacher_adapter.clone(),
             student: match (&self.student, self.layers) {
                 (Some(path), _) => StudentSource::Path(path.clone()),
                 (None, Some(layers)) => StudentSource::Layers(layers),
@@ -186,7 +190,7 @@ impl Arguments {
 
 pub fn run(arguments: Arguments) -> anyhow::Result<()> {
     let folder = arguments.folder();
-    let mut screen = Screen { current: None };
+    let mut screen = Screen::default();
     let run = RunFolder::new(&folder, arguments.resume, arguments.checkpoint_every);
     let manifest = pipeline::distill(&arguments.recipe(), &run, &mut screen)?;
     screen.end();
@@ -209,12 +213,13 @@ pub fn run(arguments: Arguments) -> anyhow::Result<()> {
 }
 
 /// Shows one stage at a time.
-struct Screen {
+#[derive(Default)]
+pub(super) struct Screen {
     current: Option<(&'static str, Progress, String)>,
 }
 
 impl Screen {
-    fn end(&mut self) {
+    pub(super) fn end(&mut self) {
         if let Some((_, progress, message)) = self.current.take() {
             progress.finish(&message);
         }

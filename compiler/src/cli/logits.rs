@@ -68,13 +68,9 @@ fn native(arguments: &Arguments, ids: &[u32]) -> anyhow::Result<(Vec<f32>, usize
 
 fn candle(arguments: &Arguments, ids: &[u32]) -> anyhow::Result<(Vec<f32>, usize)> {
     let mut model = teacher::load(&arguments.model)?;
-    for (path, scale) in &arguments.engine.adapter {
-        if !path.is_dir() {
-            bail!("{}: the graph takes adapters as PEFT's folders", path.display());
-        }
-        let read = adapter::read(path, &model.spec)?;
-        adapter::merge(&mut model, &read, *scale)?;
-    }
+    let read = |(path, scale): &(PathBuf, f32)| Ok((adapter::read(path, &model.spec)?, *scale));
+    let adapters: Vec<_> = arguments.engine.adapter.iter().map(read).collect::<anyhow::Result<_>>()?;
+    adapter::merge_all(&mut model, &adapters)?;
     if let Some(id) = ids.iter().find(|&&id| id as usize >= model.spec.vocab) {
         bail!("--ids: token id {id}, the vocabulary has {}", model.spec.vocab);
     }

@@ -10,6 +10,7 @@ mod export;
 mod generate;
 mod inspect;
 mod logits;
+mod merge;
 mod output;
 mod pack;
 mod pretrain;
@@ -18,6 +19,7 @@ mod quantize;
 mod synth;
 mod targets;
 mod tokenize;
+mod tune;
 
 use std::path::{Path, PathBuf};
 
@@ -40,6 +42,10 @@ enum Command {
     Distill(distill::Arguments),
     /// Ask a server of a large teacher for training text.
     Synth(synth::Arguments),
+    /// Train a LoRA, rsLoRA, DoRA or QLoRA adapter beside a model.
+    Tune(tune::Arguments),
+    /// Put adapters into the weights of their model.
+    Merge(merge::Arguments),
     /// Write a model as GGUF in another tensor type.
     Quantize(quantize::Arguments),
     /// Write a model folder in an open format.
@@ -119,6 +125,8 @@ pub fn run() -> anyhow::Result<()> {
     match cli.command {
         Command::Distill(arguments) => distill::run(arguments),
         Command::Synth(arguments) => synth::run(arguments),
+        Command::Tune(arguments) => tune::run(&arguments),
+        Command::Merge(arguments) => merge::run(&arguments),
         Command::Quantize(arguments) => quantize::run(&arguments),
         Command::Export(arguments) => export::run(&arguments),
         Command::Pack(arguments) => pack::run(&arguments),

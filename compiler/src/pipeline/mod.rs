@@ -1,17 +1,22 @@
-//! The main job: from a teacher and text to a run's folder with everything a device needs.
+//! The main job: from a teacher and text to a run's folder with everything a device needs; and tuning a model
+//! beforehand ([`tune`]).
 //!
 //! Each stage leaves its result in the folder before the next one starts, so a stopped run goes on
 //! where it was: [`recipe`] says what was asked, [`stages`] does it, [`manifest`] says what came out.
 //! Nothing here knows how a stage is done.
 
+mod folder;
 mod manifest;
 mod prune;
 mod recipe;
 mod stages;
+mod text;
+mod tune;
 
 pub use manifest::{Artifact, Manifest};
 pub use recipe::{Data, Prune, Recipe, StudentSource, TeacherSource};
 pub use stages::distill;
+pub use tune::{TuneRecipe, Tuned, tune};
 
 use std::path::PathBuf;
 
@@ -57,6 +62,8 @@ pub enum Error {
     ExportHf(#[from] crate::export::hf::HfError),
     #[error(transparent)]
     Pack(#[from] crate::pack::PackError),
+    #[error(transparent)]
+    Adapter(#[from] crate::adapter::AdapterError),
     #[error(transparent)]
     Bundle(#[from] crate::bundle::BundleError),
     #[error(transparent)]

@@ -74,7 +74,7 @@ impl Run<'_> {
                 let seed = self.recipe.train.seed.wrapping_add(step as u64);
                 let config = TrainConfig { seed, ..self.recipe.share() };
                 let folder = RunFolder { path, ..folder.clone() };
-                let mut watch = Watch { observer: &mut *self.observer };
+                let mut watch = Watch { stage: "heal", observer: &mut *self.observer };
                 pruned.model =
                     trainer::distill(&inputs.teacher, pruned.model, text, &config, &folder, &mut watch)?;
                 export::hf::write(&pruned.model, &student)?;

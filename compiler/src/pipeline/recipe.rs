@@ -1,6 +1,6 @@
 //! What a run was asked to do.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -11,6 +11,9 @@ use crate::train::TrainConfig;
 pub struct Recipe {
     /// Where the teacher comes from.
     pub teacher: TeacherSource,
+    /// An adapter that is merged into the teacher first.
+    #[serde(default)]
+    pub teacher_adapter: Option<PathBuf>,
     /// Where the student comes from.
     pub student: StudentSource,
     /// Text to distill on.
@@ -96,32 +99,17 @@ impl Recipe {
 
     /// What errors call the text: its files.
     pub fn text(&self) -> String {
-        let files = match &self.data {
-            Data::Embedded => return "the embedded text".to_owned(),
-            Data::Files(files) => files.iter().chain(&self.eval_data),
+        self.data.names(self.eval_data.as_deref())
+    }
+}
+
+impl Data {
+    /// What errors call the text: its files, and the one to judge on.
+    pub(super) fn names(&self, eval: Option<&Path>) -> String {
+        let files = match self {
+            Self::Embedded => return "the embedded text".to_owned(),
+            Self::Files(files) => files.iter().map(PathBuf::as_path).chain(eval),
         };
         files.map(|file| file.display().to_string()).collect::<Vec<_>>().join(", ")
-    }
-
-    /// In what `self` and `other` differ, in words; `None` if in nothing.
-    pub fn difference(&self, other: &Self) -> Option<String> {
-        let fields = |recipe: &Self| match serde_json::to_value(recipe) {
-            Ok(serde_json::Value::Object(mut fields)) => {
-                if let Some(serde_json::Value::Object(train)) = fields.remove("train") {
-                    fields.extend(train);
-                }
-                fields
-            }
-            _ => serde_json::Map::new(),
-        };
-        let (mine, others) = (fields(self), fields(other));
-        let differing: Vec<String> = mine
-            .iter()
-            .filter(|(key, value)| others.get(*key) != Some(value))
-            .map(|(key, value)| {
-                format!("{key} was {value}, now {}", others.get(key).unwrap_or(&serde_json::Value::Null))
-            })
-            .collect();
-        (!differing.is_empty()).then(|| differing.join("; "))
     }
 }

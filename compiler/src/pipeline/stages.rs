@@ -1,7 +1,6 @@
 //! The stages of a run, in order, each from what the one before left in the folder.
 
 use std::fs;
-use std::io;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
@@ -10,7 +9,8 @@ use serde::Serialize;
 
 use super::manifest::{Artifact, Manifest, sha256};
 use super::prune::Pruned;
-use super::{Data, Error, Observer, Recipe, TeacherSource};
+use super::text::{self, EVAL_WINDOWS, Wanted};
+use super::{Error, Observer, Recipe, TeacherSource, folder};
 use crate::export::gguf::Mix;
 use crate::model::Model;
 use crate::pack::{self, PACK_FILE};
@@ -20,20 +20,14 @@ use crate::quantize::Encoding;
 use crate::quantize::calibrate::{RoundedModel, Rounding, Sample, round_model};
 use crate::report::{self, ModelRow, Summary};
 use crate::student::StudentError;
-use crate::text::corpus::{self, Corpus};
-use crate::text::{ChatTemplate, HostTokenizer};
+use crate::text::HostTokenizer;
+use crate::text::corpus::Corpus;
 use crate::train::trainer::{Progress, StepReport, Text, fingerprint};
 use crate::train::{self, Quantized, RunFolder, trainer};
-use crate::{atomic, bundle, demo, export, student, teacher};
-
-/// Windows of held-out text on which a run is judged, at most.
-const EVAL_WINDOWS: usize = 16;
+use crate::{adapter, bundle, demo, export, student, teacher};
 
 /// Tokens on which a student is rounded before it is trained behind its blocks.
 const ROUNDING_TOKENS: usize = 16_384;
-
-/// Share of the text that is held out where no other text to judge on is given.
-const HELD_OUT: f64 = 0.05;
 
 /// A run under way.
 pub(super) struct Run<'a> {
@@ -73,11 +67,11 @@ pub fn distill(recipe: &Recipe, folder: &RunFolder, observer: &mut dyn Observer)
     let RunFolder { path, resume, .. } = folder;
     let mut run = Run { recipe, folder: path, observer };
     let made = !path.exists();
-    run.open(*resume)?;
+    folder::open(path, *resume, recipe)?;
     let inputs_and_student = run.load().and_then(|inputs| Ok((run.student(&inputs)?, inputs)));
     let (pruned, inputs) = inputs_and_student.inspect_err(|_| {
         if !*resume {
-            run.abandon(made);
+            folder::abandon(path, made);
         }
     })?;
     let Pruned { model: untrained, kept } = run.heal(&inputs, pruned, folder)?;
@@ -95,58 +89,13 @@ impl Run<'_> {
         self.folder.join(name)
     }
 
-    /// Takes the folder: a new run writes down its recipe, a resumed one must find the same.
-    fn open(&mut self, resume: bool) -> Result<(), Error> {
-        let path = self.path("recipe.json");
-        if resume {
-            let text = match fs::read(&path) {
-                Ok(text) => text,
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                    return Err(Error::NothingToResume {
-                        path: self.folder.into(),
-                        missing: "recipe.json is missing",
-                    });
-                }
-                Err(source) => return Err(Error::Io { path, source }),
-            };
-            let found: Recipe = serde_json::from_slice(&text)
-                .map_err(|error| Error::Damaged { path: path.clone(), message: error.to_string() })?;
-            return match found.difference(self.recipe) {
-                None => {
-                    atomic::tidy(self.folder).map_err(|source| Error::Io { path: self.folder.into(), source })
-                }
-                Some(difference) => Err(Error::OtherRecipe { path: self.folder.into(), difference }),
-            };
-        }
-        let in_use = fs::read_dir(self.folder).is_ok_and(|mut entries| entries.next().is_some());
-        if in_use {
-            return Err(Error::FolderInUse { path: self.folder.into() });
-        }
-        fs::create_dir_all(self.folder).map_err(|source| Error::Io { path: self.folder.into(), source })?;
-        self.write_json("recipe.json", self.recipe)
-    }
-
-    /// Leaves the folder as it was before [`Run::open`]; `made` says that it was not there.
-    fn abandon(&self, made: bool) {
-        // This follows an error that is reported; whatever is left, the next run names.
-        drop(fs::remove_file(self.path("recipe.json")));
-        if made {
-            drop(fs::remove_dir(self.folder));
-        }
-    }
-
     pub(super) fn write_json(&self, name: &str, value: &impl Serialize) -> Result<(), Error> {
-        let path = self.path(name);
-        atomic::write(&path, |file| {
-            serde_json::to_writer_pretty(&mut *file, value)?;
-            file.write_all(b"\n")
-        })
-        .map_err(|source| Error::Io { path, source })
+        folder::write_json(self.folder, name, value)
     }
 
     fn load(&mut self) -> Result<Inputs, Error> {
         let recipe = self.recipe;
-        let (model, file, mut hashes) = match &recipe.teacher {
+        let (mut model, mut file, mut hashes) = match &recipe.teacher {
             TeacherSource::Embedded => {
                 let file = demo::teacher();
                 let model = teacher::from_gguf(&file.parse().map_err(profile::Error::from)?, file.path())?;
@@ -158,61 +107,34 @@ impl Run<'_> {
                 (teacher::load(path)?, profile::open(path)?, hashes)
             }
         };
-        self.observer.note("teacher", &describe(&model));
-        match &recipe.data {
-            Data::Embedded => self.observer.note("text", "none given: the embedded one"),
-            Data::Files(paths) => {
-                for path in paths {
-                    hashes.push(hash(path)?);
-                }
-            }
+        if let Some(path) = &recipe.teacher_adapter {
+            let adapter = adapter::read(path, &model.spec)?;
+            adapter::merge(&mut model, &adapter, 1.0)?;
+            hashes.extend(hash_model(&adapter.path)?);
+            file = profile::lay_out(&model, file.path())?;
+            self.observer.note("teacher", &format!("adapter {} is merged into it", adapter.path.display()));
         }
+        self.observer.note("teacher", &describe(&model));
         let tokenizer = HostTokenizer::of(&file)?;
         let mut speaker = Speaker { model, file, tokenizer };
-        let mut corpus = self.corpus(&speaker.tokenizer)?;
+        let wanted = Wanted {
+            data: &recipe.data,
+            eval_data: recipe.eval_data.as_deref(),
+            mask_prompts: recipe.mask_prompts,
+            length: recipe.train.length,
+        };
         let mut kept_tokens = None;
         if let Some(least) = recipe.prune.vocabulary {
-            let keep = self.trim(&mut speaker, &corpus, least)?;
-            corpus = self.corpus(&speaker.tokenizer)?;
-            kept_tokens = Some(keep);
+            let corpus = text::corpus(&wanted, &speaker.tokenizer)?;
+            kept_tokens = Some(self.trim(&mut speaker, &corpus, least)?);
         }
         let Speaker { model: teacher, file: teacher_file, tokenizer } = speaker;
-        let template = ChatTemplate::of(&tokenizer);
-        let length = recipe.train.length;
-        let (train, eval) = match &recipe.eval_data {
-            Some(path) => {
-                hashes.push(hash(path)?);
-                let paths = std::slice::from_ref(path);
-                (corpus, corpus::load(paths, &tokenizer, template.as_ref(), false)?.ids)
-            }
-            None if recipe.data == Data::Embedded => {
-                (corpus, corpus::from_text(demo::HELD_OUT, &tokenizer)?.ids)
-            }
-            None => {
-                let count = held_out(corpus.ids.len(), length);
-                corpus.split(count)
-            }
-        };
-        if eval.len() < length || train.ids.len() <= length {
-            let (text, found) = (recipe.text(), train.ids.len() + eval.len());
-            return Err(Error::TextTooShort { text, found, needed: 2 * length + 1 });
-        }
+        let (train, eval) = text::read(&wanted, &tokenizer, &mut hashes, self.observer)?;
         self.observer.note(
             "text",
             &format!("{} tokens to distill on, {} held out to judge on", train.ids.len(), eval.len()),
         );
         Ok(Inputs { teacher, teacher_file, tokenizer, train, eval, hashes, kept_tokens })
-    }
-
-    /// The text to distill on, in tokens.
-    fn corpus(&self, tokenizer: &HostTokenizer) -> Result<Corpus, Error> {
-        Ok(match &self.recipe.data {
-            Data::Embedded => corpus::from_text(demo::TEXT, tokenizer)?,
-            Data::Files(paths) => {
-                let template = ChatTemplate::of(tokenizer);
-                corpus::load(paths, tokenizer, template.as_ref(), self.recipe.mask_prompts)?
-            }
-        })
     }
 
     /// Trims the teacher's vocabulary to what `corpus` uses at least `least` times; answers the tokens that stay.
@@ -245,11 +167,11 @@ impl Run<'_> {
         if self.recipe.qat {
             let start = self.round(inputs, &untrained, mix)?;
             let student = train::quantized(untrained, start)?;
-            let mut watch = Watch { observer: &mut *self.observer };
+            let mut watch = Watch { stage: "distill", observer: &mut *self.observer };
             let (teacher, config) = (Some(&inputs.teacher), &self.recipe.share());
             return Ok(trainer::train(teacher, student, text, config, folder, &mut watch)?);
         }
-        let mut watch = Watch { observer: &mut *self.observer };
+        let mut watch = Watch { stage: "distill", observer: &mut *self.observer };
         let trained =
             trainer::distill(&inputs.teacher, untrained, text, &self.recipe.share(), folder, &mut watch)?;
         Ok(Quantized { model: trained, encoding: mix.into() })
@@ -397,31 +319,26 @@ impl Run<'_> {
     }
 }
 
-/// Passes the trainer's steps on.
+/// Passes the trainer's steps on, as those of a stage.
 pub(super) struct Watch<'a> {
-    pub(super) observer: &'a mut dyn Observer,
+    pub stage: &'static str,
+    pub observer: &'a mut dyn Observer,
 }
 
 impl Progress for Watch<'_> {
     fn step(&mut self, report: &StepReport) -> ControlFlow<()> {
         let row = &report.row;
-        let message = format!(
-            "loss {:.4}  KL {:.4}  lr {:.1e}  {:.0} tok/s",
-            row.loss, row.kl, row.lr, report.tokens_per_second
-        );
-        self.observer.progress("distill", row.step as usize, report.steps as usize, &message);
+        // Without a teacher there is none.
+        let kl = if row.kl > 0.0 { format!("  KL {:.4}", row.kl) } else { String::new() };
+        let message =
+            format!("loss {:.4}{kl}  lr {:.1e}  {:.0} tok/s", row.loss, row.lr, report.tokens_per_second);
+        self.observer.progress(self.stage, row.step as usize, report.steps as usize, &message);
         ControlFlow::Continue(())
     }
 
     fn note(&mut self, message: &str) {
-        self.observer.note("distill", message);
+        self.observer.note(self.stage, message);
     }
-}
-
-/// Tokens at the end of a text that are held out: a share of it, whole windows, at least one.
-fn held_out(tokens: usize, length: usize) -> usize {
-    let share = (tokens as f64 * HELD_OUT) as usize / length;
-    share.clamp(1, EVAL_WINDOWS) * length
 }
 
 pub(super) fn describe(model: &Model) -> String {
@@ -436,13 +353,13 @@ pub(super) fn describe(model: &Model) -> String {
     )
 }
 
-fn hash(path: &Path) -> Result<(String, String), Error> {
+pub(super) fn hash(path: &Path) -> Result<(String, String), Error> {
     let hash = sha256(path).map_err(|source| Error::Io { path: path.into(), source })?;
     Ok((path.display().to_string(), hash))
 }
 
 /// The hash of a model's file, or of each weight file in its folder.
-fn hash_model(path: &Path) -> Result<Vec<(String, String)>, Error> {
+pub(super) fn hash_model(path: &Path) -> Result<Vec<(String, String)>, Error> {
     if path.is_file() {
         return Ok(vec![hash(path)?]);
     }

@@ -3,6 +3,7 @@
 //! Opens whatever is a model to this tool as the one file that the runtime reads.
 
 pub mod eval;
+pub mod parity;
 
 pub use edge_run::{Adapter, ModelFile, Processors, Settings, bench};
 
@@ -36,6 +37,12 @@ pub enum Error {
     /// An adapter could not be read.
     #[error(transparent)]
     Adapter(#[from] AdapterError),
+    /// The differentiable graph refused a model.
+    #[error(transparent)]
+    Train(#[from] crate::train::TrainError),
+    /// The same, without more to say.
+    #[error("graph: {0}")]
+    Graph(#[from] candle_core::Error),
     /// The text is shorter than one window.
     #[error("the text has {found} tokens, one window needs {needed}")]
     TextTooShort {

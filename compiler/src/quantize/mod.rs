@@ -10,6 +10,7 @@ pub mod calibrate;
 mod encoding;
 mod gptq;
 pub(crate) mod grid;
+mod held;
 mod imatrix;
 mod mix;
 pub(crate) mod moments;
@@ -21,6 +22,8 @@ use rayon::prelude::*;
 
 pub use crate::export::gguf::export as quantize_file;
 pub use encoding::{Blocks, Encoding};
+pub(crate) use held::hold;
+pub use held::{HeldBlocks, HeldModel};
 pub use imatrix::{Imatrix, ImatrixError};
 pub use mix::{Mix, UnknownMix};
 

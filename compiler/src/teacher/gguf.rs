@@ -1,27 +1,37 @@
 //! A GGUF file as a model in memory.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
 use edge_models::{DecoderSpec, Family, NameBuf, Role, Rope, RopeScaling, TensorRow, family_by_gguf_name};
-use edge_runtime::format::{Gguf, GgufConfig, TensorInfo};
+use edge_runtime::format::{DType, Gguf, GgufConfig, TensorInfo};
 use edge_runtime::kernels::dequantize_row;
 use rayon::prelude::*;
 
 use super::{LoadError, check_finite};
 use crate::model::{Model, Vocabulary, Weights};
 use crate::pack::hex;
+use crate::quantize::{HeldBlocks, HeldModel, Mix, hold};
 
 pub(super) fn load(path: &Path) -> Result<Model, LoadError> {
+    with_file(path, |gguf| from_gguf(gguf, path))
+}
+
+/// As [`held_from_gguf`], of a file.
+pub(super) fn held(path: &Path, mix: Mix) -> Result<HeldModel, LoadError> {
+    with_file(path, |gguf| held_from_gguf(gguf, path, mix))
+}
+
+fn with_file<T>(path: &Path, read: impl FnOnce(&Gguf<'_>) -> Result<T, LoadError>) -> Result<T, LoadError> {
     let io = |source| LoadError::Io { path: path.into(), source };
     let file = File::open(path).map_err(io)?;
     // SAFETY: the map is read-only and private to this process, and every byte of it is checked by
     // `Gguf::parse` before it means anything. A file that is cut while it is mapped raises SIGBUS, as it
     // does for every tool that maps models.
     let bytes = unsafe { memmap2::Mmap::map(&file) }.map_err(io)?;
-    let gguf = Gguf::parse(&bytes).map_err(|source| LoadError::Gguf { path: path.into(), source })?;
-    from_gguf(&gguf, path)
+    read(&Gguf::parse(&bytes).map_err(|source| LoadError::Gguf { path: path.into(), source })?)
 }
 
 /// The model in a checked GGUF file; `path` is what errors call it.
@@ -29,20 +39,7 @@ pub(super) fn load(path: &Path) -> Result<Model, LoadError> {
 /// # Errors
 /// A pack, an unknown family, a missing or misshapen tensor, or one of a type that is not read.
 pub fn from_gguf(gguf: &Gguf<'_>, path: &Path) -> Result<Model, LoadError> {
-    if let Some(hash) = gguf.packed_from() {
-        return Err(LoadError::Packed { path: path.into(), source_hash: hex(hash) });
-    }
-    let refuse = |source| LoadError::Gguf { path: path.into(), source };
-    let architecture = gguf.architecture().map_err(refuse)?;
-    let family = family_by_gguf_name(architecture)
-        .ok_or_else(|| LoadError::UnknownFamily { path: path.into(), found: architecture.into() })?;
-    let config = GgufConfig::new(*gguf).map_err(refuse)?;
-    let prefix = || format!("{architecture}.");
-    let spec = (family.from_gguf)(&config).map_err(|source| LoadError::Spec {
-        path: path.into(),
-        prefix: prefix(),
-        source,
-    })?;
+    let spec = specification(gguf, path)?;
     let mut weights = weights(gguf, &spec, path)?;
     let spec = with_named_scaling(spec, &mut weights).map_err(tensor_error(path))?;
     let name = gguf.get("general.name").and_then(|value| value.as_str()).filter(|name| !name.is_empty());
@@ -53,6 +50,82 @@ pub fn from_gguf(gguf: &Gguf<'_>, path: &Path) -> Result<Model, LoadError> {
         vocabulary: Vocabulary::from_gguf(gguf),
         name: name.map_or(stem, str::to_owned),
     })
+}
+
+/// The hyper-parameters in a checked file.
+fn specification(gguf: &Gguf<'_>, path: &Path) -> Result<DecoderSpec, LoadError> {
+    if let Some(hash) = gguf.packed_from() {
+        return Err(LoadError::Packed { path: path.into(), source_hash: hex(hash) });
+    }
+    let refuse = |source| LoadError::Gguf { path: path.into(), source };
+    let architecture = gguf.architecture().map_err(refuse)?;
+    let family = family_by_gguf_name(architecture)
+        .ok_or_else(|| LoadError::UnknownFamily { path: path.into(), found: architecture.into() })?;
+    let config = GgufConfig::new(*gguf).map_err(refuse)?;
+    let prefix = || format!("{architecture}.");
+    (family.from_gguf)(&config).map_err(|source| LoadError::Spec {
+        path: path.into(),
+        prefix: prefix(),
+        source,
+    })
+}
+
+/// The model in a checked GGUF file with its matrices in blocks: as the file has them if it is quantized, and in the
+/// types of `mix` if all its matrices are floating-point numbers, one matrix after another.
+///
+/// # Errors
+/// As [`from_gguf`]; a value that a type cannot hold.
+pub fn held_from_gguf(gguf: &Gguf<'_>, path: &Path, mix: Mix) -> Result<HeldModel, LoadError> {
+    let spec = specification(gguf, path)?;
+    let (vectors, matrices): (Vec<_>, Vec<_>) =
+        wanted(spec.family, &spec).into_iter().partition(|(row, _)| row.role.is_vector());
+    let infos = index(gguf);
+    let mut kept = Weights::default();
+    for (row, layer) in vectors {
+        kept.insert(row.role, layer, read(find(&infos, row, layer, path)?, row, &spec, path)?);
+    }
+    let found: Vec<_> = matrices
+        .into_iter()
+        .map(|(row, layer)| Ok((row, layer, find(&infos, row, layer, path)?)))
+        .collect::<Result<_, LoadError>>()?;
+    let as_in_file = found.iter().any(|(.., info)| info.dtype.is_some_and(|dtype| !dtype.is_float()));
+    let held = found.into_par_iter().map(|(row, layer, info)| {
+        let blocks = if as_in_file {
+            read_blocks(info, row, &spec, path)?
+        } else {
+            let tensor = read(info, row, &spec, path)?;
+            let values = tensor.flatten_all().and_then(|flat| flat.to_vec1()).map_err(tensor_error(path))?;
+            hold(&values, row.role, layer, &spec, mix)
+                .map_err(|source| quantize_error(path, info.name, source))?
+        };
+        Ok(((row.role, layer), blocks))
+    });
+    let matrices = held.collect::<Result<_, LoadError>>()?;
+    let spec = with_named_scaling(spec, &mut kept).map_err(tensor_error(path))?;
+    Ok(HeldModel { spec, vectors: kept, matrices, as_in_file })
+}
+
+pub(super) fn quantize_error(path: &Path, name: &str, source: crate::quantize::QuantizeError) -> LoadError {
+    LoadError::Quantize { path: path.into(), name: name.into(), source }
+}
+
+type Index<'g> = HashMap<&'g str, TensorInfo<'g>>;
+
+/// The tensors by name.
+fn index<'g>(gguf: &Gguf<'g>) -> Index<'g> {
+    gguf.tensors().map(|info| (info.name, info)).collect()
+}
+
+/// The tensor that holds a row of the family table.
+fn find<'i, 'g>(
+    infos: &'i Index<'g>,
+    row: &TensorRow,
+    layer: usize,
+    path: &Path,
+) -> Result<&'i TensorInfo<'g>, LoadError> {
+    let name = NameBuf::new(row.gguf, layer);
+    let missing = || LoadError::MissingTensor { path: path.into(), name: name.as_str().into() };
+    infos.get(name.as_str()).ok_or_else(missing)
 }
 
 fn tensor_error(path: &Path) -> impl Fn(candle_core::Error) -> LoadError + '_ {
@@ -72,23 +145,64 @@ fn wanted(family: &'static Family, spec: &DecoderSpec) -> Vec<(&'static TensorRo
 }
 
 fn weights(gguf: &Gguf<'_>, spec: &DecoderSpec, path: &Path) -> Result<Weights, LoadError> {
-    let infos: std::collections::HashMap<&str, TensorInfo<'_>> =
-        gguf.tensors().map(|info| (info.name, info)).collect();
+    let infos = index(gguf);
     let loaded: Vec<_> = wanted(spec.family, spec)
         .into_par_iter()
-        .map(|(row, layer)| {
-            let name = NameBuf::new(row.gguf, layer);
-            let info = infos
-                .get(name.as_str())
-                .ok_or_else(|| LoadError::MissingTensor { path: path.into(), name: name.as_str().into() })?;
-            Ok((row.role, layer, read(info, row, spec, path)?))
-        })
+        .map(|(row, layer)| Ok((row.role, layer, read(find(&infos, row, layer, path)?, row, spec, path)?)))
         .collect::<Result<_, LoadError>>()?;
     let mut weights = Weights::default();
     for (role, layer, tensor) in loaded {
         weights.insert(role, layer, tensor);
     }
     Ok(weights)
+}
+
+/// The blocks of the role of `row` in the tensor `info`, as they are but for the order of rows.
+fn read_blocks(
+    info: &TensorInfo<'_>,
+    row: &TensorRow,
+    spec: &DecoderSpec,
+    path: &Path,
+) -> Result<HeldBlocks, LoadError> {
+    let dtype = checked(info, row, spec, path)?;
+    let [rows, cols] = row.file_shape(spec);
+    let (size, span) = (info.data.len() / rows, row.span(spec));
+    let mut bytes = info.data[span.start * size..span.end * size].to_vec();
+    if let Some(heads) = row.role.permuted_heads(spec) {
+        bytes = to_halves(&bytes, heads, size);
+    }
+    let blocks = HeldBlocks::new(dtype, [span.len(), cols], bytes)
+        .map_err(|source| quantize_error(path, info.name, source))?;
+    let mut values = vec![0.0; cols];
+    for row in 0..span.len() {
+        blocks.row(row, &mut values).map_err(|source| LoadError::Gguf { path: path.into(), source })?;
+        check_finite(path, info.name, &values)?;
+    }
+    Ok(blocks)
+}
+
+/// The type of the tensor `info`, which must have the shape of `row`.
+fn checked(
+    info: &TensorInfo<'_>,
+    row: &TensorRow,
+    spec: &DecoderSpec,
+    path: &Path,
+) -> Result<DType, LoadError> {
+    let [rows, cols] = row.file_shape(spec);
+    if (info.rows(), info.cols()) != (rows, cols) {
+        return Err(LoadError::Shape {
+            path: path.into(),
+            name: info.name.into(),
+            found: vec![info.rows(), info.cols()],
+            expected: vec![rows, cols],
+        });
+    }
+    info.dtype.ok_or_else(|| LoadError::Type {
+        path: path.into(),
+        name: info.name.into(),
+        found: format!("#{}", info.type_id),
+        expected: "one that this tool reads",
+    })
 }
 
 /// The rows of the role of `row` in the tensor `info`.
@@ -99,21 +213,8 @@ fn read(
     path: &Path,
 ) -> Result<Tensor, LoadError> {
     let role = row.role;
+    let dtype = checked(info, row, spec, path)?;
     let [rows, cols] = row.file_shape(spec);
-    if (info.rows(), info.cols()) != (rows, cols) {
-        return Err(LoadError::Shape {
-            path: path.into(),
-            name: info.name.into(),
-            found: vec![info.rows(), info.cols()],
-            expected: vec![rows, cols],
-        });
-    }
-    let dtype = info.dtype.ok_or_else(|| LoadError::Type {
-        path: path.into(),
-        name: info.name.into(),
-        found: format!("#{}", info.type_id),
-        expected: "one that this tool reads",
-    })?;
     let (bytes, span) = (info.data.len() / rows, row.span(spec));
     let mut values = vec![0.0; span.len() * cols];
     for (row, out) in span.clone().zip(values.chunks_exact_mut(cols)) {
@@ -131,9 +232,9 @@ fn read(
 }
 
 /// Rows of each head from neighbours (row `2i + s`) to halves (row `i + s * head_dim / 2`).
-fn to_halves(values: &[f32], heads: usize, width: usize) -> Vec<f32> {
+fn to_halves<T: Copy + Default>(values: &[T], heads: usize, width: usize) -> Vec<T> {
     let head_dim = values.len() / width / heads;
-    let mut out = vec![0.0; values.len()];
+    let mut out = vec![T::default(); values.len()];
     for head in 0..heads {
         for i in 0..head_dim / 2 {
             for s in 0..2 {

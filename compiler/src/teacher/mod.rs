@@ -8,14 +8,15 @@ mod gguf;
 mod hf;
 
 pub use config::JsonConfig;
-pub use gguf::from_gguf;
+pub use gguf::{from_gguf, held_from_gguf};
 pub(crate) use hf::{json, to_f32};
 
 use std::path::{Path, PathBuf};
 
 use edge_models::{FAMILIES, SpecError};
 
-use crate::model::Model;
+use crate::model::{Model, Weights};
+use crate::quantize::{HeldModel, Mix, QuantizeError, hold};
 use crate::text::TextError;
 
 /// Why a model could not be loaded. Every message names the file.
@@ -46,6 +47,8 @@ pub enum LoadError {
     UnknownTensor { path: PathBuf, name: String, family: &'static str },
     #[error("{}: tensor `{name}` holds {value} at element {index}, expected finite numbers", path.display())]
     NotFinite { path: PathBuf, name: String, index: usize, value: f32 },
+    #[error("{}: tensor `{name}`: {source}", path.display())]
+    Quantize { path: PathBuf, name: String, source: QuantizeError },
     #[error("{}: neither a GGUF file nor a folder with a config.json", path.display())]
     NotAModel { path: PathBuf },
     #[error(transparent)]
@@ -70,6 +73,31 @@ pub fn load(path: &Path) -> Result<Model, LoadError> {
         return Err(LoadError::NotAModel { path: path.into() });
     }
     gguf::load(path)
+}
+
+/// As [`load`], with the matrices in blocks: those of a quantized GGUF file as they are, of anything else in the types
+/// of `mix`.
+///
+/// # Errors
+/// As [`load`]; a value that a type cannot hold.
+pub fn load_held(path: &Path, mix: Mix) -> Result<HeldModel, LoadError> {
+    if path.is_file() {
+        return gguf::held(path, mix);
+    }
+    let Model { spec, weights, .. } = load(path)?;
+    let (mut vectors, mut matrices) = (Weights::default(), std::collections::BTreeMap::new());
+    for (role, layer, tensor) in weights.iter() {
+        if role.is_vector() {
+            vectors.insert(role, layer, tensor.clone());
+            continue;
+        }
+        let values = tensor.flatten_all().and_then(|flat| flat.to_vec1::<f32>());
+        let values = values.map_err(|source| LoadError::Tensor { path: path.into(), source })?;
+        let blocks = hold(&values, role, layer, &spec, mix);
+        let name = || format!("{role:?} of layer {layer}");
+        matrices.insert((role, layer), blocks.map_err(|source| gguf::quantize_error(path, &name(), source))?);
+    }
+    Ok(HeldModel { spec, vectors, matrices, as_in_file: false })
 }
 
 fn family_names() -> String {

@@ -1,10 +1,12 @@
 //! Training: the differentiable graph, the loss and the loop that minimizes it.
 
+pub mod adapter;
 pub mod checkpoint;
 mod config;
 mod error;
 pub mod graph;
 pub mod loss;
+pub mod low_rank;
 pub mod metrics;
 mod on_grid;
 pub(crate) mod ops;

@@ -2,10 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{Result, Tensor};
+use candle_core::{Device, Result, Tensor};
 use edge_models::Role;
 
-use super::ops::{Levels, linear, on_grid};
+use super::low_rank::LowRank;
+use super::ops::{Frozen, Levels, linear, on_grid};
 
 /// The matrices of a decoder by role and layer (0 for those that exist once).
 pub type Matrices = BTreeMap<(Role, usize), Projection>;
@@ -17,6 +18,10 @@ pub enum Projection {
     Dense(Tensor),
     /// As the blocks of a file hold it, which the forward pass rounds it to.
     OnGrid(OnGrid),
+    /// Not trained, and held in f32 or in blocks.
+    Frozen(Frozen),
+    /// Not trained, with a trained update beside it.
+    LowRank(Box<LowRank>),
 }
 
 /// A matrix and the grid that it is rounded to, row by row.
@@ -54,6 +59,8 @@ impl Projection {
         match self {
             Self::Dense(weight) => weight.dims(),
             Self::OnGrid(grid) => grid.latent.dims(),
+            Self::Frozen(weight) => weight.dims(),
+            Self::LowRank(weight) => weight.base.dims(),
         }
     }
 
@@ -65,6 +72,8 @@ impl Projection {
         match self {
             Self::Dense(weight) => linear(x, weight),
             Self::OnGrid(grid) => linear(x, &grid.rounded()?),
+            Self::Frozen(weight) => weight.apply(x),
+            Self::LowRank(weight) => weight.apply(x),
         }
     }
 
@@ -74,8 +83,19 @@ impl Projection {
     /// There is no such row.
     pub fn rows(&self, ids: &Tensor) -> Result<Tensor> {
         match self {
-            Self::Dense(weight) => weight.index_select(ids, 0),
             Self::OnGrid(grid) => grid.rows(ids)?.rounded(),
+            Self::Dense(weight) | Self::Frozen(Frozen::Dense(weight)) => weight.index_select(ids, 0),
+            Self::Frozen(Frozen::Blocks(blocks, _)) => {
+                let (ids, cols) = (ids.to_vec1::<u32>()?, blocks.dims()[1]);
+                let mut values = vec![0.0; ids.len() * cols];
+                for (id, out) in ids.iter().zip(values.chunks_exact_mut(cols)) {
+                    blocks
+                        .row(*id as usize, out)
+                        .map_err(|error| candle_core::Error::Msg(error.to_string()))?;
+                }
+                Tensor::from_vec(values, (ids.len(), cols), &Device::Cpu)
+            }
+            Self::LowRank(_) => self.matrix()?.index_select(ids, 0),
         }
     }
 
@@ -85,8 +105,15 @@ impl Projection {
     /// What an operation that makes it answers.
     pub fn matrix(&self) -> Result<Tensor> {
         match self {
-            Self::Dense(weight) => Ok(weight.clone()),
             Self::OnGrid(grid) => grid.rounded(),
+            Self::Dense(weight) | Self::Frozen(Frozen::Dense(weight)) => Ok(weight.clone()),
+            Self::Frozen(Frozen::Blocks(blocks, _)) => {
+                let [rows, cols] = *blocks.dims();
+                let mut values = vec![0.0; rows * cols];
+                blocks.values(&mut values).map_err(|error| candle_core::Error::Msg(error.to_string()))?;
+                Tensor::from_vec(values, (rows, cols), &Device::Cpu)
+            }
+            Self::LowRank(weight) => weight.matrix(),
         }
     }
 }

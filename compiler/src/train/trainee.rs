@@ -34,6 +34,11 @@ impl<R> Trainee<R> {
         Self { decoder, parameters, recipe, finish: Box::new(finish) }
     }
 
+    /// How many numbers are trained.
+    pub fn trained(&self) -> u64 {
+        self.parameters.iter().map(|parameter| parameter.var.elem_count() as u64).sum()
+    }
+
     /// What the variables have become.
     pub(super) fn finish(self) -> Result<R, TrainError> {
         (self.finish)()
