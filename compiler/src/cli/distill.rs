@@ -2,9 +2,9 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use edgec::pipeline::{self, Data, Observer, Recipe, StudentSource, TeacherSource};
-use edgec::train::loss::Objective;
+use edgec::train::loss::{Mixture, Objective};
 use edgec::train::{RunFolder, TrainConfig};
 
 use super::output;
@@ -42,10 +42,16 @@ pub struct Arguments {
     /// Tokens to train on
     #[arg(long, default_value_t = 122_880)]
     tokens: u64,
-    /// Loss
-    #[arg(long, value_enum, default_value_t = Loss::Fkl)]
-    loss: Loss,
-    /// Share of the soft loss: alpha * T^2 * KL + (1 - alpha) * cross-entropy
+    /// Divergence from the teacher: fkl, rkl, jsd, skl, srkl, tvd, or a mixture: fkl=0.7,tvd=0.3
+    #[arg(long, default_value_t)]
+    loss: Mixture,
+    /// Share of the teacher in the middle of jsd, 0 (fkl) to 1 (rkl)
+    #[arg(long, default_value_t = Objective::default().beta)]
+    beta: f64,
+    /// Share of the other distribution in skl and srkl, 0 to below 1
+    #[arg(long, default_value_t = Objective::default().skew)]
+    skew: f64,
+    /// Share of the soft loss: alpha * T^2 * divergence + (1 - alpha) * cross-entropy
     #[arg(long, default_value_t = 1.0)]
     alpha: f64,
     /// Temperature of the soft loss
@@ -80,18 +86,8 @@ pub struct Arguments {
     resume: bool,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum Loss {
-    /// Forward KL divergence, KL(teacher || student).
-    Fkl,
-}
-
 impl Arguments {
     fn recipe(&self) -> Recipe {
-        // One loss today; the match makes the compiler ask for the next.
-        match self.loss {
-            Loss::Fkl => {}
-        }
         Recipe {
             teacher: self.teacher.clone().map_or(TeacherSource::Embedded, TeacherSource::Path),
             student: match (&self.student, self.layers) {
@@ -112,7 +108,13 @@ impl Arguments {
                 accumulate: self.accumulate,
                 lr: self.lr,
                 seed: self.seed,
-                objective: Objective { alpha: self.alpha, temperature: self.temperature },
+                objective: Objective {
+                    alpha: self.alpha,
+                    temperature: self.temperature,
+                    soft: self.loss,
+                    beta: self.beta,
+                    skew: self.skew,
+                },
                 ..TrainConfig::default()
             },
         }

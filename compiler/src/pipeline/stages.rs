@@ -11,15 +11,15 @@ use serde::{Deserialize, Serialize};
 use super::manifest::{Artifact, Manifest, sha256};
 use super::{Data, Error, Observer, Recipe, StudentSource, TeacherSource};
 use crate::export::gguf::Mix;
-use crate::model::Model;
+use crate::model::{Model, Weights};
 use crate::pack::{self, PACK_FILE};
 use crate::profile::eval::{Config, Outcome, Score, evaluate_all};
 use crate::profile::{self, ModelFile, Settings, bench};
 use crate::report::{self, ModelRow, Summary};
 use crate::text::corpus::{self, Corpus};
 use crate::text::{ChatTemplate, HostTokenizer};
-use crate::train::trainer::{Progress, StepReport, Text, fingerprint};
-use crate::train::{RunFolder, trainer};
+use crate::train::trainer::{Progress, StepReport, Teacher, Text, fingerprint};
+use crate::train::{RunFolder, cache, trainee, trainer};
 use crate::{atomic, bundle, demo, export, quantize, student, teacher};
 
 /// Windows of held-out text on which a run is judged, at most.
@@ -66,12 +66,12 @@ pub fn distill(recipe: &Recipe, folder: &RunFolder, observer: &mut dyn Observer)
     let made = !path.exists();
     run.open(*resume)?;
     let inputs_and_student = run.load().and_then(|inputs| Ok((run.student(&inputs)?, inputs)));
-    let ((untrained, kept), inputs) = inputs_and_student.inspect_err(|_| {
+    let ((untrained, kept), mut inputs) = inputs_and_student.inspect_err(|_| {
         if !*resume {
             run.abandon(made);
         }
     })?;
-    let trained = run.train(&inputs, untrained, folder)?;
+    let trained = run.train(&mut inputs, untrained, &kept, folder)?;
     run.export(&trained, mix)?;
     run.observer.note("bundle", &format!("libedge for {} ({})", target.name, target.triple));
     let library = bundle::build(&target, path)?;
@@ -234,12 +234,27 @@ impl Run<'_> {
         Ok(Layers { kept: choice.kept, kl: choice.kl })
     }
 
-    fn train(&mut self, inputs: &Inputs, untrained: Model, folder: &RunFolder) -> Result<Model, Error> {
+    fn train(
+        &mut self,
+        inputs: &mut Inputs,
+        untrained: Model,
+        kept: &[usize],
+        folder: &RunFolder,
+    ) -> Result<Model, Error> {
+        let config = &self.recipe.train;
         let text = Text { ids: &inputs.train.ids, scored: &inputs.train.scored };
         let mut watch = Watch { observer: &mut *self.observer };
-        let trained =
-            trainer::distill(&inputs.teacher, untrained, text, &self.recipe.train, folder, &mut watch)?;
-        Ok(trained)
+        let cache = cache::fill(&inputs.teacher, text, config, folder, &mut watch)?;
+        let student = trainee::full(untrained, config.decay_embeddings)?;
+        let teacher = match &cache {
+            Some(cache) => {
+                // All that it has to say is on the disk.
+                inputs.teacher.weights = Weights::default();
+                Teacher::Cache(cache)
+            }
+            None => Teacher::Model(&inputs.teacher, kept),
+        };
+        Ok(trainer::train_from(Some(teacher), student, text, config, folder, &mut watch)?)
     }
 
     fn export(&mut self, trained: &Model, mix: Mix) -> Result<(), Error> {
@@ -388,6 +403,11 @@ impl Progress for Watch<'_> {
 
     fn note(&mut self, message: &str) {
         self.observer.note("distill", message);
+    }
+
+    fn cached(&mut self, done: usize, total: usize) -> ControlFlow<()> {
+        self.observer.progress("teacher", done, total, "windows in its cache");
+        ControlFlow::Continue(())
     }
 }
 

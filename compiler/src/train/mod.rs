@@ -1,9 +1,11 @@
 //! Training: the differentiable graph, the loss and the loop that minimizes it.
 
+pub mod cache;
 pub mod checkpoint;
 mod config;
 mod error;
 pub mod graph;
+mod inner;
 pub mod loss;
 pub mod metrics;
 pub(crate) mod ops;
