@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use edgec::pipeline::{self, Data, Observer, Recipe, StudentSource, TeacherSource};
-use edgec::train::loss::{Mixture, Objective};
+use edgec::train::loss::{HiddenTerms, Mixture, Objective, Sparsity};
 use edgec::train::{RunFolder, TrainConfig};
 
 use super::output;
@@ -57,6 +57,18 @@ pub struct Arguments {
     /// Temperature of the soft loss
     #[arg(long, default_value_t = 1.0)]
     temperature: f64,
+    /// Terms between hidden states of student and teacher: mse=0.1, cos=0.05, or both with a comma
+    #[arg(long, value_name = "TERMS")]
+    hidden: Option<HiddenTerms>,
+    /// Blocks of the student, from 0, whose output is compared [default: all]
+    #[arg(long, value_name = "LAYERS", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(..512))]
+    hidden_layers: Vec<u16>,
+    /// Share of the sequences that the student writes itself, from a prompt of the data, for the teacher to score
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
+    on_policy: f64,
+    /// Ask the teacher once, keep top-k=N or sampled=N tokens a position in a file, and train from it
+    #[arg(long, value_name = "FORM")]
+    cache_teacher: Option<Sparsity>,
     /// Peak learning rate
     #[arg(long, default_value_t = TrainConfig::default().lr)]
     lr: f64,
@@ -81,6 +93,12 @@ pub struct Arguments {
     /// Steps between checkpoints; every two minutes there is one anyway
     #[arg(long, value_name = "STEPS", value_parser = clap::value_parser!(u64).range(1..))]
     checkpoint_every: Option<u64>,
+    /// Read these flags from a TOML file; those on the command line win
+    #[arg(long, value_name = "FILE")]
+    recipe: Option<PathBuf>,
+    /// Print what was asked as a recipe file, and do nothing
+    #[arg(long)]
+    print_recipe: bool,
     /// Go on with the run in --out
     #[arg(long, requires = "out")]
     resume: bool,
@@ -115,6 +133,9 @@ impl Arguments {
                     beta: self.beta,
                     skew: self.skew,
                 },
+                hidden: self.hidden.unwrap_or_default().at(&self.hidden_layers),
+                cache: self.cache_teacher,
+                on_policy: self.on_policy,
                 ..TrainConfig::default()
             },
         }
@@ -133,6 +154,12 @@ impl Arguments {
 }
 
 pub fn run(arguments: Arguments) -> anyhow::Result<()> {
+    if arguments.print_recipe {
+        return Ok(output::line(super::recipe::print::<super::Cli>(
+            std::env::args_os().collect(),
+            "distill",
+        )?)?);
+    }
     let folder = arguments.folder();
     let mut screen = Screen { current: None };
     let run = RunFolder::new(&folder, arguments.resume, arguments.checkpoint_every);

@@ -15,6 +15,7 @@ mod pack;
 mod pretrain;
 mod progress;
 mod quantize;
+mod recipe;
 mod targets;
 mod tokenize;
 
@@ -107,7 +108,7 @@ impl EngineArguments {
 
 /// Parses the command line and runs the command.
 pub fn run() -> anyhow::Result<()> {
-    let cli = Cli::try_parse().unwrap_or_else(|error| refuse(&error));
+    let cli: Cli = recipe::parse(std::env::args_os().collect()).unwrap_or_else(|error| refuse(&error));
     match cli.command {
         Command::Distill(arguments) => distill::run(arguments),
         Command::Quantize(arguments) => quantize::run(&arguments),

@@ -48,6 +48,9 @@ pub struct TrainConfig {
     /// What is kept of the teacher's distributions, where it is asked once and not in every step.
     #[serde(default)]
     pub cache: Option<Sparsity>,
+    /// Share of the windows that the student writes itself but for their beginning, 0 to 1.
+    #[serde(default)]
+    pub on_policy: f64,
 }
 
 impl Default for TrainConfig {
@@ -70,6 +73,7 @@ impl Default for TrainConfig {
             objective: Objective::default(),
             hidden: HiddenTerms::default(),
             cache: None,
+            on_policy: 0.0,
         }
     }
 }
@@ -106,7 +110,7 @@ impl TrainConfig {
         let Objective { alpha, temperature, beta, skew, .. } = self.objective;
         let unit = |x: f64| (0.0..=1.0).contains(&x);
         let decay = |x: f64| (0.0..1.0).contains(&x);
-        let checks: [(&'static str, f64, bool, &'static str); 15] = [
+        let checks: [(&'static str, f64, bool, &'static str); 16] = [
             ("tokens", self.tokens as f64, self.tokens > 0, "at least 1"),
             ("batch", self.batch as f64, (1..=MOST).contains(&self.batch), "1 to 1048576"),
             ("length", self.length as f64, (1..=MOST).contains(&self.length), "1 to 1048576"),
@@ -121,6 +125,7 @@ impl TrainConfig {
             ("clip", self.clip, self.clip > 0.0, "a positive number"),
             ("alpha", alpha, unit(alpha), "a share from 0 to 1"),
             ("beta", beta, unit(beta), "a share from 0 to 1"),
+            ("share on policy", self.on_policy, unit(self.on_policy), "a share from 0 to 1"),
             ("skew", skew, decay(skew), "0 to below 1"),
         ];
         for (setting, found, good, expected) in checks {
@@ -136,13 +141,25 @@ impl TrainConfig {
                 expected: "above 0, up to 100",
             });
         }
-        self.validate_cache()
+        self.validate_teacher()
     }
 
-    /// Refuses what a cache of the teacher cannot give.
-    fn validate_cache(&self) -> Result<(), TrainError> {
+    /// Refuses what the teacher, or a cache of it, cannot give.
+    fn validate_teacher(&self) -> Result<(), TrainError> {
         let refuse = |setting, found: String, expected| Err(TrainError::Setting { setting, found, expected });
+        if !self.hidden.any() && !self.hidden.layers.is_empty() {
+            let found = format!("{:?}", self.hidden.numbers());
+            return refuse("layers with hidden-state terms", found, "none without such a term");
+        }
+        if self.on_policy > 0.0 && self.objective.alpha < 1.0 {
+            let expected = "1 with text that the student writes, which is no example for it";
+            return refuse("alpha", self.objective.alpha.to_string(), expected);
+        }
         match self.cache {
+            Some(_) if self.on_policy > 0.0 => {
+                let expected = "0 with a cache of the teacher, which has not seen what the student writes";
+                refuse("share on policy", self.on_policy.to_string(), expected)
+            }
             Some(_) if self.hidden.any() => {
                 let expected = "none with a cache of the teacher, which has no hidden states";
                 refuse("hidden-state term", self.hidden.to_string(), expected)
@@ -163,7 +180,7 @@ impl TrainConfig {
 
     /// The settings by name, as a checkpoint remembers them.
     pub(super) fn recipe(&self) -> Recipe {
-        let entries: [(&str, String); 22] = [
+        let entries: [(&str, String); 23] = [
             ("tokens", self.tokens.to_string()),
             ("batch", self.batch.to_string()),
             ("length", self.length.to_string()),
@@ -185,6 +202,7 @@ impl TrainConfig {
             ("skew", self.objective.skew.to_string()),
             ("hidden", self.hidden.to_string()),
             ("hidden_layers", format!("{:?}", self.hidden.numbers())),
+            ("on_policy", self.on_policy.to_string()),
             ("cache", self.cache.map_or("none".into(), |cache| cache.to_string())),
         ];
         entries.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()

@@ -78,6 +78,9 @@ pub enum TrainError {
     /// A checkpoint could not be written or read.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// The student could not write text on the runtime.
+    #[error("on-policy text: {0}")]
+    Policy(#[from] crate::profile::Error),
     /// The teacher's cache could not be written or read.
     #[error(transparent)]
     Cache(#[from] CacheError),

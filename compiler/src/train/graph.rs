@@ -72,6 +72,21 @@ impl Decoder {
         &self.spec
     }
 
+    /// All weights as they are now, without their graph.
+    ///
+    /// # Errors
+    /// What an operation that makes a matrix answers.
+    pub fn weights(&self) -> Result<Weights> {
+        let mut weights = Weights::default();
+        for (role, layer, vector) in self.vectors.iter() {
+            weights.insert(role, layer, vector.detach());
+        }
+        for ((role, layer), matrix) in &self.matrices {
+            weights.insert(*role, *layer, matrix.matrix()?.detach());
+        }
+        Ok(weights)
+    }
+
     /// The output head, made for one forward pass.
     ///
     /// # Errors

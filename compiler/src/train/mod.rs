@@ -10,6 +10,7 @@ pub mod loss;
 pub mod metrics;
 pub(crate) mod ops;
 pub mod optimizer;
+mod policy;
 pub mod pretrain;
 mod projection;
 pub mod random;

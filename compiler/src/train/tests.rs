@@ -248,6 +248,26 @@ fn hidden_states_are_learned_and_resumed() {
     assert!(go(stopped.path(), true, &mut go_on).unwrap().0 == expected);
 }
 
+/// On its own text the student learns by reverse KL, and a resumed run writes the same text.
+#[test]
+fn on_policy_text_teaches_and_resumes() {
+    let objective = Objective { soft: "rkl".parse().unwrap(), ..Objective::default() };
+    let config = TrainConfig { objective, on_policy: 0.5, ..config(100) };
+    let folder = tempfile::tempdir().unwrap();
+    let (expected, losses, _) = run(&config, folder.path(), false, &mut go_on).unwrap();
+    let mean = |part: &[f64]| part.iter().sum::<f64>() / part.len() as f64;
+    let (first, last) = (mean(&losses[..10]), mean(&losses[90..]));
+    assert!(last < 0.9 * first, "{first} {last}");
+    let stopped = tempfile::tempdir().unwrap();
+    let mut stop = |step| if step == 50 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
+    assert!(run(&config, stopped.path(), false, &mut stop).is_err());
+    let resumed = run(&config, stopped.path(), true, &mut go_on).unwrap().0;
+    assert!(bits(&resumed) == bits(&expected));
+    let hard = TrainConfig { objective: Objective { alpha: 0.5, ..objective }, ..config };
+    let error = run(&hard, folder.path(), false, &mut go_on).unwrap_err().to_string();
+    assert!(error.contains("alpha is 0.5"), "{error}");
+}
+
 #[test]
 fn a_diverging_run_stops_and_keeps_its_checkpoint() {
     let folder = tempfile::tempdir().unwrap();

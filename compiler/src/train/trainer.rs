@@ -22,6 +22,7 @@ use super::loss::{self, LossParts, Target};
 use super::metrics::{Metrics, Row};
 use super::ops::with_values;
 use super::optimizer::{AdamW, Gradients};
+use super::policy::Policy;
 use super::schedule::Schedule;
 use super::trainee::{self, Trainee};
 use super::windows::{Batch, Windows};
@@ -232,8 +233,13 @@ impl<'a> Trainer<'a> {
     /// One optimizer step over `accumulate` batches.
     fn step(&mut self) -> Result<StepReport, TrainError> {
         let started = Instant::now();
-        let batches: Vec<_> =
+        let first = self.windows.position();
+        let mut batches: Vec<_> =
             (0..self.config.accumulate).map(|_| self.windows.batch(self.config.batch)).collect();
+        if self.config.on_policy > 0.0 {
+            let TrainConfig { on_policy: share, seed, length, .. } = *self.config;
+            Policy { share, seed, length }.rewrite(self.student, &mut batches, first)?;
+        }
         let scored: usize = batches.iter().map(|batch| batch.scored).sum();
         let mut gradients = Gradients::new(self.optimizer.parameters().len());
         let mut total = LossParts { loss: 0.0, kl: 0.0, cross_entropy: 0.0, tokens: 0 };
@@ -348,7 +354,14 @@ fn scorer<'a>(
     student: &DecoderSpec,
     config: &TrainConfig,
 ) -> Result<(String, Scorer<'a>, Option<Inner>), TrainError> {
+    let nobody = |setting, found: String| {
+        Err(TrainError::Setting { setting, found, expected: "none without a teacher" })
+    };
     Ok(match teacher {
+        None if config.on_policy > 0.0 => {
+            return nobody("share on policy", config.on_policy.to_string());
+        }
+        None if config.hidden.any() => return nobody("hidden-state term", config.hidden.to_string()),
         None => ("none".into(), Scorer::Text, None),
         Some(Teacher::Cache(cache)) => (cache.key().teacher.clone(), Scorer::Cache(cache), None),
         Some(Teacher::Model(model, kept)) => {

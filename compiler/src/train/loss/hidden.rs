@@ -41,6 +41,14 @@ impl HiddenTerms {
         (0..layers).filter(move |layer| all || set.contains(*layer))
     }
 
+    /// The same terms at these blocks of the student only; at all of them if there are none.
+    pub fn at(self, layers: &[u16]) -> Self {
+        Self {
+            layers: LayerSet::new(DecoderSpec::MAX_LAYERS, |layer| layers.contains(&(layer as u16))),
+            ..self
+        }
+    }
+
     /// The numbers of the blocks, empty for all of them.
     pub fn numbers(&self) -> Vec<usize> {
         (0..DecoderSpec::MAX_LAYERS).filter(|layer| self.layers.contains(*layer)).collect()
@@ -94,6 +102,9 @@ mod layers {
 
     pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<LayerSet, D::Error> {
         let numbers = Vec::<usize>::deserialize(from)?;
+        if let Some(layer) = numbers.iter().find(|layer| **layer >= DecoderSpec::MAX_LAYERS) {
+            return Err(serde::de::Error::custom(format!("layer {layer}, which no model has")));
+        }
         Ok(LayerSet::new(DecoderSpec::MAX_LAYERS, |layer| numbers.contains(&layer)))
     }
 }
