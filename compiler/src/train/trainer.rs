@@ -138,7 +138,7 @@ pub fn train_from<R>(
 enum Scorer<'a> {
     /// There is none.
     Text,
-    Model(Decoder),
+    Model(Box<Decoder>),
     Cache(&'a Cache),
 }
 
@@ -367,7 +367,7 @@ fn scorer<'a>(
         Some(Teacher::Model(model, kept)) => {
             let inner = Inner::new(&config.hidden, student, &model.spec, kept, config.seed)?;
             let decoder = Decoder::new(&model.spec, &model.weights)?;
-            (fingerprint(model)?, Scorer::Model(decoder), inner)
+            (fingerprint(model)?, Scorer::Model(Box::new(decoder)), inner)
         }
     })
 }
