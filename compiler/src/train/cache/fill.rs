@@ -7,7 +7,7 @@ use crate::model::Model;
 use crate::train::config::{RunFolder, TrainConfig};
 use crate::train::error::TrainError;
 use crate::train::graph::Decoder;
-use crate::train::loss::SparseTargets;
+use crate::train::loss::{SparseTargets, Sparsity};
 use crate::train::trainer::{Progress, Text, fingerprint, text_fingerprint, windows};
 
 /// Windows between two waits for the disk.
@@ -28,9 +28,9 @@ pub fn fill(
     let Some(sparsity) = config.cache else { return Ok(None) };
     config.validate()?;
     let vocab = teacher.spec.vocab;
-    if sparsity.tokens() > vocab {
+    if matches!(sparsity, Sparsity::TopK(k) if k > vocab) {
         return Err(TrainError::Setting {
-            setting: "tokens of a position in the teacher's cache",
+            setting: "top-k of the teacher's cache",
             found: sparsity.tokens().to_string(),
             expected: "at most the vocabulary",
         });

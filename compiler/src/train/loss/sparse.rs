@@ -118,7 +118,7 @@ impl SparseTargets {
     ) -> Result<Self> {
         with_side(hidden, head, |teacher| {
             let vocab = teacher.vocab;
-            if sparsity.tokens() > vocab {
+            if matches!(sparsity, Sparsity::TopK(k) if k > vocab) {
                 bail!("{sparsity} of a vocabulary of {vocab} tokens");
             }
             let scored = scored(targets, teacher.rows, vocab)?;

@@ -15,7 +15,9 @@ fn objective(alpha: f64, temperature: f64) -> Objective {
     Objective { alpha, temperature, ..Objective::default() }
 }
 
-/// Settings of the soft loss under which every formula is met.
+/// Settings of the soft loss under which every smooth formula is met; total variation has edges that finite
+/// differences in f32 stumble over, and is judged beside the others by
+/// [`gradients_are_slopes_of_the_definition`].
 fn soft_losses() -> Vec<Objective> {
     let of = |soft: &str, beta, skew| Objective {
         soft: soft.parse().unwrap(),
@@ -31,8 +33,7 @@ fn soft_losses() -> Vec<Objective> {
         of("jsd", 1.0, 0.1),
         of("skl", 0.5, 0.1),
         of("srkl", 0.5, 0.3),
-        of("tvd", 0.5, 0.1),
-        of("fkl=0.5,rkl=0.25,jsd=2,skl=0.3,tvd=0.1", 0.9, 0.2),
+        of("fkl=0.5,rkl=0.25,jsd=2,skl=0.3", 0.9, 0.2),
     ]
 }
 
@@ -169,18 +170,66 @@ fn defined(kind: Kind, p: &[f64], q: &[f64], beta: f64, skew: f64) -> f64 {
     }
 }
 
-/// The loss of one position whose logits are given: the hidden state picks a row of the head.
-fn of_logits(s: &[f32], t: &[f32], objective: &Objective) -> (f64, Vec<f32>) {
+/// The loss of one position whose logits are given, beside all of the teacher's distribution or what is kept of
+/// it: the hidden state is 1 and the head has one column.
+fn of_logits(s: &[f32], t: &[f32], objective: &Objective, kept: Option<Sparsity>) -> (f64, Vec<f32>) {
     let column = |logits: &[f32]| {
         Tensor::from_vec(logits.to_vec(), (logits.len(), 1), &candle_core::Device::Cpu).unwrap()
     };
     let one = Tensor::ones((1, 1), candle_core::DType::F32, &candle_core::Device::Cpu).unwrap();
     let student = candle_core::Var::from_tensor(&column(s)).unwrap();
-    let teacher_head = head(&column(t), 0.0);
-    let teacher = Target::Teacher(&one, &teacher_head);
-    let (value, parts) = loss(&one, &head(&student, 0.0), teacher, &[0], objective, 1.0).unwrap();
+    let teacher = head(&column(t), 0.0);
+    let kept = kept.map(|sparsity| {
+        let temperature = objective.temperature;
+        Arc::new(SparseTargets::of(&one, &teacher, sparsity, temperature, 0, 0, &[0]).unwrap())
+    });
+    let target = kept.as_ref().map_or(Target::Teacher(&one, &teacher), Target::Sparse);
+    let (value, parts) = loss(&one, &head(&student, 0.0), target, &[0], objective, 1.0).unwrap();
     let gradient = value.backward().unwrap().get(&student).unwrap().flatten_all().unwrap().to_vec1().unwrap();
     (parts.loss, gradient)
+}
+
+fn softmax(logits: &[f64]) -> Vec<f64> {
+    let sum: f64 = logits.iter().map(|x| x.exp()).sum();
+    logits.iter().map(|x| x.exp() / sum).collect()
+}
+
+/// Every divergence, over the whole vocabulary and with a bucket, beside slopes of its definition in f64.
+#[test]
+fn gradients_are_slopes_of_the_definition() {
+    let (s, t) = (check::noise(5, 40), check::noise(6, 40));
+    let (s, t): (Vec<f32>, Vec<f32>) =
+        (s.iter().map(|x| 3.0 * x).collect(), t.iter().map(|x| 3.0 * x).collect());
+    let wide = |logits: &[f32]| -> Vec<f64> { logits.iter().map(|x| f64::from(*x)).collect() };
+    let p = softmax(&wide(&t));
+    let mut order: Vec<usize> = (0..40).collect();
+    order.sort_by(|a, b| p[*b].total_cmp(&p[*a]));
+    // The likeliest tokens, then one outcome for all others.
+    let coarse = |p: &[f64], k: usize| -> Vec<f64> {
+        let mut outcomes: Vec<f64> = order[..k].iter().map(|token| p[*token]).collect();
+        outcomes.extend((k < 40).then(|| order[k..].iter().map(|token| p[*token]).sum::<f64>()));
+        outcomes
+    };
+    for kind in Kind::ALL {
+        for k in [6, 40] {
+            let objective = Objective { soft: Mixture::of(kind), beta: 0.3, ..Objective::default() };
+            let kept = (k < 40).then_some(Sparsity::TopK(k));
+            let (value, gradient) = of_logits(&s, &t, &objective, kept);
+            let at = |token: usize, step: f64| {
+                let mut logits = wide(&s);
+                logits[token] += step;
+                defined(kind, &coarse(&p, k), &coarse(&softmax(&logits), k), 0.3, 0.1)
+            };
+            assert!((value - at(0, 0.0)).abs() < 2e-6, "{kind:?} {k}: {value}");
+            for (token, found) in gradient.into_iter().enumerate() {
+                let slope = (at(token, 1e-6) - at(token, -1e-6)) / 2e-6;
+                assert!(
+                    (f64::from(found) - slope).abs() < 2e-6,
+                    "{kind:?} {k}, {token}: {found}, slope {slope}"
+                );
+            }
+        }
+    }
 }
 
 #[test]
@@ -188,14 +237,11 @@ fn divergences_are_those_of_their_definition_and_limits() {
     let (s, t) = (check::noise(5, 40), check::noise(6, 40));
     let (s, t): (Vec<f32>, Vec<f32>) =
         (s.iter().map(|x| 3.0 * x).collect(), t.iter().map(|x| 3.0 * x).collect());
-    let softmax = |logits: &[f32]| -> Vec<f64> {
-        let sum: f64 = logits.iter().map(|x| f64::from(*x).exp()).sum();
-        logits.iter().map(|x| f64::from(*x).exp() / sum).collect()
-    };
-    let (p, q) = (softmax(&t), softmax(&s));
+    let wide = |logits: &[f32]| -> Vec<f64> { logits.iter().map(|x| f64::from(*x)).collect() };
+    let (p, q) = (softmax(&wide(&t)), softmax(&wide(&s)));
     let value = |kind, beta, skew| {
         let objective = Objective { soft: Mixture::of(kind), beta, skew, ..Objective::default() };
-        of_logits(&s, &t, &objective).0
+        of_logits(&s, &t, &objective, None).0
     };
     for kind in Kind::ALL {
         let (found, expected) = (value(kind, 0.3, 0.1), defined(kind, &p, &q, 0.3, 0.1));
@@ -224,15 +270,19 @@ fn divergences_are_those_of_their_definition_and_limits() {
 fn peaks_give_numbers() {
     let peak =
         |at: usize, height: f32| -> Vec<f32> { (0..9).map(|i| if i == at { height } else { 0.0 }).collect() };
-    for soft in soft_losses() {
+    let tvd = Objective { soft: Mixture::of(Kind::TotalVariation), ..Objective::default() };
+    for soft in soft_losses().into_iter().chain([tvd]) {
         for temperature in [1.0, 4.0] {
             for alpha in [1.0, 0.5] {
                 for (s, t) in [(1, 1), (1, 2), (2, 1)] {
                     for height in [40.0, 300.0, 1e4] {
                         let objective = Objective { alpha, temperature, ..soft };
-                        let (value, gradient) = of_logits(&peak(s, height), &peak(t, height), &objective);
-                        assert!(value.is_finite() && value > -1e-3, "{objective:?} {height}: {value}");
-                        assert!(gradient.iter().all(|x| x.is_finite()), "{objective:?}: {gradient:?}");
+                        for kept in [None, Some(Sparsity::TopK(3))] {
+                            let (s, t) = (peak(s, height), peak(t, height));
+                            let (value, gradient) = of_logits(&s, &t, &objective, kept);
+                            assert!(value.is_finite() && value > -1e-3, "{objective:?} {height}: {value}");
+                            assert!(gradient.iter().all(|x| x.is_finite()), "{objective:?}: {gradient:?}");
+                        }
                     }
                 }
             }
