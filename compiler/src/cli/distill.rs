@@ -153,7 +153,7 @@ impl Arguments {
     }
 }
 
-pub fn run(arguments: Arguments) -> anyhow::Result<()> {
+pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     if arguments.print_recipe {
         return Ok(output::line(super::recipe::print::<super::Cli>(
             std::env::args_os().collect(),

@@ -37,7 +37,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Distill a student from a teacher and bundle it for a target.
-    Distill(distill::Arguments),
+    Distill(Box<distill::Arguments>),
     /// Write a model as GGUF in another tensor type.
     Quantize(quantize::Arguments),
     /// Write a model folder in an open format.
@@ -110,7 +110,7 @@ impl EngineArguments {
 pub fn run() -> anyhow::Result<()> {
     let cli: Cli = recipe::parse(std::env::args_os().collect()).unwrap_or_else(|error| refuse(&error));
     match cli.command {
-        Command::Distill(arguments) => distill::run(arguments),
+        Command::Distill(arguments) => distill::run(&arguments),
         Command::Quantize(arguments) => quantize::run(&arguments),
         Command::Export(arguments) => export::run(&arguments),
         Command::Pack(arguments) => pack::run(&arguments),
