@@ -2,9 +2,9 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use edgec::pipeline::{self, Data, Observer, Recipe, StudentSource, TeacherSource};
-use edgec::train::loss::Objective;
+use edgec::train::loss::{HiddenTerms, Mixture, Objective, Sparsity};
 use edgec::train::{RunFolder, TrainConfig};
 
 use super::output;
@@ -50,15 +50,33 @@ pub struct Arguments {
     /// Tokens to train on
     #[arg(long, default_value_t = 122_880)]
     tokens: u64,
-    /// Loss
-    #[arg(long, value_enum, default_value_t = Loss::Fkl)]
-    loss: Loss,
-    /// Share of the soft loss: alpha * T^2 * KL + (1 - alpha) * cross-entropy
+    /// Divergence from the teacher: fkl, rkl, jsd, skl, srkl, tvd, or a mixture: fkl=0.7,tvd=0.3
+    #[arg(long, default_value_t)]
+    loss: Mixture,
+    /// Share of the teacher in the middle of jsd, 0 (fkl) to 1 (rkl)
+    #[arg(long, default_value_t = Objective::default().beta)]
+    beta: f64,
+    /// Share of the other distribution in skl and srkl, 0 to below 1
+    #[arg(long, default_value_t = Objective::default().skew)]
+    skew: f64,
+    /// Share of the soft loss: alpha * T^2 * divergence + (1 - alpha) * cross-entropy
     #[arg(long, default_value_t = 1.0)]
     alpha: f64,
     /// Temperature of the soft loss
     #[arg(long, default_value_t = 1.0)]
     temperature: f64,
+    /// Terms between hidden states of student and teacher: mse=0.1, cos=0.05, or both with a comma
+    #[arg(long, value_name = "TERMS")]
+    hidden: Option<HiddenTerms>,
+    /// Blocks of the student, from 0, whose output is compared [default: all]
+    #[arg(long, value_name = "LAYERS", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(..512))]
+    hidden_layers: Vec<u16>,
+    /// Share of the sequences that the student writes itself, from a prompt of the data, for the teacher to score
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
+    on_policy: f64,
+    /// Ask the teacher once, keep top-k=N or sampled=N tokens a position in a file, and train from it
+    #[arg(long, value_name = "FORM")]
+    cache_teacher: Option<Sparsity>,
     /// Peak learning rate [default: 6e-4, with --qat 2e-5]
     #[arg(long)]
     lr: Option<f64>,
@@ -87,6 +105,12 @@ pub struct Arguments {
     /// Steps between checkpoints; every two minutes there is one anyway
     #[arg(long, value_name = "STEPS", value_parser = clap::value_parser!(u64).range(1..))]
     checkpoint_every: Option<u64>,
+    /// Read these flags from a TOML file; those on the command line win
+    #[arg(long, value_name = "FILE")]
+    recipe: Option<PathBuf>,
+    /// Print what was asked as a recipe file, and do nothing
+    #[arg(long)]
+    print_recipe: bool,
     /// Go on with the run in --out
     #[arg(long, requires = "out")]
     resume: bool,
@@ -103,7 +127,7 @@ struct Prune {
     kv_heads: Option<usize>,
     /// Width of the student's residual stream; multiples of 256 suit every tensor type [default: all]
     #[arg(long, value_name = "N", conflicts_with = "student")]
-    hidden: Option<usize>,
+    hidden_size: Option<usize>,
     /// Trim the vocabulary of teacher and student to the tokens that occur at least N times in the data (and what
     /// they are made of)
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
@@ -127,7 +151,7 @@ impl Prune {
         pipeline::Prune {
             ffn: self.ffn,
             kv_heads: self.kv_heads,
-            hidden: self.hidden,
+            hidden: self.hidden_size,
             vocabulary: self.trim_vocab,
             steps: self.prune_steps,
             mend: !self.no_mend,
@@ -135,18 +159,8 @@ impl Prune {
     }
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum Loss {
-    /// Forward KL divergence, KL(teacher || student).
-    Fkl,
-}
-
 impl Arguments {
     fn recipe(&self) -> Recipe {
-        // One loss today; the match makes the compiler ask for the next.
-        match self.loss {
-            Loss::Fkl => {}
-        }
         Recipe {
             teacher: self.teacher.clone().map_or(TeacherSource::Embedded, TeacherSource::Path),
             teacher_adapter: self.teacher_adapter.clone(),
@@ -170,7 +184,16 @@ impl Arguments {
                 accumulate: self.accumulate,
                 lr: self.lr.unwrap_or(if self.qat.is_some() { QAT_LR } else { TrainConfig::default().lr }),
                 seed: self.seed,
-                objective: Objective { alpha: self.alpha, temperature: self.temperature },
+                objective: Objective {
+                    alpha: self.alpha,
+                    temperature: self.temperature,
+                    soft: self.loss,
+                    beta: self.beta,
+                    skew: self.skew,
+                },
+                hidden: self.hidden.unwrap_or_default().at(&self.hidden_layers),
+                cache: self.cache_teacher,
+                on_policy: self.on_policy,
                 ..TrainConfig::default()
             },
         }
@@ -188,7 +211,13 @@ impl Arguments {
     }
 }
 
-pub fn run(arguments: Arguments) -> anyhow::Result<()> {
+pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
+    if arguments.print_recipe {
+        return Ok(output::line(super::recipe::print::<super::Cli>(
+            std::env::args_os().collect(),
+            "distill",
+        )?)?);
+    }
     let folder = arguments.folder();
     let mut screen = Screen::default();
     let run = RunFolder::new(&folder, arguments.resume, arguments.checkpoint_every);

@@ -16,6 +16,7 @@ mod pack;
 mod pretrain;
 mod progress;
 mod quantize;
+mod recipe;
 mod synth;
 mod targets;
 mod tokenize;
@@ -39,7 +40,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Distill a student from a teacher and bundle it for a target.
-    Distill(distill::Arguments),
+    Distill(Box<distill::Arguments>),
     /// Ask a server of a large teacher for training text.
     Synth(synth::Arguments),
     /// Train a LoRA, rsLoRA, DoRA or QLoRA adapter beside a model.
@@ -121,9 +122,9 @@ impl EngineArguments {
 
 /// Parses the command line and runs the command.
 pub fn run() -> anyhow::Result<()> {
-    let cli = Cli::try_parse().unwrap_or_else(|error| refuse(&error));
+    let cli: Cli = recipe::parse(std::env::args_os().collect()).unwrap_or_else(|error| refuse(&error));
     match cli.command {
-        Command::Distill(arguments) => distill::run(arguments),
+        Command::Distill(arguments) => distill::run(&arguments),
         Command::Synth(arguments) => synth::run(arguments),
         Command::Tune(arguments) => tune::run(&arguments),
         Command::Merge(arguments) => merge::run(&arguments),

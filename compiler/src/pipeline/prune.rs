@@ -8,8 +8,8 @@ use super::stages::{Inputs, Run, Watch, describe};
 use super::{Error, StudentSource};
 use crate::model::Model;
 use crate::student::{self, Widths};
-use crate::train::trainer::{self, Text};
-use crate::train::{RunFolder, TrainConfig};
+use crate::train::trainer::{self, Teacher, Text};
+use crate::train::{RunFolder, TrainConfig, trainee};
 use crate::{export, teacher};
 
 /// The choice of layers, as the run's folder keeps it.
@@ -72,11 +72,13 @@ impl Run<'_> {
                 let text = Text { ids: &inputs.train.ids, scored: &inputs.train.scored };
                 // Other windows than those of the steps before.
                 let seed = self.recipe.train.seed.wrapping_add(step as u64);
-                let config = TrainConfig { seed, ..self.recipe.share() };
+                // A cache is of one run's windows; it is for the last step.
+                let config = TrainConfig { seed, cache: None, ..self.recipe.share() };
                 let folder = RunFolder { path, ..folder.clone() };
                 let mut watch = Watch { stage: "heal", observer: &mut *self.observer };
-                pruned.model =
-                    trainer::distill(&inputs.teacher, pruned.model, text, &config, &folder, &mut watch)?;
+                let student = trainee::full(pruned.model, config.decay_embeddings)?;
+                let teacher = Some(Teacher::Model(&inputs.teacher, &pruned.kept));
+                pruned.model = trainer::train_from(teacher, student, text, &config, &folder, &mut watch)?;
                 export::hf::write(&pruned.model, &student)?;
             }
             pruned = self.prune(inputs, pruned, layers, step + 1)?;

@@ -12,7 +12,7 @@ use super::prune::Pruned;
 use super::text::{self, EVAL_WINDOWS, Wanted};
 use super::{Error, Observer, Recipe, TeacherSource, folder};
 use crate::export::gguf::Mix;
-use crate::model::Model;
+use crate::model::{Model, Weights};
 use crate::pack::{self, PACK_FILE};
 use crate::profile::eval::{Config, Outcome, Score, evaluate_all};
 use crate::profile::{self, ModelFile, Settings, bench};
@@ -22,8 +22,8 @@ use crate::report::{self, ModelRow, Summary};
 use crate::student::StudentError;
 use crate::text::HostTokenizer;
 use crate::text::corpus::Corpus;
-use crate::train::trainer::{Progress, StepReport, Text, fingerprint};
-use crate::train::{self, Quantized, RunFolder, trainer};
+use crate::train::trainer::{Progress, StepReport, Teacher, Text, fingerprint};
+use crate::train::{self, Quantized, RunFolder, cache, trainee, trainer};
 use crate::{adapter, bundle, demo, export, student, teacher};
 
 /// Tokens on which a student is rounded before it is trained behind its blocks.
@@ -69,13 +69,13 @@ pub fn distill(recipe: &Recipe, folder: &RunFolder, observer: &mut dyn Observer)
     let made = !path.exists();
     folder::open(path, *resume, recipe)?;
     let inputs_and_student = run.load().and_then(|inputs| Ok((run.student(&inputs)?, inputs)));
-    let (pruned, inputs) = inputs_and_student.inspect_err(|_| {
+    let (pruned, mut inputs) = inputs_and_student.inspect_err(|_| {
         if !*resume {
             folder::abandon(path, made);
         }
     })?;
     let Pruned { model: untrained, kept } = run.heal(&inputs, pruned, folder)?;
-    let Quantized { model: trained, encoding } = run.train(&inputs, untrained, mix, folder)?;
+    let Quantized { model: trained, encoding } = run.train(&mut inputs, untrained, &kept, mix, folder)?;
     run.export(&trained, &encoding)?;
     run.observer.note("bundle", &format!("libedge for {} ({})", target.name, target.triple));
     let library = bundle::build(&target, path)?;
@@ -158,22 +158,31 @@ impl Run<'_> {
     /// The trained student and what its file is to hold.
     fn train(
         &mut self,
-        inputs: &Inputs,
+        inputs: &mut Inputs,
         untrained: Model,
+        kept: &[usize],
         mix: Mix,
         folder: &RunFolder,
     ) -> Result<Quantized, Error> {
+        let config = &self.recipe.share();
+        let start = if self.recipe.qat { Some(self.round(inputs, &untrained, mix)?) } else { None };
         let text = Text { ids: &inputs.train.ids, scored: &inputs.train.scored };
-        if self.recipe.qat {
-            let start = self.round(inputs, &untrained, mix)?;
-            let student = train::quantized(untrained, start)?;
-            let mut watch = Watch { stage: "distill", observer: &mut *self.observer };
-            let (teacher, config) = (Some(&inputs.teacher), &self.recipe.share());
-            return Ok(trainer::train(teacher, student, text, config, folder, &mut watch)?);
-        }
         let mut watch = Watch { stage: "distill", observer: &mut *self.observer };
-        let trained =
-            trainer::distill(&inputs.teacher, untrained, text, &self.recipe.share(), folder, &mut watch)?;
+        let cache = cache::fill(&inputs.teacher, text, config, folder, &mut watch)?;
+        let teacher = Some(match &cache {
+            Some(cache) => {
+                // All that it has to say is on the disk.
+                inputs.teacher.weights = Weights::default();
+                Teacher::Cache(cache)
+            }
+            None => Teacher::Model(&inputs.teacher, kept),
+        });
+        if let Some(start) = start {
+            let student = train::quantized(untrained, start)?;
+            return Ok(trainer::train_from(teacher, student, text, config, folder, &mut watch)?);
+        }
+        let student = trainee::full(untrained, config.decay_embeddings)?;
+        let trained = trainer::train_from(teacher, student, text, config, folder, &mut watch)?;
         Ok(Quantized { model: trained, encoding: mix.into() })
     }
 
@@ -338,6 +347,11 @@ impl Progress for Watch<'_> {
 
     fn note(&mut self, message: &str) {
         self.observer.note(self.stage, message);
+    }
+
+    fn cached(&mut self, done: usize, total: usize) -> ControlFlow<()> {
+        self.observer.progress("teacher", done, total, "windows in its cache");
+        ControlFlow::Continue(())
     }
 }
 

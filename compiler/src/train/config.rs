@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::checkpoint::Recipe;
 use super::error::TrainError;
-use super::loss::Objective;
+use super::loss::{HiddenTerms, Kind, Objective, Sparsity};
 use super::optimizer::AdamWConfig;
 use super::schedule::Schedule;
 
@@ -42,6 +42,15 @@ pub struct TrainConfig {
     pub seed: u64,
     /// What is minimised.
     pub objective: Objective,
+    /// Terms between hidden states; they need the teacher itself.
+    #[serde(default)]
+    pub hidden: HiddenTerms,
+    /// What is kept of the teacher's distributions, where it is asked once and not in every step.
+    #[serde(default)]
+    pub cache: Option<Sparsity>,
+    /// Share of the windows that the student writes itself but for their beginning, 0 to 1.
+    #[serde(default)]
+    pub on_policy: f64,
 }
 
 impl Default for TrainConfig {
@@ -61,7 +70,10 @@ impl Default for TrainConfig {
             eps: 1e-8,
             clip: 1.0,
             seed: 0,
-            objective: Objective { alpha: 1.0, temperature: 1.0 },
+            objective: Objective::default(),
+            hidden: HiddenTerms::default(),
+            cache: None,
+            on_policy: 0.0,
         }
     }
 }
@@ -95,10 +107,10 @@ impl TrainConfig {
     /// [`TrainError::Setting`] names the first one.
     pub fn validate(&self) -> Result<(), TrainError> {
         const MOST: usize = 1 << 20;
-        let Objective { alpha, temperature } = self.objective;
+        let Objective { alpha, temperature, beta, skew, .. } = self.objective;
         let unit = |x: f64| (0.0..=1.0).contains(&x);
         let decay = |x: f64| (0.0..1.0).contains(&x);
-        let checks: [(&'static str, f64, bool, &'static str); 13] = [
+        let checks: [(&'static str, f64, bool, &'static str); 16] = [
             ("tokens", self.tokens as f64, self.tokens > 0, "at least 1"),
             ("batch", self.batch as f64, (1..=MOST).contains(&self.batch), "1 to 1048576"),
             ("length", self.length as f64, (1..=MOST).contains(&self.length), "1 to 1048576"),
@@ -112,6 +124,9 @@ impl TrainConfig {
             ("epsilon", self.eps, self.eps > 0.0 && self.eps < 1.0, "a small positive number"),
             ("clip", self.clip, self.clip > 0.0, "a positive number"),
             ("alpha", alpha, unit(alpha), "a share from 0 to 1"),
+            ("beta", beta, unit(beta), "a share from 0 to 1"),
+            ("share on policy", self.on_policy, unit(self.on_policy), "a share from 0 to 1"),
+            ("skew", skew, decay(skew), "0 to below 1"),
         ];
         for (setting, found, good, expected) in checks {
             if !good {
@@ -126,12 +141,46 @@ impl TrainConfig {
                 expected: "above 0, up to 100",
             });
         }
-        Ok(())
+        self.validate_teacher()
+    }
+
+    /// Refuses what the teacher, or a cache of it, cannot give.
+    fn validate_teacher(&self) -> Result<(), TrainError> {
+        let refuse = |setting, found: String, expected| Err(TrainError::Setting { setting, found, expected });
+        if !self.hidden.any() && !self.hidden.layers.is_empty() {
+            let found = format!("{:?}", self.hidden.numbers());
+            return refuse("layers with hidden-state terms", found, "none without such a term");
+        }
+        if self.on_policy > 0.0 && self.objective.alpha < 1.0 {
+            let expected = "1 with text that the student writes, which is no example for it";
+            return refuse("alpha", self.objective.alpha.to_string(), expected);
+        }
+        match self.cache {
+            Some(_) if self.on_policy > 0.0 => {
+                let expected = "0 with a cache of the teacher, which has not seen what the student writes";
+                refuse("share on policy", self.on_policy.to_string(), expected)
+            }
+            Some(_) if self.hidden.any() => {
+                let expected = "none with a cache of the teacher, which has no hidden states";
+                refuse("hidden-state term", self.hidden.to_string(), expected)
+            }
+            // Only there is the gradient linear in the teacher's probabilities.
+            Some(Sparsity::Sampled(_))
+                if self.objective.soft.terms().any(|(kind, _)| kind != Kind::Forward) =>
+            {
+                refuse(
+                    "loss",
+                    self.objective.soft.to_string(),
+                    "fkl, for which draws are unbiased, or a top-k cache",
+                )
+            }
+            _ => Ok(()),
+        }
     }
 
     /// The settings by name, as a checkpoint remembers them.
     pub(super) fn recipe(&self) -> Recipe {
-        let entries: [(&str, String); 16] = [
+        let entries: [(&str, String); 23] = [
             ("tokens", self.tokens.to_string()),
             ("batch", self.batch.to_string()),
             ("length", self.length.to_string()),
@@ -148,6 +197,13 @@ impl TrainConfig {
             ("seed", self.seed.to_string()),
             ("alpha", self.objective.alpha.to_string()),
             ("temperature", self.objective.temperature.to_string()),
+            ("loss", self.objective.soft.to_string()),
+            ("beta", self.objective.beta.to_string()),
+            ("skew", self.objective.skew.to_string()),
+            ("hidden", self.hidden.to_string()),
+            ("hidden_layers", format!("{:?}", self.hidden.numbers())),
+            ("on_policy", self.on_policy.to_string()),
+            ("cache", self.cache.map_or("none".into(), |cache| cache.to_string())),
         ];
         entries.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
     }

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
+use super::cache::CacheError;
 use super::checkpoint::CheckpointError;
 use crate::student::StudentError;
 
@@ -77,6 +78,12 @@ pub enum TrainError {
     /// A checkpoint could not be written or read.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// The student could not write text on the runtime.
+    #[error("on-policy text: {0}")]
+    Policy(#[from] crate::profile::Error),
+    /// The teacher's cache could not be written or read.
+    #[error(transparent)]
+    Cache(#[from] CacheError),
     /// A metrics file could not be written.
     #[error("metrics in {}: {source}", folder.display())]
     Metrics {

@@ -72,6 +72,21 @@ impl Decoder {
         &self.spec
     }
 
+    /// All weights as they are now, without their graph.
+    ///
+    /// # Errors
+    /// What an operation that makes a matrix answers.
+    pub fn weights(&self) -> Result<Weights> {
+        let mut weights = Weights::default();
+        for (role, layer, vector) in self.vectors.iter() {
+            weights.insert(role, layer, vector.detach());
+        }
+        for ((role, layer), matrix) in &self.matrices {
+            weights.insert(*role, *layer, matrix.matrix()?.detach());
+        }
+        Ok(weights)
+    }
+
     /// The output head, made for one forward pass.
     ///
     /// # Errors
@@ -184,9 +199,24 @@ impl Decoder {
     /// # Errors
     /// A token lies outside the vocabulary, or the shapes do not fit.
     pub fn hidden(&self, tokens: &[u32], batch: usize, length: usize) -> Result<Tensor> {
+        self.hidden_with(tokens, batch, length, &mut |_, _| ())
+    }
+
+    /// The same; `visit` is shown the output of every block.
+    ///
+    /// # Errors
+    /// As [`Decoder::hidden`].
+    pub fn hidden_with(
+        &self,
+        tokens: &[u32],
+        batch: usize,
+        length: usize,
+        visit: &mut dyn FnMut(usize, &Tensor),
+    ) -> Result<Tensor> {
         let mut x = self.embed(tokens)?;
         for layer in 0..self.spec.layers {
             x = self.block(layer, &x, batch, length)?;
+            visit(layer, &x);
         }
         self.final_norm(&x)
     }
@@ -274,7 +304,7 @@ fn inverse_frequencies(rope: &Rope, dims: usize, length: usize, vectors: &Weight
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::train::loss::{Objective, loss};
+    use crate::train::loss::{Objective, Target, loss};
     use crate::train::ops::check::noise;
     use candle_core::Var;
     use edge_models::{Activation, FAMILIES, LayerSet, RopeScaling};
@@ -349,7 +379,7 @@ mod tests {
     fn every_parameter_has_the_gradient_of_the_loss() {
         let tokens: Vec<u32> = (0..10).map(|i| i * 7 % 23).collect();
         let targets: Vec<u32> = (0..10).map(|i| i * 5 % 23).collect();
-        let objective = Objective { alpha: 0.5, temperature: 2.0 };
+        let objective = Objective { alpha: 0.5, temperature: 2.0, ..Objective::default() };
         for family in FAMILIES.iter().map(|family| family.name) {
             let spec = spec(family);
             let variables = variables(&spec);
@@ -365,7 +395,7 @@ mod tests {
             let evaluate = || {
                 let student = Decoder::new(&spec, &weights(&variables)).unwrap();
                 let states = student.hidden(&tokens, 2, 5).unwrap();
-                let teacher = Some((&hidden, &head));
+                let teacher = Target::Teacher(&hidden, &head);
                 loss(&states, &student.head().unwrap(), teacher, &targets, &objective, 1.0).unwrap()
             };
             let grads = evaluate().0.backward().unwrap();

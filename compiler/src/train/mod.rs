@@ -1,16 +1,19 @@
 //! Training: the differentiable graph, the loss and the loop that minimizes it.
 
 pub mod adapter;
+pub mod cache;
 pub mod checkpoint;
 mod config;
 mod error;
 pub mod graph;
+mod inner;
 pub mod loss;
 pub mod low_rank;
 pub mod metrics;
 mod on_grid;
 pub(crate) mod ops;
 pub mod optimizer;
+mod policy;
 pub mod pretrain;
 mod projection;
 pub mod random;

@@ -39,7 +39,7 @@ fn config(steps: u64) -> TrainConfig {
         accumulate: 2,
         lr: 1e-2,
         weight_decay: 0.1,
-        objective: Objective { alpha: 0.9, temperature: 1.5 },
+        objective: Objective { alpha: 0.9, temperature: 1.5, ..Objective::default() },
         ..TrainConfig::default()
     }
 }
@@ -155,6 +155,119 @@ fn another_recipe_is_refused_by_name() {
     }
 }
 
+fn go_on(_: u64) -> ControlFlow<()> {
+    ControlFlow::Continue(())
+}
+
+/// Every loss brings the student nearer to its teacher, as `kl` in the metrics says.
+#[test]
+fn every_loss_teaches() {
+    for soft in ["rkl", "jsd", "skl", "srkl", "tvd", "fkl=0.5,tvd=0.5"] {
+        let folder = tempfile::tempdir().unwrap();
+        let objective = Objective { soft: soft.parse().unwrap(), ..Objective::default() };
+        let config = TrainConfig { objective, ..config(200) };
+        let losses = run(&config, folder.path(), false, &mut go_on).unwrap().1;
+        let mean = |part: &[f64]| part.iter().sum::<f64>() / part.len() as f64;
+        let (first, last) = (mean(&losses[..10]), mean(&losses[190..]));
+        assert!(last < 0.8 * first, "{soft}: {first} {last}");
+    }
+}
+
+/// With all of the vocabulary kept the cache says what the teacher does, up to the precision of its file; with
+/// some of it a run learns nearly as well. The teacher is asked once.
+#[test]
+fn a_cache_takes_the_place_of_the_teacher() {
+    let objective = Objective { alpha: 0.9, temperature: 1.5, ..Objective::default() };
+    let online = TrainConfig { objective, ..config(60) };
+    let folder = tempfile::tempdir().unwrap();
+    let (_, expected, _) = run(&online, folder.path(), false, &mut go_on).unwrap();
+    let mean = |losses: &[f64]| losses.iter().sum::<f64>() / losses.len() as f64;
+    for (form, within) in [("top-k=61", 0.02), ("top-k=20", 0.2), ("sampled=60", 0.2)] {
+        let folder = tempfile::tempdir().unwrap();
+        let config = TrainConfig { cache: Some(form.parse().unwrap()), ..online };
+        let (model, found, _) = run(&config, folder.path(), false, &mut go_on).unwrap();
+        let (found_mean, expected_mean) = (mean(&found), mean(&expected));
+        assert!(
+            (found_mean - expected_mean).abs() < within * expected_mean,
+            "{form}: {found_mean} {expected_mean}"
+        );
+        // Resumed at its end it finds everything that it needs.
+        let (again, losses, notes) = run(&config, folder.path(), true, &mut go_on).unwrap();
+        assert!(losses.is_empty() && bits(&again) == bits(&model));
+        assert!(
+            notes.iter().any(|note| note.contains("windows of the teacher were in the cache")),
+            "{notes:?}"
+        );
+    }
+}
+
+#[test]
+fn what_a_cache_cannot_give_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let fails = |config: TrainConfig, expected: &str| {
+        let error = run(&config, folder.path(), false, &mut go_on).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    };
+    let cached = |form: &str| TrainConfig { cache: Some(form.parse().unwrap()), ..config(4) };
+    fails(
+        TrainConfig { hidden: "mse=0.1".parse().unwrap(), ..cached("top-k=5") },
+        "hidden-state term is mse=0.1",
+    );
+    let objective = Objective { soft: "rkl".parse().unwrap(), ..Objective::default() };
+    fails(TrainConfig { objective, ..cached("sampled=5") }, "loss is rkl");
+    fails(cached("top-k=62"), "62");
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+}
+
+/// Hidden-state terms bring the states nearer, and a resumed run keeps its projections.
+#[test]
+fn hidden_states_are_learned_and_resumed() {
+    let hidden = "mse=0.5,cos=0.1".parse().unwrap();
+    let config = TrainConfig { hidden, ..config(12) };
+    let wide = tiny(4, 1);
+    let narrow = || {
+        let spec = edge_models::DecoderSpec { hidden: 12, layers: 2, ..wide.spec };
+        let weights = super::pretrain::initialize(&spec, 3).unwrap();
+        Model { spec, weights, vocabulary: None, name: "narrow".into() }
+    };
+    let ids = text(700);
+    let scored = vec![true; ids.len()];
+    let go = |folder: &Path, resume, each: &mut dyn FnMut(u64) -> ControlFlow<()>| {
+        let text = Text { ids: &ids, scored: &scored };
+        let mut watch = Watch { losses: vec![], notes: vec![], each };
+        let folder = RunFolder::new(folder, resume, Some(4));
+        let model = distill(&wide, narrow(), text, &config, &folder, &mut watch);
+        model.map(|model| (bits(&model), watch.losses))
+    };
+    let straight = tempfile::tempdir().unwrap();
+    let (expected, losses) = go(straight.path(), false, &mut go_on).unwrap();
+    assert!(losses[11] < losses[0], "{losses:?}");
+    let stopped = tempfile::tempdir().unwrap();
+    let mut stop = |step| if step == 5 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
+    assert!(matches!(go(stopped.path(), false, &mut stop), Err(TrainError::Stopped { step: 5 })));
+    assert!(go(stopped.path(), true, &mut go_on).unwrap().0 == expected);
+}
+
+/// On its own text the student learns by reverse KL, and a resumed run writes the same text.
+#[test]
+fn on_policy_text_teaches_and_resumes() {
+    let objective = Objective { soft: "rkl".parse().unwrap(), ..Objective::default() };
+    let config = TrainConfig { objective, on_policy: 0.5, ..config(100) };
+    let folder = tempfile::tempdir().unwrap();
+    let (expected, losses, _) = run(&config, folder.path(), false, &mut go_on).unwrap();
+    let mean = |part: &[f64]| part.iter().sum::<f64>() / part.len() as f64;
+    let (first, last) = (mean(&losses[..10]), mean(&losses[90..]));
+    assert!(last < 0.9 * first, "{first} {last}");
+    let stopped = tempfile::tempdir().unwrap();
+    let mut stop = |step| if step == 50 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
+    assert!(run(&config, stopped.path(), false, &mut stop).is_err());
+    let resumed = run(&config, stopped.path(), true, &mut go_on).unwrap().0;
+    assert!(bits(&resumed) == bits(&expected));
+    let hard = TrainConfig { objective: Objective { alpha: 0.5, ..objective }, ..config };
+    let error = run(&hard, folder.path(), false, &mut go_on).unwrap_err().to_string();
+    assert!(error.contains("alpha is 0.5"), "{error}");
+}
+
 #[test]
 fn a_diverging_run_stops_and_keeps_its_checkpoint() {
     let folder = tempfile::tempdir().unwrap();
@@ -226,9 +339,9 @@ fn bad_input_is_refused_before_anything_is_written() {
     fails(&ids, TrainConfig { batch: 0, ..good }, "batch is 0");
     fails(&ids, TrainConfig { lr: f64::NAN, ..good }, "learning rate is NaN");
     fails(&ids, TrainConfig { clip: -1.0, ..good }, "clip is -1");
-    let objective = Objective { alpha: 1.5, temperature: 1.0 };
+    let objective = Objective { alpha: 1.5, ..Objective::default() };
     fails(&ids, TrainConfig { objective, ..good }, "alpha is 1.5");
-    let objective = Objective { alpha: 1.0, temperature: 0.0 };
+    let objective = Objective { temperature: 0.0, ..Objective::default() };
     fails(&ids, TrainConfig { objective, ..good }, "temperature is 0");
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
 }

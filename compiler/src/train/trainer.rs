@@ -5,22 +5,31 @@
 //! happens is told to a [`Progress`] and written as metrics and checkpoints into the run's folder.
 
 use std::ops::ControlFlow;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use candle_core::Tensor;
+use edge_models::DecoderSpec;
 use sha2::{Digest, Sha256};
 
+use super::cache::{self, Cache};
 use super::checkpoint::{self, Header, Recipe};
 use super::config::{RunFolder, TrainConfig};
 use super::error::TrainError;
 use super::graph::Decoder;
-use super::loss::{self, LossParts};
+use super::inner::Inner;
+use super::loss::{self, LossParts, Target};
 use super::metrics::{Metrics, Row};
 use super::ops::with_values;
 use super::optimizer::{AdamW, Gradients};
+use super::policy::Policy;
 use super::schedule::Schedule;
 use super::trainee::{self, Trainee};
-use super::windows::Windows;
+use super::windows::{Batch, Windows};
 use crate::model::Model;
+
+/// A mean square error of hidden states, beside the teacher's mean square, beyond which training is lost.
+const LARGEST_STATES: f64 = 1e4;
 
 /// What a finished step looks like.
 #[derive(Clone, Copy, Debug)]
@@ -41,12 +50,25 @@ pub trait Progress {
     fn step(&mut self, report: &StepReport) -> ControlFlow<()>;
     /// Something that the user should know.
     fn note(&mut self, message: &str);
+    /// `done` of `total` windows of a teacher are in its cache. [`ControlFlow::Break`] ends the run.
+    fn cached(&mut self, _done: usize, _total: usize) -> ControlFlow<()> {
+        ControlFlow::Continue(())
+    }
+}
+
+/// Who says what the student is to say.
+#[derive(Clone, Copy, Debug)]
+pub enum Teacher<'a> {
+    /// A model that is asked in every step; its layers from which the student's came, empty if they came from
+    /// elsewhere.
+    Model(&'a Model, &'a [usize]),
+    /// What a model said before.
+    Cache(&'a Cache),
 }
 
 /// Trains `student` to say what `teacher` says on the tokens `ids`.
 ///
-/// `scored[i]` says whether token `i` may be a target. Loss: [`Objective`] with
-/// `alpha * T^2 * KL(teacher || student) + (1 - alpha) * cross-entropy`.
+/// `scored[i]` says whether token `i` may be a target; what is minimized is [`TrainConfig::objective`].
 ///
 /// # Errors
 /// See [`TrainError`]; whatever happens, an earlier checkpoint stays until a later one is on the disk.
@@ -61,7 +83,10 @@ pub fn distill(
     crate::student::check(teacher, &student)?;
     config.validate()?;
     let student = trainee::full(student, config.decay_embeddings)?;
-    train(Some(teacher), student, text, config, folder, progress)
+    match cache::fill(teacher, text, config, folder, progress)? {
+        Some(cache) => train_from(Some(Teacher::Cache(&cache)), student, text, config, folder, progress),
+        None => train(Some(teacher), student, text, config, folder, progress),
+    }
 }
 
 /// Tokens to train on.
@@ -86,6 +111,22 @@ pub fn train<R>(
     folder: &RunFolder,
     progress: &mut dyn Progress,
 ) -> Result<R, TrainError> {
+    let teacher = teacher.map(|teacher| Teacher::Model(teacher, &[]));
+    train_from(teacher, student, text, config, folder, progress)
+}
+
+/// The same with any [`Teacher`].
+///
+/// # Errors
+/// As [`distill`].
+pub fn train_from<R>(
+    teacher: Option<Teacher<'_>>,
+    student: Trainee<R>,
+    text: Text<'_>,
+    config: &TrainConfig,
+    folder: &RunFolder,
+    progress: &mut dyn Progress,
+) -> Result<R, TrainError> {
     config.validate()?;
     let mut run = Trainer::new(teacher, &student, text, config, folder, progress)?;
     run.run(progress)?;
@@ -93,9 +134,18 @@ pub fn train<R>(
     student.finish()
 }
 
+/// A teacher, ready to say what it thinks of a batch.
+enum Scorer<'a> {
+    /// There is none.
+    Text,
+    Model(Box<Decoder>),
+    Cache(&'a Cache),
+}
+
 /// A run under way.
 struct Trainer<'a> {
-    teacher: Option<Decoder>,
+    teacher: Scorer<'a>,
+    inner: Option<Inner>,
     student: &'a Decoder,
     optimizer: AdamW,
     windows: Windows<'a>,
@@ -113,7 +163,7 @@ struct Trainer<'a> {
 impl<'a> Trainer<'a> {
     /// A run at its beginning, or at its checkpoint.
     fn new<R>(
-        teacher: Option<&Model>,
+        teacher: Option<Teacher<'a>>,
         student: &'a Trainee<R>,
         text: Text<'a>,
         config: &'a TrainConfig,
@@ -122,12 +172,15 @@ impl<'a> Trainer<'a> {
     ) -> Result<Self, TrainError> {
         let mut windows = windows(text, student.decoder.spec().vocab, config)?;
         let mut recipe = config.recipe();
-        recipe.insert("teacher".into(), teacher.map_or(Ok("none".into()), fingerprint)?);
+        let (name, teacher, inner) = scorer(teacher, student.decoder.spec(), config)?;
+        recipe.insert("teacher".into(), name);
+        recipe.insert("compared".into(), inner.as_ref().map_or(String::new(), Inner::describe));
         recipe.extend(student.recipe.clone());
         recipe.insert("text".into(), text_fingerprint(text));
 
-        let teacher = teacher.map(|teacher| Decoder::new(&teacher.spec, &teacher.weights)).transpose()?;
-        let mut optimizer = AdamW::new(student.parameters.clone(), config.optimizer());
+        let projections = inner.iter().flat_map(Inner::parameters);
+        let parameters = student.parameters.iter().cloned().chain(projections).collect();
+        let mut optimizer = AdamW::new(parameters, config.optimizer());
 
         let mut step = 0;
         if !folder.resume {
@@ -144,6 +197,7 @@ impl<'a> Trainer<'a> {
             .map_err(|source| TrainError::Metrics { folder: folder.path.clone(), source })?;
         Ok(Self {
             teacher,
+            inner,
             student: &student.decoder,
             optimizer,
             windows,
@@ -179,15 +233,20 @@ impl<'a> Trainer<'a> {
     /// One optimizer step over `accumulate` batches.
     fn step(&mut self) -> Result<StepReport, TrainError> {
         let started = Instant::now();
-        let batches: Vec<_> =
+        let first = self.windows.position();
+        let mut batches: Vec<_> =
             (0..self.config.accumulate).map(|_| self.windows.batch(self.config.batch)).collect();
+        if self.config.on_policy > 0.0 {
+            let TrainConfig { on_policy: share, seed, length, .. } = *self.config;
+            Policy { share, seed, length }.rewrite(self.student, &mut batches, first)?;
+        }
         let scored: usize = batches.iter().map(|batch| batch.scored).sum();
         let mut gradients = Gradients::new(self.optimizer.parameters().len());
         let mut total = LossParts { loss: 0.0, kl: 0.0, cross_entropy: 0.0, tokens: 0 };
         for batch in &batches {
             // Every scored token of the step weighs the same, however they fell into batches.
             let share = batch.scored as f64 / scored as f64;
-            let (loss, parts) = self.forward(&batch.inputs, &batch.targets, share)?;
+            let (loss, parts) = self.forward(batch, share)?;
             gradients.add(self.optimizer.parameters(), &mut loss.backward()?)?;
             total.loss += parts.loss * share;
             total.kl += parts.kl * share;
@@ -206,20 +265,32 @@ impl<'a> Trainer<'a> {
     }
 
     /// The loss of one batch, multiplied by `share`, with its graph.
-    fn forward(
-        &self,
-        inputs: &[u32],
-        targets: &[u32],
-        share: f64,
-    ) -> Result<(candle_core::Tensor, LossParts), TrainError> {
-        let (batch, length) = (self.config.batch, self.config.length);
-        let teacher = match &self.teacher {
-            Some(teacher) => Some((teacher.hidden(inputs, batch, length)?, teacher.head()?)),
-            None => None,
+    fn forward(&self, batch: &Batch, share: f64) -> Result<(Tensor, LossParts), TrainError> {
+        let shape = (self.config.batch, self.config.length);
+        let Batch { inputs, targets, starts, .. } = batch;
+        let objective = &self.config.objective;
+        let fused = |hidden: &Tensor, target: Target<'_>| {
+            loss::loss(hidden, &self.student.head()?, target, targets, objective, share)
         };
-        let hidden = self.student.hidden(inputs, batch, length)?;
-        let teacher = teacher.as_ref().map(|(hidden, head)| (hidden, head));
-        Ok(loss::loss(&hidden, &self.student.head()?, teacher, targets, &self.config.objective, share)?)
+        let plain = || self.student.hidden(inputs, shape.0, shape.1);
+        let (teacher, inner) = match (&self.teacher, &self.inner) {
+            (Scorer::Text, _) => return Ok(fused(&plain()?, Target::Text)?),
+            (Scorer::Cache(cache), _) => {
+                let kept = Arc::new(cache.read(starts, targets)?);
+                return Ok(fused(&plain()?, Target::Sparse(&kept))?);
+            }
+            (Scorer::Model(teacher), None) => {
+                let hidden = teacher.hidden(inputs, shape.0, shape.1)?;
+                return Ok(fused(&plain()?, Target::Teacher(&hidden, &teacher.head()?))?);
+            }
+            (Scorer::Model(teacher), Some(inner)) => (teacher, inner),
+        };
+        let of_teacher = inner.of_teacher(teacher, inputs, shape)?;
+        let of_student = inner.of_student(self.student, inputs, shape)?;
+        let (loss, mut parts) = fused(&of_student.last, Target::Teacher(&of_teacher.last, &teacher.head()?))?;
+        let (compared, value) = inner.loss(&of_student, &of_teacher, targets, share)?;
+        parts.loss += value;
+        Ok(((loss + compared)?, parts))
     }
 
     /// Stops a run whose numbers have left the range that training comes back from.
@@ -229,7 +300,10 @@ impl<'a> Trainer<'a> {
     fn check(&self, parts: &LossParts, grad_norm: f64) -> Result<(), TrainError> {
         let limit = 10.0
             * (self.student.spec().vocab as f64).ln().max(1.0)
-            * self.config.objective.temperature.powi(2).max(1.0);
+            * self.config.objective.temperature.powi(2).max(1.0)
+            * self.config.objective.soft.total().max(1.0)
+            + LARGEST_STATES * self.config.hidden.mse
+            + 2.0 * self.config.hidden.cosine;
         let (what, value) = if parts.loss.is_nan() || parts.loss > limit {
             ("the loss", parts.loss)
         } else if !grad_norm.is_finite() {
@@ -274,8 +348,36 @@ impl<'a> Trainer<'a> {
     }
 }
 
+/// The name of a teacher in a checkpoint, what it says, and what is compared inside.
+fn scorer<'a>(
+    teacher: Option<Teacher<'a>>,
+    student: &DecoderSpec,
+    config: &TrainConfig,
+) -> Result<(String, Scorer<'a>, Option<Inner>), TrainError> {
+    let nobody = |setting, found: String| {
+        Err(TrainError::Setting { setting, found, expected: "none without a teacher" })
+    };
+    Ok(match teacher {
+        None if config.on_policy > 0.0 => {
+            return nobody("share on policy", config.on_policy.to_string());
+        }
+        None if config.hidden.any() => return nobody("hidden-state term", config.hidden.to_string()),
+        None => ("none".into(), Scorer::Text, None),
+        Some(Teacher::Cache(cache)) => (cache.key().teacher.clone(), Scorer::Cache(cache), None),
+        Some(Teacher::Model(model, kept)) => {
+            let inner = Inner::new(&config.hidden, student, &model.spec, kept, config.seed)?;
+            let decoder = Decoder::new(&model.spec, &model.weights)?;
+            (fingerprint(model)?, Scorer::Model(Box::new(decoder)), inner)
+        }
+    })
+}
+
 /// The windows of `text`, every token of which must be below `vocab`.
-fn windows<'a>(text: Text<'a>, vocab: usize, config: &TrainConfig) -> Result<Windows<'a>, TrainError> {
+pub(super) fn windows<'a>(
+    text: Text<'a>,
+    vocab: usize,
+    config: &TrainConfig,
+) -> Result<Windows<'a>, TrainError> {
     if let Some(position) = text.ids.iter().position(|&token| token as usize >= vocab) {
         return Err(TrainError::Token { token: text.ids[position], position, vocab });
     }
@@ -314,7 +416,7 @@ pub fn fingerprint(model: &Model) -> Result<String, TrainError> {
     Ok(hex(hash))
 }
 
-fn text_fingerprint(text: Text<'_>) -> String {
+pub(super) fn text_fingerprint(text: Text<'_>) -> String {
     let mut hash = Sha256::new();
     hash_words(&mut hash, text.ids.iter().copied());
     hash_words(&mut hash, text.scored.iter().map(|&scored| u32::from(scored)));

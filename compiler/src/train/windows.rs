@@ -3,6 +3,8 @@
 //! The order is a pure function of the seed and of how many windows were consumed, so that number is
 //! all a checkpoint has to remember. Never reads a file and never tokenizes.
 
+use std::collections::BTreeSet;
+
 use super::loss::IGNORE;
 use super::random::SplitMix64;
 
@@ -32,6 +34,8 @@ pub struct Batch {
     pub targets: Vec<u32>,
     /// Targets that are not ignored.
     pub scored: usize,
+    /// Where in the text each window begins.
+    pub starts: Vec<usize>,
 }
 
 impl<'a> Windows<'a> {
@@ -80,15 +84,35 @@ impl<'a> Windows<'a> {
             if self.epoch != self.consumed / per_epoch {
                 self.shuffle(self.consumed / per_epoch);
             }
-            let start = self.order[(self.consumed % per_epoch) as usize] * self.length;
-            batch.inputs.extend_from_slice(&self.ids[start..start + self.length]);
-            for next in start + 1..=start + self.length {
-                batch.targets.push(if self.scored[next] { self.ids[next] } else { IGNORE });
-                batch.scored += usize::from(self.scored[next]);
-            }
+            self.push(&mut batch, self.order[(self.consumed % per_epoch) as usize] * self.length);
             self.consumed += 1;
         }
         batch
+    }
+
+    /// Where the windows begin that the first `count` ones are, each once and in the order of the text.
+    pub fn first(&self, count: u64) -> BTreeSet<usize> {
+        let per_epoch = self.useful.len() as u64;
+        let mut walk = Self { consumed: 0, ..self.clone() };
+        walk.shuffle(0);
+        let seen = if count < per_epoch { &walk.order[..count as usize] } else { &walk.order[..] };
+        seen.iter().map(|window| window * self.length).collect()
+    }
+
+    /// The windows that begin at `starts`, without consuming any.
+    pub fn at(&self, starts: &[usize]) -> Batch {
+        let mut batch = Batch::default();
+        starts.iter().for_each(|start| self.push(&mut batch, *start));
+        batch
+    }
+
+    fn push(&self, batch: &mut Batch, start: usize) {
+        batch.starts.push(start);
+        batch.inputs.extend_from_slice(&self.ids[start..start + self.length]);
+        for next in start + 1..=start + self.length {
+            batch.targets.push(if self.scored[next] { self.ids[next] } else { IGNORE });
+            batch.scored += usize::from(self.scored[next]);
+        }
     }
 
     fn shuffle(&mut self, epoch: u64) {
@@ -140,6 +164,18 @@ mod tests {
             b.seek(consumed);
             assert_eq!(a.batch(4), b.batch(4));
             assert_eq!(b.position(), consumed + 4);
+        }
+    }
+
+    #[test]
+    fn windows_are_found_by_where_they_begin() {
+        let (ids, scored) = stream();
+        for count in [3, 9, 40] {
+            let mut windows = Windows::new(&ids, &scored, 10, 5).unwrap();
+            let first = windows.first(count);
+            let batch = windows.batch(count as usize);
+            assert_eq!(first, batch.starts.iter().copied().collect());
+            assert_eq!(windows.at(&batch.starts), batch);
         }
     }
 

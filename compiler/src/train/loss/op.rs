@@ -1,0 +1,261 @@
+//! The head and the loss as one operation of the graph.
+//!
+//! Its gradients are computed in the forward pass and only scaled in the backward pass.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
+use rayon::prelude::*;
+
+use super::dense::{Row, Scales, row_gradient};
+use super::objective::Objective;
+use super::side::{CHUNK, Side, scored, with_side};
+use super::sparse::{SparseTargets, sparse_gradient};
+use super::{Head, LossParts};
+use crate::train::ops::{Matrix, gemm, rows_cols, slope, tensor, values};
+
+/// What the student is to say.
+#[derive(Clone, Copy, Debug)]
+pub enum Target<'a> {
+    /// The text.
+    Text,
+    /// What a teacher with these final hidden states and this head says, and the text.
+    Teacher(&'a Tensor, &'a Head),
+    /// What was kept of a teacher's distributions, and the text.
+    Sparse(&'a Arc<SparseTargets>),
+}
+
+/// A [`Target`] that an operation can keep.
+enum Owned {
+    Text,
+    Teacher(Tensor, Head),
+    Sparse(Arc<SparseTargets>),
+}
+
+impl From<Target<'_>> for Owned {
+    fn from(target: Target<'_>) -> Self {
+        match target {
+            Target::Text => Self::Text,
+            Target::Teacher(hidden, head) => Self::Teacher(hidden.clone(), head.clone()),
+            Target::Sparse(rows) => Self::Sparse(rows.clone()),
+        }
+    }
+}
+
+/// A teacher during one forward pass.
+enum Beside<'a> {
+    Text,
+    Teacher(&'a Side<'a>),
+    Sparse(&'a SparseTargets),
+}
+
+/// The loss, times `scale`, as a scalar to run backward from, and its parts (without `scale`).
+///
+/// `student_hidden` is `[n, hidden]`, a teacher's of its own width; `targets` are the `n` next tokens,
+/// [`IGNORE`](super::IGNORE) where nothing is to be learned.
+///
+/// # Errors
+/// The shapes do not fit, or a target lies outside the vocabulary.
+pub fn loss(
+    student_hidden: &Tensor,
+    student_head: &Head,
+    target: Target<'_>,
+    targets: &[u32],
+    objective: &Objective,
+    scale: f64,
+) -> Result<(Tensor, LossParts)> {
+    let shared = Arc::new(Mutex::new(LossParts::default()));
+    let op = HeadLoss {
+        teacher: target.into(),
+        targets: targets.to_vec(),
+        soft_cap: student_head.soft_cap,
+        trains_head: student_head.weight.track_op(),
+        objective: *objective,
+        scale,
+        parts: shared.clone(),
+        gradients: Mutex::new(None),
+    };
+    let loss = student_hidden.apply_op2(&student_head.weight, op)?;
+    let parts = *shared.lock().unwrap_or_else(PoisonError::into_inner);
+    Ok((loss, parts))
+}
+
+struct HeadLoss {
+    teacher: Owned,
+    targets: Vec<u32>,
+    /// The student's.
+    soft_cap: f32,
+    /// The head needs a gradient too; one that is frozen does not.
+    trains_head: bool,
+    objective: Objective,
+    scale: f64,
+    parts: Arc<Mutex<LossParts>>,
+    /// Gradients of the hidden states and, if it is trained, of the head, made in the forward pass.
+    gradients: Mutex<Option<(Tensor, Option<Tensor>)>>,
+}
+
+impl HeadLoss {
+    /// The loss and its gradients for the student's hidden states and head, the latter empty if it is frozen.
+    fn forward(&self, student: &Side<'_>) -> Result<(LossParts, Vec<f32>, Vec<f32>)> {
+        match &self.teacher {
+            Owned::Text => self.forward_beside(student, &Beside::Text),
+            Owned::Teacher(hidden, head) => with_side(hidden, head, |teacher| {
+                student.must_match(teacher)?;
+                self.forward_beside(student, &Beside::Teacher(teacher))
+            }),
+            Owned::Sparse(targets) => {
+                check_sparse(targets, student)?;
+                self.forward_beside(student, &Beside::Sparse(targets))
+            }
+        }
+    }
+
+    fn forward_beside(
+        &self,
+        student: &Side<'_>,
+        teacher: &Beside<'_>,
+    ) -> Result<(LossParts, Vec<f32>, Vec<f32>)> {
+        let (vocab, width) = (student.vocab, student.width);
+        let scored = scored(&self.targets, student.rows, vocab)?;
+        let (temperature, alpha) = match teacher {
+            Beside::Text => (1.0, 0.0),
+            _ => (self.objective.temperature, self.objective.alpha),
+        };
+        let per_token = self.scale / scored.len().max(1) as f64;
+        let scales = Scales {
+            objective: self.objective,
+            temperature: temperature as f32,
+            soft: (per_token * alpha * temperature) as f32,
+            hard: (per_token * (1.0 - alpha)) as f32,
+        };
+        let mut sums = Row::default();
+        let mut dhidden = vec![0.0; student.rows * width];
+        let mut dhead = vec![0.0; if self.trains_head { vocab * width } else { 0 }];
+        let size = CHUNK.min(scored.len()) * vocab;
+        let mut s_buffer = vec![0.0; size];
+        let mut t_buffer = vec![0.0; if matches!(teacher, Beside::Teacher(_)) { size } else { 0 }];
+        let mut before = Vec::new();
+        for chunk in scored.chunks(CHUNK) {
+            let s = &mut s_buffer[..chunk.len() * vocab];
+            student.logits(chunk, s);
+            if student.soft_cap > 0.0 {
+                before.clear();
+                before.extend_from_slice(s);
+            }
+            // Added in order: the result does not depend on the threads.
+            for row in gradients(s, vocab, chunk, teacher, &mut t_buffer, &scales) {
+                sums.kl += row.kl;
+                sums.soft += row.soft;
+                sums.cross_entropy += row.cross_entropy;
+            }
+            if student.soft_cap > 0.0 {
+                let rows = s.par_chunks_mut(vocab).zip(before.par_chunks(vocab));
+                rows.for_each(|(grads, logits)| {
+                    grads.iter_mut().zip(logits).for_each(|(g, x)| *g *= slope(*x, student.soft_cap));
+                });
+            }
+            let grad = Matrix::new(s, chunk.len(), vocab);
+            let mut dpicked = vec![0.0; chunk.len() * width];
+            gemm(&mut dpicked, grad, Matrix::new(student.head, vocab, width), 1.0, false, true);
+            if self.trains_head {
+                let picked = student.pick(chunk);
+                gemm(&mut dhead, grad.t(), Matrix::new(&picked, chunk.len(), width), 1.0, true, true);
+            }
+            for ((row, _), values) in chunk.iter().zip(dpicked.chunks_exact(width)) {
+                dhidden[row * width..][..width].copy_from_slice(values);
+            }
+        }
+        let count = scored.len().max(1) as f64;
+        let (soft, cross_entropy) = (sums.soft / count, sums.cross_entropy / count);
+        let loss = alpha * temperature * temperature * soft + (1.0 - alpha) * cross_entropy;
+        let parts = LossParts { loss, kl: sums.kl / count, cross_entropy, tokens: scored.len() };
+        Ok((parts, dhidden, dhead))
+    }
+}
+
+/// Turns the logits of a chunk into their gradient.
+fn gradients(
+    s: &mut [f32],
+    vocab: usize,
+    chunk: &[(usize, u32)],
+    teacher: &Beside<'_>,
+    buffer: &mut [f32],
+    scales: &Scales,
+) -> Vec<Row> {
+    let rows = s.par_chunks_mut(vocab).zip(chunk);
+    match teacher {
+        Beside::Text => rows
+            .map_init(Vec::new, |spare, (s, (_, target))| row_gradient(s, None, *target, scales, spare))
+            .collect(),
+        Beside::Teacher(teacher) => {
+            let t = &mut buffer[..chunk.len() * vocab];
+            teacher.logits(chunk, t);
+            rows.zip(t.par_chunks_mut(vocab))
+                .map_init(Vec::new, |spare, ((s, (_, target)), t)| {
+                    row_gradient(s, Some(t), *target, scales, spare)
+                })
+                .collect()
+        }
+        Beside::Sparse(SparseTargets { sparsity, rows: kept }) => rows
+            .map_init(Vec::new, |spare, (s, (row, target))| {
+                sparse_gradient(s, &kept[*row], *sparsity, *target, scales, spare)
+            })
+            .collect(),
+    }
+}
+
+fn check_sparse(targets: &SparseTargets, student: &Side<'_>) -> Result<()> {
+    if targets.rows.len() != student.rows {
+        bail!("loss: {} sparse targets for {} rows", targets.rows.len(), student.rows);
+    }
+    for (index, row) in targets.rows.iter().enumerate() {
+        let ascending = row.ids.windows(2).all(|pair| pair[0] < pair[1]);
+        let inside = row.ids.last().is_none_or(|id| (*id as usize) < student.vocab);
+        if !ascending || !inside || row.ids.len() != row.probabilities.len() {
+            bail!("loss: sparse target {index} is none of a vocabulary of {}", student.vocab);
+        }
+    }
+    Ok(())
+}
+
+impl CustomOp2 for HeadLoss {
+    fn name(&self) -> &'static str {
+        "head-loss"
+    }
+
+    fn cpu_fwd(
+        &self,
+        hidden: &CpuStorage,
+        hidden_layout: &Layout,
+        head: &CpuStorage,
+        head_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (shape, head_shape) = (rows_cols(hidden_layout, "loss")?, rows_cols(head_layout, "loss")?);
+        let hidden = values(hidden, hidden_layout, "loss")?;
+        let head = values(head, head_layout, "loss")?;
+        let mut student = Side::new(hidden, shape, head, head_shape)?;
+        student.soft_cap = self.soft_cap;
+        let (parts, dhidden, dhead) = self.forward(&student)?;
+        let dhead = self.trains_head.then(|| tensor(dhead, head_shape.0, head_shape.1)).transpose()?;
+        let gradients = (tensor(dhidden, shape.0, shape.1)?, dhead);
+        *self.parts.lock().unwrap_or_else(PoisonError::into_inner) = parts;
+        *self.gradients.lock().unwrap_or_else(PoisonError::into_inner) = Some(gradients);
+        Ok((CpuStorage::F32(vec![(parts.loss * self.scale) as f32]), Shape::from(())))
+    }
+
+    fn bwd(
+        &self,
+        _hidden: &Tensor,
+        _head: &Tensor,
+        _loss: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let gradients = self.gradients.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some((dhidden, dhead)) = gradients else { bail!("loss: backward ran twice") };
+        let factor = f64::from(grad.to_scalar::<f32>()?);
+        if factor == 1.0 {
+            return Ok((Some(dhidden), dhead));
+        }
+        Ok((Some((dhidden * factor)?), dhead.map(|dhead| dhead * factor).transpose()?))
+    }
+}
