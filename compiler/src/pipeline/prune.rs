@@ -76,9 +76,9 @@ impl Run<'_> {
                 let config = TrainConfig { seed, cache: None, ..self.recipe.share() };
                 let folder = RunFolder { path, ..folder.clone() };
                 let mut watch = Watch { stage: "heal", observer: &mut *self.observer };
-                let student = trainee::full(pruned.model, config.decay_embeddings)?;
+                let trainee = trainee::full(pruned.model, config.decay_embeddings)?;
                 let teacher = Some(Teacher::Model(&inputs.teacher, &pruned.kept));
-                pruned.model = trainer::train_from(teacher, student, text, &config, &folder, &mut watch)?;
+                pruned.model = trainer::train_from(teacher, trainee, text, &config, &folder, &mut watch)?;
                 export::hf::write(&pruned.model, &student)?;
             }
             pruned = self.prune(inputs, pruned, layers, step + 1)?;

@@ -80,7 +80,7 @@ pub enum TrainError {
     Checkpoint(#[from] CheckpointError),
     /// The student could not write text on the runtime.
     #[error("on-policy text: {0}")]
-    Policy(#[from] crate::profile::Error),
+    Policy(Box<crate::profile::Error>),
     /// The teacher's cache could not be written or read.
     #[error(transparent)]
     Cache(#[from] CacheError),
@@ -92,4 +92,10 @@ pub enum TrainError {
         /// What the file system answered.
         source: io::Error,
     },
+}
+
+impl From<crate::profile::Error> for TrainError {
+    fn from(error: crate::profile::Error) -> Self {
+        Self::Policy(Box::new(error))
+    }
 }

@@ -10,7 +10,7 @@ use crate::adapter::Targets;
 use crate::export::gguf::{Mix, export_to_vec};
 use crate::teacher::held_from_gguf;
 use crate::train::fixture::{text, tiny};
-use crate::train::loss::{Objective, loss};
+use crate::train::loss::{Objective, Target, loss};
 use crate::train::ops::check::noise;
 use crate::train::pretrain::initialize;
 use crate::train::trainer::{Progress, StepReport, Text, train};
@@ -132,7 +132,7 @@ fn a_new_adapter_changes_nothing() {
 fn every_parameter_has_the_gradient_of_the_loss() {
     let tokens: Vec<u32> = (0..10).map(|i| i * 7 % 61).collect();
     let targets: Vec<u32> = (0..10).map(|i| i * 5 % 61).collect();
-    let objective = Objective { alpha: 1.0, temperature: 1.0 };
+    let objective = Objective::default();
     for (family, dora) in [("llama", false), ("phi3", false), ("llama", true)] {
         for base in bases(family) {
             let settings = Settings { dora, ..SETTINGS };
@@ -148,7 +148,7 @@ fn every_parameter_has_the_gradient_of_the_loss() {
             }
             let evaluate = || {
                 let states = trainee.decoder.hidden(&tokens, 2, 5).unwrap();
-                loss(&states, &trainee.decoder.head().unwrap(), None, &targets, &objective, 1.0).unwrap()
+                loss(&states, &trainee.decoder.head().unwrap(), Target::Text, &targets, &objective, 1.0).unwrap()
             };
             let grads = evaluate().0.backward().unwrap();
             for parameter in &trainee.parameters {
