@@ -235,23 +235,23 @@ impl<'m> Probe<'m> {
             choices.push(Choice { dtype, bytes, kl: 0.0 });
         }
         choices.sort_by_key(|choice| choice.bytes);
-        let mut kl = 0.0;
-        for index in 0..choices.len() {
-            let mut error = 0.0;
+        let mut unit = None;
+        for choice in &mut choices {
+            let (mut error, mut rounded) = (0.0, Vec::new());
             for role in row.members() {
-                let (squares, rounded) = self.round(*role, layer, choices[index].dtype, importance)?;
+                let (squares, matrix) = self.round(*role, layer, choice.dtype, importance)?;
                 error += squares;
-                if index == 0 {
-                    scratch.replace(*role, layer, Projection::Dense(rounded))?;
-                }
+                rounded.push((*role, matrix));
             }
-            if index == 0 {
-                kl = self.divergence(row.role, layer, scratch)? / f64::max(error, f64::MIN_POSITIVE);
-                for role in row.members() {
-                    scratch.replace(*role, layer, self.decoder.matrix(*role, layer)?.clone())?;
+            // Measured once, in the smallest type.
+            let unit = match unit {
+                Some(unit) => unit,
+                None => {
+                    let kl = self.divergence_with(row.role, layer, rounded, scratch)?;
+                    *unit.insert(kl / f64::max(error, f64::MIN_POSITIVE))
                 }
-            }
-            choices[index].kl = kl * error;
+            };
+            choice.kl = unit * error;
         }
         if choices.is_empty() {
             // Rows of no whole number of blocks.
@@ -289,6 +289,25 @@ impl<'m> Probe<'m> {
         Ok((error, rounded))
     }
 
+    /// Divergence with some matrices of a layer replaced in `scratch`, which is the exact model before and after.
+    fn divergence_with(
+        &self,
+        role: Role,
+        layer: usize,
+        matrices: Vec<(Role, Tensor)>,
+        scratch: &mut Decoder,
+    ) -> Result<f64, BudgetError> {
+        let roles: Vec<Role> = matrices.iter().map(|(role, _)| *role).collect();
+        for (role, matrix) in matrices {
+            scratch.replace(role, layer, Projection::Dense(matrix))?;
+        }
+        let kl = self.divergence(role, layer, scratch)?;
+        for role in roles {
+            scratch.replace(role, layer, self.decoder.matrix(role, layer)?.clone())?;
+        }
+        Ok(kl)
+    }
+
     fn divergence(&self, role: Role, layer: usize, changed: &Decoder) -> Result<f64, BudgetError> {
         let windows = self.ids.len() / self.length;
         let (mut x, first) = match role {
@@ -320,7 +339,7 @@ mod tests {
 
     fn tensors() -> Vec<Sensitivity> {
         // Bytes and divergence of three types, the tensors being of unlike size and sensitivity.
-        [(10, 4.0), (10, 0.1), (40, 1.0), (25, 9.0), (5, 0.5)]
+        [(10u64, 4.0), (10, 0.1), (40, 1.0), (25, 9.0), (5, 0.5)]
             .into_iter()
             .map(|(size, kl)| {
                 let choice = |dtype, bits, share| Choice { dtype, bytes: size * bits, kl: kl * share };

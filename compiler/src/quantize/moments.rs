@@ -229,9 +229,9 @@ mod tests {
         let mut z = b.clone();
         factor.solve(&mut z);
         for (z, b) in z.chunks(cols).zip(b.chunks(cols)) {
-            for j in 0..cols {
+            for (j, b) in b.iter().enumerate() {
                 let back: f64 = (0..cols).map(|i| z[i] * gram(i, j)).sum();
-                assert!((back - b[j]).abs() < 1e-6, "{back} {}", b[j]);
+                assert!((back - b).abs() < 1e-6, "{back} {b}");
             }
         }
     }
