@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use candle_core::{Result, Tensor};
 use edge_models::Role;
 
-use super::ops::linear;
+use super::ops::{linear, rows};
 
 /// The matrices of a decoder by role and layer (0 for those that exist once).
 pub type Matrices = BTreeMap<(Role, usize), Projection>;
@@ -39,9 +39,9 @@ impl Projection {
     ///
     /// # Errors
     /// There is no such row.
-    pub fn rows(&self, ids: &Tensor) -> Result<Tensor> {
+    pub fn rows(&self, ids: &[u32]) -> Result<Tensor> {
         match self {
-            Self::Dense(weight) => weight.index_select(ids, 0),
+            Self::Dense(weight) => rows(weight, ids),
         }
     }
 
