@@ -13,6 +13,7 @@ mod logits;
 mod output;
 mod pack;
 mod pretrain;
+mod processes;
 mod progress;
 mod quantize;
 mod targets;

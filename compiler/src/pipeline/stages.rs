@@ -18,8 +18,9 @@ use crate::profile::{self, ModelFile, Settings, bench};
 use crate::report::{self, ModelRow, Summary};
 use crate::text::corpus::{self, Corpus};
 use crate::text::{ChatTemplate, HostTokenizer};
+use crate::train::parallel::{self, Communicator};
 use crate::train::trainer::{Progress, StepReport, Text, fingerprint};
-use crate::train::{RunFolder, trainer};
+use crate::train::{RunFolder, TrainError, trainer};
 use crate::{atomic, bundle, demo, export, quantize, student, teacher};
 
 /// Windows of held-out text on which a run is judged, at most.
@@ -39,6 +40,7 @@ struct Layers {
 struct Run<'a> {
     recipe: &'a Recipe,
     folder: &'a Path,
+    processes: &'a dyn Communicator,
     observer: &'a mut dyn Observer,
 }
 
@@ -54,33 +56,49 @@ struct Inputs {
 
 /// Does what `recipe` asks in `folder`, which must be new or empty, or hold a run to resume.
 ///
+/// Of several processes only the first one touches the folder and has an answer; the others train with it.
+///
 /// # Errors
 /// Whatever stops a stage. What the stages before it made stays, and resuming goes on from there; inputs
 /// that make no sense leave no trace in a new folder.
-pub fn distill(recipe: &Recipe, folder: &RunFolder, observer: &mut dyn Observer) -> Result<Manifest, Error> {
+pub fn distill(
+    recipe: &Recipe,
+    folder: &RunFolder,
+    observer: &mut dyn Observer,
+) -> Result<Option<Manifest>, Error> {
     let target = Target::by_name(&recipe.target).map_err(|error| Error::Student(error.to_string()))?;
     let mix: Mix = recipe.quant.parse().map_err(|error| Error::Student(format!("--quant: {error}")))?;
     recipe.train.validate()?;
-    let RunFolder { path, resume, .. } = folder;
-    let mut run = Run { recipe, folder: path, observer };
+    let RunFolder { path, resume, processes, .. } = folder;
+    let mut run = Run { recipe, folder: path, processes: &**processes, observer };
     let made = !path.exists();
-    run.open(*resume)?;
+    if run.is_first() {
+        run.open(*resume)?;
+    }
     let inputs_and_student = run.load().and_then(|inputs| Ok((run.student(&inputs)?, inputs)));
     let ((untrained, kept), inputs) = inputs_and_student.inspect_err(|_| {
-        if !*resume {
+        if !*resume && run.is_first() {
             run.abandon(made);
         }
     })?;
     let trained = run.train(&inputs, untrained, folder)?;
+    if !run.is_first() {
+        return Ok(None);
+    }
     run.export(&trained, mix)?;
     run.observer.note("bundle", &format!("libedge for {} ({})", target.name, target.triple));
     let library = bundle::build(&target, path)?;
     let chat = bundle::write_chat(&profile::open(&run.path("student.gguf"))?, path)?;
     run.observer.note("bundle", &chat);
-    run.judge(&inputs, &trained, kept, &library)
+    run.judge(&inputs, &trained, kept, &library).map(Some)
 }
 
 impl Run<'_> {
+    /// Whether this process is the one that reads and writes the folder.
+    fn is_first(&self) -> bool {
+        self.processes.rank() == 0
+    }
+
     fn path(&self, name: &str) -> PathBuf {
         self.folder.join(name)
     }
@@ -202,16 +220,8 @@ impl Run<'_> {
             StudentSource::Layers(layers) => *layers,
             StudentSource::Shrink(share) => student::shrink_to_layers(&teacher.spec, *share)?,
         };
-        let path = self.path("layers.json");
-        let layers = match fs::read(&path) {
-            Ok(text) => serde_json::from_slice(&text)
-                .map_err(|error| Error::Damaged { path: path.clone(), message: error.to_string() })?,
-            Err(_) => {
-                let layers = self.choose(inputs, keep)?;
-                self.write_json("layers.json", &layers)?;
-                layers
-            }
-        };
+        let layers = if self.is_first() { Some(self.layers(inputs, keep)?) } else { None };
+        let layers = parallel::from_first(self.processes, layers).map_err(TrainError::from)?;
         let cut = student::cut(teacher, &layers.kept)?;
         let kept: Vec<String> = layers.kept.iter().map(ToString::to_string).collect();
         self.observer.note(
@@ -219,6 +229,18 @@ impl Run<'_> {
             &format!("{}, layers {} (KL {:.3} before training)", describe(&cut), kept.join(" "), layers.kl),
         );
         Ok((cut, layers.kept))
+    }
+
+    /// The layers that the folder says, or a choice that is written there.
+    fn layers(&mut self, inputs: &Inputs, keep: usize) -> Result<Layers, Error> {
+        let path = self.path("layers.json");
+        if let Ok(text) = fs::read(&path) {
+            return serde_json::from_slice(&text)
+                .map_err(|error| Error::Damaged { path, message: error.to_string() });
+        }
+        let layers = self.choose(inputs, keep)?;
+        self.write_json("layers.json", &layers)?;
+        Ok(layers)
     }
 
     fn choose(&mut self, inputs: &Inputs, keep: usize) -> Result<Layers, Error> {

@@ -12,11 +12,13 @@ use sha2::{Digest, Sha256};
 use super::checkpoint::{self, Header, Recipe};
 use super::config::{RunFolder, TrainConfig};
 use super::error::TrainError;
+use super::gradients::{self, Gradients};
 use super::graph::Decoder;
 use super::loss::{self, LossParts};
 use super::metrics::{Metrics, Row};
 use super::ops::with_values;
-use super::optimizer::{AdamW, Gradients};
+use super::optimizer::AdamW;
+use super::parallel::{self, Communicator};
 use super::schedule::Schedule;
 use super::trainee::{self, Trainee};
 use super::windows::Windows;
@@ -80,13 +82,14 @@ pub struct Text<'a> {
 /// As [`distill`].
 pub fn train<R>(
     teacher: Option<&Model>,
-    student: Trainee<R>,
+    mut student: Trainee<R>,
     text: Text<'_>,
     config: &TrainConfig,
     folder: &RunFolder,
     progress: &mut dyn Progress,
 ) -> Result<R, TrainError> {
     config.validate()?;
+    student.decoder.recompute(folder.checkpoint_activations);
     let mut run = Trainer::new(teacher, &student, text, config, folder, progress)?;
     run.run(progress)?;
     drop(run);
@@ -98,12 +101,14 @@ struct Trainer<'a> {
     teacher: Option<Decoder>,
     student: &'a Decoder,
     optimizer: AdamW,
+    gradients: Gradients,
     windows: Windows<'a>,
     schedule: Schedule,
     config: &'a TrainConfig,
     folder: &'a RunFolder,
     recipe: Recipe,
-    metrics: Metrics,
+    /// Of the first process.
+    metrics: Option<Metrics>,
     /// Step and time of the last checkpoint.
     saved: (u64, Instant),
     seconds: f64,
@@ -129,22 +134,15 @@ impl<'a> Trainer<'a> {
         let teacher = teacher.map(|teacher| Decoder::new(&teacher.spec, &teacher.weights)).transpose()?;
         let mut optimizer = AdamW::new(student.parameters.clone(), config.optimizer());
 
-        let mut step = 0;
-        if !folder.resume {
-            checkpoint::discard(&folder.path)?;
-        } else if let Some(header) = checkpoint::load(&folder.path, &recipe, &mut optimizer)? {
-            step = header.step;
-            windows.seek(header.position);
-            note_resume(&header, config.steps(), progress);
-        } else {
-            let path = folder.path.display();
-            progress.note(&format!("no checkpoint in {path}, starting from the beginning"));
-        }
-        let (metrics, seconds) = Metrics::open(&folder.path, step)
-            .map_err(|source| TrainError::Metrics { folder: folder.path.clone(), source })?;
+        let (step, position) = begin(config, folder, &recipe, &mut optimizer, progress)?;
+        windows.seek(position);
+        let metrics = (folder.processes.rank() == 0).then(|| Metrics::open(&folder.path, step)).transpose();
+        let (metrics, seconds) =
+            metrics.map_err(|source| TrainError::Metrics { folder: folder.path.clone(), source })?.unzip();
         Ok(Self {
             teacher,
             student: &student.decoder,
+            gradients: Gradients::new(optimizer.parameters()),
             optimizer,
             windows,
             schedule: config.schedule(),
@@ -153,7 +151,7 @@ impl<'a> Trainer<'a> {
             recipe,
             metrics,
             saved: (step, Instant::now()),
-            seconds,
+            seconds: seconds.unwrap_or(0.0),
             rate: None,
         })
     }
@@ -163,7 +161,7 @@ impl<'a> Trainer<'a> {
         while self.optimizer.steps() < steps {
             let report = self.step()?;
             let step = report.row.step;
-            let stop = progress.step(&report).is_break();
+            let stop = self.any(progress.step(&report).is_break());
             let due = self.folder.every_steps.is_some_and(|every| step >= self.saved.0 + every)
                 || self.saved.1.elapsed() >= self.folder.every;
             if stop || due || step == steps {
@@ -176,33 +174,56 @@ impl<'a> Trainer<'a> {
         Ok(())
     }
 
-    /// One optimizer step over `accumulate` batches.
+    /// Whether a process says so.
+    fn any(&self, says: bool) -> bool {
+        let mut says = [f32::from(u8::from(says))];
+        self.folder.processes.all_reduce(&mut says);
+        says[0] > 0.0
+    }
+
+    /// One optimizer step over `accumulate` batches, or this process's share of them.
     fn step(&mut self) -> Result<StepReport, TrainError> {
         let started = Instant::now();
-        let batches: Vec<_> =
-            (0..self.config.accumulate).map(|_| self.windows.batch(self.config.batch)).collect();
-        let scored: usize = batches.iter().map(|batch| batch.scored).sum();
-        let mut gradients = Gradients::new(self.optimizer.parameters().len());
+        let TrainConfig { batch, accumulate, length, .. } = *self.config;
+        let whole = self.windows.batch(batch * accumulate);
+        let own = parallel::part(batch * accumulate, &*self.folder.processes);
         let mut total = LossParts { loss: 0.0, kl: 0.0, cross_entropy: 0.0, tokens: 0 };
-        for batch in &batches {
+        self.gradients.clear();
+        for start in own.clone().step_by(batch) {
+            let part = whole.part(start..own.end.min(start + batch), length);
             // Every scored token of the step weighs the same, however they fell into batches.
-            let share = batch.scored as f64 / scored as f64;
-            let (loss, parts) = self.forward(&batch.inputs, &batch.targets, share)?;
-            gradients.add(self.optimizer.parameters(), &mut loss.backward()?)?;
+            let share = part.scored as f64 / whole.scored as f64;
+            let (loss, parts) = self.forward(&part.inputs, &part.targets, share)?;
+            self.gradients.add(&loss)?;
             total.loss += parts.loss * share;
             total.kl += parts.kl * share;
             total.cross_entropy += parts.cross_entropy * share;
             total.tokens += parts.tokens;
         }
+        self.add_up(&mut total);
         let lr = self.schedule.at(self.optimizer.steps() as usize);
-        let grad_norm = gradients.norm()?;
+        let gradients = self.gradients.sums(self.optimizer.parameters())?;
+        let grad_norm = gradients::norm(&gradients);
         self.check(&total, grad_norm)?;
         self.optimizer.step(&gradients, lr, (self.config.clip / grad_norm).min(1.0))?;
         let report = self.report(&total, lr, grad_norm, started.elapsed());
-        self.metrics
-            .append(&report.row)
-            .map_err(|source| TrainError::Metrics { folder: self.folder.path.clone(), source })?;
+        if let Some(metrics) = &mut self.metrics {
+            let appended = metrics.append(&report.row);
+            appended.map_err(|source| TrainError::Metrics { folder: self.folder.path.clone(), source })?;
+        }
         Ok(report)
+    }
+
+    /// Adds up gradients and losses of all processes.
+    fn add_up(&mut self, total: &mut LossParts) {
+        let processes = &*self.folder.processes;
+        if processes.size() == 1 {
+            return;
+        }
+        self.gradients.sums_mut().for_each(|sum| processes.all_reduce(sum));
+        let mut parts = [total.loss, total.kl, total.cross_entropy].map(|part| part as f32);
+        processes.all_reduce(&mut parts);
+        [total.loss, total.kl, total.cross_entropy] = parts.map(f64::from);
     }
 
     /// The loss of one batch, multiplied by `share`, with its graph.
@@ -212,7 +233,8 @@ impl<'a> Trainer<'a> {
         targets: &[u32],
         share: f64,
     ) -> Result<(candle_core::Tensor, LossParts), TrainError> {
-        let (batch, length) = (self.config.batch, self.config.length);
+        let length = self.config.length;
+        let batch = inputs.len() / length;
         let teacher = match &self.teacher {
             Some(teacher) => Some((teacher.hidden(inputs, batch, length)?, teacher.head()?)),
             None => None,
@@ -267,8 +289,11 @@ impl<'a> Trainer<'a> {
 
     fn save(&mut self) -> Result<(), TrainError> {
         let step = self.optimizer.steps();
-        let header = Header::new(step, self.windows.position(), self.recipe.clone());
-        checkpoint::save(&self.folder.path, &header, &self.optimizer)?;
+        if self.folder.processes.rank() == 0 {
+            let processes = self.folder.processes.size();
+            let header = Header::new(step, self.windows.position(), processes, self.recipe.clone());
+            checkpoint::save(&self.folder.path, &header, &self.optimizer)?;
+        }
         self.saved = (step, Instant::now());
         Ok(())
     }
@@ -286,13 +311,56 @@ fn windows<'a>(text: Text<'a>, vocab: usize, config: &TrainConfig) -> Result<Win
     })
 }
 
-fn note_resume(header: &Header, steps: u64, progress: &mut dyn Progress) {
+/// Puts every process where the run begins or goes on: steps and windows done, and the first one's state in
+/// `optimizer` and its parameters.
+fn begin(
+    config: &TrainConfig,
+    folder: &RunFolder,
+    recipe: &Recipe,
+    optimizer: &mut AdamW,
+    progress: &mut dyn Progress,
+) -> Result<(u64, u64), TrainError> {
+    let processes = &*folder.processes;
+    let windows = config.batch * config.accumulate;
+    if windows < processes.size() {
+        return Err(TrainError::TooFewWindows { windows, processes: processes.size() });
+    }
+    let first = processes.rank() == 0;
+    let mut place = (0, 0);
+    if first && !folder.resume {
+        checkpoint::discard(&folder.path)?;
+    } else if first {
+        match checkpoint::load(&folder.path, recipe, optimizer)? {
+            Some(header) => {
+                place = (header.step, header.position);
+                note_resume(&header, config.steps(), processes, progress);
+            }
+            None => {
+                let path = folder.path.display();
+                progress.note(&format!("no checkpoint in {path}, starting from the beginning"));
+            }
+        }
+    }
+    if processes.size() == 1 {
+        return Ok(place);
+    }
+    let (place, asked) = parallel::from_first(processes, first.then(|| (place, recipe.clone())))?;
+    let differences = checkpoint::differences(&asked, recipe);
+    if !differences.is_empty() {
+        return Err(TrainError::OtherProcess { rank: processes.rank(), differences });
+    }
+    optimizer.set_steps(place.0);
+    parallel::broadcast_state(processes, optimizer)?;
+    Ok(place)
+}
+
+fn note_resume(header: &Header, steps: u64, processes: &dyn Communicator, progress: &mut dyn Progress) {
     progress.note(&format!("resumed after step {} of {steps}", header.step));
-    let threads = rayon::current_num_threads();
-    if header.threads != threads {
+    let before = format!("{} processes with {} threads", header.processes, header.threads);
+    let now = format!("{} processes with {} threads", processes.size(), rayon::current_num_threads());
+    if before != now {
         progress.note(&format!(
-            "the checkpoint was made with {} threads, this run has {threads}: the result may differ in rounding",
-            header.threads
+            "the checkpoint was made by {before}, this run has {now}: the result may differ in rounding"
         ));
     }
 }

@@ -3,6 +3,8 @@
 //! The order is a pure function of the seed and of how many windows were consumed, so that number is
 //! all a checkpoint has to remember. Never reads a file and never tokenizes.
 
+use std::ops::Range;
+
 use super::loss::IGNORE;
 use super::random::SplitMix64;
 
@@ -32,6 +34,16 @@ pub struct Batch {
     pub targets: Vec<u32>,
     /// Targets that are not ignored.
     pub scored: usize,
+}
+
+impl Batch {
+    /// Some of the batch's windows, which are `length` long.
+    pub fn part(&self, windows: Range<usize>, length: usize) -> Self {
+        let range = windows.start * length..windows.end * length;
+        let targets = self.targets[range.clone()].to_vec();
+        let scored = targets.iter().filter(|&&target| target != IGNORE).count();
+        Self { inputs: self.inputs[range].to_vec(), targets, scored }
+    }
 }
 
 impl<'a> Windows<'a> {
@@ -140,6 +152,16 @@ mod tests {
             b.seek(consumed);
             assert_eq!(a.batch(4), b.batch(4));
             assert_eq!(b.position(), consumed + 4);
+        }
+    }
+
+    #[test]
+    fn a_batch_falls_into_parts() {
+        let (ids, scored) = stream();
+        let whole = Windows::new(&ids, &scored, 10, 5).unwrap().batch(5);
+        let mut walked = Windows::new(&ids, &scored, 10, 5).unwrap();
+        for windows in [0..2, 2..2, 2..5] {
+            assert_eq!(whole.part(windows.clone(), 10), walked.batch(windows.len()));
         }
     }
 
