@@ -6,4 +6,6 @@ mod tools;
 
 pub use edgec::{Ran, edgec, teacher, text, wide_teacher};
 pub use tiny::{TinyAdapter, TinyModel};
-pub use tools::{build, command, require_python, require_tool, run, skip, target_folder, workspace};
+pub use tools::{
+    build, command, require_mpi, require_python, require_tool, run, skip, target_folder, workspace,
+};

@@ -31,6 +31,19 @@ pub fn require_python(module: &str) -> Option<Command> {
     Some(Command::new(python))
 }
 
+/// Whether `edgec` is to be built with MPI for all tests, which needs an MPI library and libclang.
+fn wants_mpi() -> bool {
+    std::env::var("EDGE_TEST_MPI").as_deref() == Ok("1")
+}
+
+/// Whether `edgec` can be started by `mpirun`; if not, the check is skipped as [`skip`] says.
+pub fn require_mpi() -> bool {
+    if !wants_mpi() {
+        skip("EDGE_TEST_MPI=1, which builds with an MPI library and libclang,");
+    }
+    wants_mpi() && require_tool("mpirun")
+}
+
 /// The root of the workspace.
 pub fn workspace() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize().expect("the workspace")
@@ -48,6 +61,9 @@ pub fn build(package: &str, target: Option<&str>) -> PathBuf {
     let mut cargo = Command::new(env!("CARGO"));
     cargo.current_dir(workspace()).args(["build", "--quiet", "--release", "--package", package]);
     cargo.arg("--target-dir").arg(target_folder());
+    if package == "edgec" && wants_mpi() {
+        cargo.args(["--features", "mpi"]);
+    }
     let mut folder = target_folder();
     if let Some(target) = target {
         cargo.args(["--target", target]);

@@ -1,13 +1,17 @@
 //! `edgec distill`.
 
 use std::path::PathBuf;
+use std::rc::Rc;
 
+use anyhow::bail;
 use clap::Args;
 use edgec::pipeline::{self, Data, Observer, Recipe, StudentSource, TeacherSource};
 use edgec::train::loss::{HiddenTerms, Mixture, Objective, Sparsity};
+use edgec::train::parallel::Communicator;
 use edgec::train::{RunFolder, TrainConfig};
 
 use super::output;
+use super::processes::together;
 use super::progress::{Progress, note};
 
 /// Peak learning rate of quantization-aware training: what is nearly right moves little.
@@ -105,6 +109,9 @@ pub struct Arguments {
     /// Steps between checkpoints; every two minutes there is one anyway
     #[arg(long, value_name = "STEPS", value_parser = clap::value_parser!(u64).range(1..))]
     checkpoint_every: Option<u64>,
+    /// Keep fewer activations and compute them again: less memory, more time, the same result
+    #[arg(long)]
+    checkpoint_activations: bool,
     /// Read these flags from a TOML file; those on the command line win
     #[arg(long, value_name = "FILE")]
     recipe: Option<PathBuf>,
@@ -218,10 +225,21 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
             "distill",
         )?)?);
     }
+    together(|processes| distill(arguments, processes))
+}
+
+fn distill(arguments: &Arguments, processes: Rc<dyn Communicator>) -> anyhow::Result<()> {
+    if processes.size() > 1 && arguments.out.is_none() {
+        bail!("--out is missing: {} processes need the name of one folder", processes.size());
+    }
     let folder = arguments.folder();
-    let mut screen = Screen::default();
-    let run = RunFolder::new(&folder, arguments.resume, arguments.checkpoint_every);
-    let manifest = pipeline::distill(&arguments.recipe(), &run, &mut screen)?;
+    let mut screen = Screen { silent: processes.rank() > 0, current: None };
+    let run = RunFolder {
+        processes,
+        checkpoint_activations: arguments.checkpoint_activations,
+        ..RunFolder::new(&folder, arguments.resume, arguments.checkpoint_every)
+    };
+    let Some(manifest) = pipeline::distill(&arguments.recipe(), &run, &mut screen)? else { return Ok(()) };
     screen.end();
     let summary = &manifest.summary;
     let mut rows = vec![vec![String::new()]];
@@ -244,6 +262,8 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
 /// Shows one stage at a time.
 #[derive(Default)]
 pub(super) struct Screen {
+    /// Another process shows the same.
+    silent: bool,
     current: Option<(&'static str, Progress, String)>,
 }
 
@@ -257,6 +277,9 @@ impl Screen {
 
 impl Observer for Screen {
     fn progress(&mut self, stage: &'static str, done: usize, total: usize, message: &str) {
+        if self.silent {
+            return;
+        }
         if self.current.as_ref().is_none_or(|(current, ..)| *current != stage) {
             self.end();
             self.current = Some((stage, Progress::start(stage), String::new()));
@@ -268,6 +291,9 @@ impl Observer for Screen {
     }
 
     fn note(&mut self, stage: &'static str, message: &str) {
+        if self.silent {
+            return;
+        }
         self.end();
         note(stage, message);
     }

@@ -14,6 +14,7 @@ mod merge;
 mod output;
 mod pack;
 mod pretrain;
+mod processes;
 mod progress;
 mod quantize;
 mod recipe;

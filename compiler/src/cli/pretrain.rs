@@ -3,6 +3,7 @@
 use std::fs;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
+use std::rc::Rc;
 
 use anyhow::{Context, bail};
 use clap::Args;
@@ -12,12 +13,14 @@ use edgec::model::Model;
 use edgec::profile;
 use edgec::text::HostTokenizer;
 use edgec::text::corpus::{self, Corpus};
+use edgec::train::parallel::Communicator;
 use edgec::train::pretrain::{initialize, learn_vocabulary};
 use edgec::train::trainer::{self, Progress as Watch, StepReport, Text};
 use edgec::train::{RunFolder, TrainConfig, trainee};
 use edgec::{export, quantize};
 
 use super::output;
+use super::processes::together;
 use super::progress::{Progress, note};
 
 #[derive(Args)]
@@ -73,29 +76,32 @@ pub struct Arguments {
     /// Steps between checkpoints; every two minutes there is one anyway
     #[arg(long, value_name = "STEPS", value_parser = clap::value_parser!(u64).range(1..))]
     checkpoint_every: Option<u64>,
+    /// Keep fewer activations and compute them again: less memory, more time, the same result
+    #[arg(long)]
+    checkpoint_activations: bool,
     /// Go on with the run in --out
     #[arg(long)]
     resume: bool,
 }
 
 pub fn run(arguments: Arguments) -> anyhow::Result<()> {
+    together(|processes| pretrain(&arguments, processes))
+}
+
+fn pretrain(arguments: &Arguments, processes: Rc<dyn Communicator>) -> anyhow::Result<()> {
+    let first = processes.rank() == 0;
     let documents = documents(&arguments.data)?;
     let lines: Vec<&str> = documents.iter().map(String::as_str).collect();
     let vocabulary = learn_vocabulary(&lines, arguments.vocab)?;
-    let spec = spec(&arguments)?;
+    let spec = spec(arguments)?;
     let weights = initialize(&spec, arguments.seed)?;
     let model = Model { spec, weights, vocabulary: Some(vocabulary), name: arguments.name.clone() };
     let corpus = tokens(&model, &lines)?;
-    note(
-        "pretrain",
-        &format!(
-            "{} parameters, {} documents, {} tokens",
-            output::parameters(spec.parameters()),
-            lines.len(),
-            corpus.ids.len()
-        ),
-    );
-    fs::create_dir_all(&arguments.out).with_context(|| arguments.out.display().to_string())?;
+    if first {
+        let (parameters, tokens) = (output::parameters(spec.parameters()), corpus.ids.len());
+        note("pretrain", &format!("{parameters} parameters, {} documents, {tokens} tokens", lines.len()));
+        fs::create_dir_all(&arguments.out).with_context(|| arguments.out.display().to_string())?;
+    }
     let config = TrainConfig {
         tokens: arguments.tokens,
         batch: arguments.batch,
@@ -106,11 +112,16 @@ pub fn run(arguments: Arguments) -> anyhow::Result<()> {
         ..TrainConfig::default()
     };
     let text = Text { ids: &corpus.ids, scored: &corpus.scored };
-    let folder = RunFolder::new(&arguments.out, arguments.resume, arguments.checkpoint_every);
-    let mut screen = Screen(Progress::start("pretrain"));
+    let folder = RunFolder {
+        processes,
+        checkpoint_activations: arguments.checkpoint_activations,
+        ..RunFolder::new(&arguments.out, arguments.resume, arguments.checkpoint_every)
+    };
+    let mut screen = Screen(first.then(|| Progress::start("pretrain")));
     let model = trainee::full(model, config.decay_embeddings)?;
     let trained = trainer::train(None, model, text, &config, &folder, &mut screen)?;
-    screen.0.finish("trained");
+    let Some(screen) = screen.0 else { return Ok(()) };
+    screen.finish("trained");
     export::hf::write(&trained, &arguments.out.join("student"))?;
     let file = arguments.out.join("model.gguf");
     let report = quantize::quantize_file(&trained, arguments.quant, &file)?;
@@ -164,14 +175,17 @@ fn tokens(model: &Model, documents: &[&str]) -> anyhow::Result<Corpus> {
     Ok(corpus)
 }
 
-struct Screen(Progress);
+/// The screen of the first process; the others show nothing.
+struct Screen(Option<Progress>);
 
 impl Watch for Screen {
     fn step(&mut self, report: &StepReport) -> ControlFlow<()> {
         let row = &report.row;
         let message =
             format!("loss {:.4}  lr {:.1e}  {:.0} tok/s", row.loss, row.lr, report.tokens_per_second);
-        self.0.update(row.step as usize, report.steps as usize, &message);
+        if let Some(screen) = &mut self.0 {
+            screen.update(row.step as usize, report.steps as usize, &message);
+        }
         ControlFlow::Continue(())
     }
 

@@ -138,6 +138,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     if let Some(model) = arguments.model.as_ref().filter(|_| arguments.data.is_empty()) {
         bail!("--data is missing: text for {} to learn from", model.display());
     }
+    super::processes::alone("tune")?;
     let run = RunFolder::new(&arguments.out, arguments.resume, arguments.checkpoint_every);
     let mut screen = Screen::default();
     let tuned = pipeline::tune(&arguments.recipe(), &run, &mut screen)?;

@@ -44,6 +44,8 @@ pub enum Error {
     Damaged { path: PathBuf, message: String },
     #[error("{text}: {found} tokens, {needed} are needed")]
     TextTooShort { text: String, found: usize, needed: usize },
+    #[error("{what} is for one process, this run has {processes}")]
+    OneProcess { what: &'static str, processes: usize },
     #[error("{0}")]
     Student(String),
     #[error(transparent)]

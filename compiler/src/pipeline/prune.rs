@@ -9,7 +9,7 @@ use super::{Error, StudentSource};
 use crate::model::Model;
 use crate::student::{self, Widths};
 use crate::train::trainer::{self, Teacher, Text};
-use crate::train::{RunFolder, TrainConfig, trainee};
+use crate::train::{RunFolder, TrainConfig, TrainError, parallel, trainee};
 use crate::{export, teacher};
 
 /// The choice of layers, as the run's folder keeps it.
@@ -105,7 +105,10 @@ impl Run<'_> {
             kv_heads: between(whole.kv_heads, asked.kv_heads.unwrap_or(whole.kv_heads)),
             hidden: between(whole.hidden, asked.hidden.unwrap_or(whole.hidden)),
         };
-        let chosen = self.layers(inputs, &pruned.model, between(spec.layers, layers), step)?;
+        let keep = between(spec.layers, layers);
+        let chosen =
+            if self.is_first() { Some(self.layers(inputs, &pruned.model, keep, step)?) } else { None };
+        let chosen = parallel::from_first(self.processes, chosen).map_err(TrainError::from)?;
         pruned.model = student::cut(&pruned.model, &chosen.kept)?;
         pruned.kept = chosen.kept.iter().map(|&layer| pruned.kept[layer]).collect();
         let length = self.recipe.train.length;

@@ -22,6 +22,7 @@ use crate::report::{self, ModelRow, Summary};
 use crate::student::StudentError;
 use crate::text::HostTokenizer;
 use crate::text::corpus::Corpus;
+use crate::train::parallel::Communicator;
 use crate::train::trainer::{Progress, StepReport, Teacher, Text, fingerprint};
 use crate::train::{self, Quantized, RunFolder, cache, trainee, trainer};
 use crate::{adapter, bundle, demo, export, student, teacher};
@@ -33,6 +34,7 @@ const ROUNDING_TOKENS: usize = 16_384;
 pub(super) struct Run<'a> {
     pub(super) recipe: &'a Recipe,
     pub(super) folder: &'a Path,
+    pub(super) processes: &'a dyn Communicator,
     pub(super) observer: &'a mut dyn Observer,
 }
 
@@ -57,34 +59,64 @@ struct Speaker {
 
 /// Does what `recipe` asks in `folder`, which must be new or empty, or hold a run to resume.
 ///
+/// Of several processes only the first one touches the folder and has an answer; the others train with it.
+///
 /// # Errors
 /// Whatever stops a stage. What the stages before it made stays, and resuming goes on from there; inputs
 /// that make no sense leave no trace in a new folder.
-pub fn distill(recipe: &Recipe, folder: &RunFolder, observer: &mut dyn Observer) -> Result<Manifest, Error> {
+pub fn distill(
+    recipe: &Recipe,
+    folder: &RunFolder,
+    observer: &mut dyn Observer,
+) -> Result<Option<Manifest>, Error> {
     let target = Target::by_name(&recipe.target).map_err(|error| Error::Student(error.to_string()))?;
     let mix: Mix = recipe.quant.parse().map_err(|error| Error::Student(format!("--quant: {error}")))?;
     recipe.train.validate()?;
-    let RunFolder { path, resume, .. } = folder;
-    let mut run = Run { recipe, folder: path, observer };
+    let RunFolder { path, resume, processes, .. } = folder;
+    fits(recipe, processes.size())?;
+    let mut run = Run { recipe, folder: path, processes: &**processes, observer };
     let made = !path.exists();
-    folder::open(path, *resume, recipe)?;
+    if run.is_first() {
+        folder::open(path, *resume, recipe)?;
+    }
     let inputs_and_student = run.load().and_then(|inputs| Ok((run.student(&inputs)?, inputs)));
     let (pruned, mut inputs) = inputs_and_student.inspect_err(|_| {
-        if !*resume {
+        if !*resume && run.is_first() {
             folder::abandon(path, made);
         }
     })?;
     let Pruned { model: untrained, kept } = run.heal(&inputs, pruned, folder)?;
     let Quantized { model: trained, encoding } = run.train(&mut inputs, untrained, &kept, mix, folder)?;
+    if !run.is_first() {
+        return Ok(None);
+    }
     run.export(&trained, &encoding)?;
     run.observer.note("bundle", &format!("libedge for {} ({})", target.name, target.triple));
     let library = bundle::build(&target, path)?;
     let chat = bundle::write_chat(&profile::open(&run.path("student.gguf"))?, path)?;
     run.observer.note("bundle", &chat);
-    run.judge(&inputs, &trained, kept, &library)
+    run.judge(&inputs, &trained, kept, &library).map(Some)
+}
+
+/// What several processes do not do together.
+fn fits(recipe: &Recipe, processes: usize) -> Result<(), Error> {
+    let alone = [
+        (recipe.prune.steps > 1, "pruning in several steps"),
+        (recipe.qat, "quantization-aware training"),
+        (recipe.train.cache.is_some(), "the cache of a teacher"),
+    ];
+    match alone.into_iter().find(|(asked, _)| *asked && processes > 1) {
+        Some((_, what)) => Err(Error::OneProcess { what, processes }),
+        None => Ok(()),
+    }
 }
 
 impl Run<'_> {
+    /// Whether this process is the one that reads and writes the folder.
+    pub(super) fn is_first(&self) -> bool {
+        self.processes.rank() == 0
+    }
+
     pub(super) fn path(&self, name: &str) -> PathBuf {
         self.folder.join(name)
     }

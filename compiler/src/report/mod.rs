@@ -1,5 +1,7 @@
 //! `report.html`: student beside teacher, in one file that opens without a network.
 
+mod curves;
+
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -150,7 +152,9 @@ pub fn write(
     summary: &Summary,
 ) -> Result<(), Error> {
     let rows = metrics::read(folder).map_err(|source| Error::Io { path: folder.into(), source })?;
+    let seen: Vec<u64> = rows.iter().map(|row| row.tokens).collect();
     let column = |value: fn(&metrics::Row) -> f64| -> Vec<f64> { rows.iter().map(value).collect() };
+    let curve = |label: &str, value| curves::curve(label, &seen, &column(value));
     let mut environment = Environment::new();
     environment.add_template("report.html", include_str!("report.html"))?;
     let page = environment.get_template("report.html")?.render(context! {
@@ -161,77 +165,17 @@ pub fn write(
         kept_layers,
         library_kib => format!("{:.1}", summary.library_bytes as f64 / 1024.0),
         tokens => rows.last().map_or(0, |row| row.tokens),
-        speed => format!("{:.0}", mean(&column(|row| row.tok_s))),
-        loss => Curve::new(&column(|row| row.loss)),
-        kl => Curve::new(&column(|row| row.kl)),
-        cross_entropy => Curve::new(&column(|row| row.ce)),
+        speed => format!("{:.0}", curves::mean(&column(|row| row.tok_s))),
+        loss => curve("loss", |row| row.loss),
+        kl => curve("nats per token", |row| row.kl),
+        cross_entropy => curve("nats per token", |row| row.ce),
+        learning_rate => curve("learning rate", |row| row.lr),
+        grad_norm => curve("norm", |row| row.grad_norm),
+        tokens_per_second => curve("tokens per second", |row| row.tok_s),
         version => env!("CARGO_PKG_VERSION"),
     })?;
     let page = page.as_bytes();
     atomic::write(path, |file| file.write_all(page))
         .map_err(|source| Error::Io { path: path.into(), source })?;
     Ok(())
-}
-
-/// A curve over the steps of a run, ready to be drawn in a box of [`Curve::WIDTH`] x [`Curve::HEIGHT`].
-#[derive(Debug, Serialize)]
-struct Curve {
-    /// Points of an SVG polyline.
-    points: String,
-    /// Labels of the vertical axis: text and height.
-    ticks: Vec<(String, f64)>,
-    /// Steps of the run.
-    steps: usize,
-    last: String,
-}
-
-impl Curve {
-    const WIDTH: f64 = 560.0;
-    const HEIGHT: f64 = 180.0;
-
-    /// `None` where there is nothing to draw.
-    fn new(values: &[f64]) -> Option<Self> {
-        let finite = || values.iter().copied().filter(|value| value.is_finite());
-        let (low, high) = (finite().fold(f64::INFINITY, f64::min), finite().fold(0.0, f64::max));
-        if values.len() < 2 || high <= 0.0 || !low.is_finite() {
-            return None;
-        }
-        let low = low.min(0.0);
-        let height = |value: f64| Self::HEIGHT * (1.0 - (value - low) / (high - low));
-        // At most one point a pixel: the mean of the steps that fall on it.
-        let per_point = values.len().div_ceil(Self::WIDTH as usize);
-        let points: Vec<String> = values
-            .chunks(per_point)
-            .enumerate()
-            .map(|(index, chunk)| {
-                let x = (index * per_point) as f64 / (values.len() - 1) as f64 * Self::WIDTH;
-                format!("{x:.1},{:.1}", height(mean(chunk)))
-            })
-            .collect();
-        let ticks = [0.0, 0.25, 0.5, 0.75, 1.0]
-            .map(|share| low + share * (high - low))
-            .map(|value| (format!("{value:.2}"), height(value)))
-            .to_vec();
-        let last = format!("{:.3}", values.last().copied().unwrap_or(f64::NAN));
-        Some(Self { points: points.join(" "), ticks, steps: values.len(), last })
-    }
-}
-
-fn mean(values: &[f64]) -> f64 {
-    values.iter().sum::<f64>() / values.len().max(1) as f64
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn curves_fill_their_box() {
-        let curve = Curve::new(&[4.0, 2.0, 1.0]).unwrap();
-        assert_eq!(curve.points, "0.0,0.0 280.0,90.0 560.0,135.0");
-        assert_eq!(curve.ticks[0], ("0.00".to_owned(), 180.0));
-        assert!(Curve::new(&[]).is_none() && Curve::new(&[0.0, 0.0]).is_none());
-        let long: Vec<f64> = (0..10_000).map(f64::from).collect();
-        assert!(Curve::new(&long).unwrap().points.split(' ').count() <= 560);
-    }
 }

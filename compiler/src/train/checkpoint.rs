@@ -42,6 +42,9 @@ pub struct Header {
     pub position: u64,
     /// Threads of the pool; with another number sums may round differently.
     pub threads: usize,
+    /// Processes of the run; the same holds for them.
+    #[serde(default = "one")]
+    pub processes: usize,
     /// SHA-256 of `recipe`, hexadecimal.
     pub recipe_hash: String,
     /// What the run was asked to do.
@@ -52,18 +55,24 @@ impl Header {
     /// Version that is written and the only one that is read.
     pub const VERSION: u32 = 1;
 
-    /// The header of a run that stands after `step` steps and `position` windows.
-    pub fn new(step: u64, position: u64, recipe: Recipe) -> Self {
+    /// The header of a run of `processes` that stands after `step` steps and `position` windows.
+    pub fn new(step: u64, position: u64, processes: usize, recipe: Recipe) -> Self {
         let recipe_hash = recipe_hash(&recipe);
         Self {
             version: Self::VERSION,
             step,
             position,
             threads: rayon::current_num_threads(),
+            processes,
             recipe_hash,
             recipe,
         }
     }
+}
+
+/// What headers from before there were several mean.
+fn one() -> usize {
+    1
 }
 
 /// SHA-256 of a recipe, hexadecimal.
@@ -281,7 +290,7 @@ fn layout(optimizer: &AdamW, header: Option<&Header>) -> io::Result<String> {
 }
 
 /// Each setting in which two recipes differ, in words; empty if they are the same.
-fn differences(stored: &Recipe, asked: &Recipe) -> String {
+pub(super) fn differences(stored: &Recipe, asked: &Recipe) -> String {
     let names: std::collections::BTreeSet<&String> = stored.keys().chain(asked.keys()).collect();
     let differing: Vec<String> = names
         .into_iter()
@@ -346,7 +355,7 @@ mod tests {
     fn comes_back_as_it_was() {
         let folder = tempfile::tempdir().unwrap();
         let saved = optimizer(4.0);
-        let header = Header::new(4, 32, recipe("1e-3"));
+        let header = Header::new(4, 32, 1, recipe("1e-3"));
         save(folder.path(), &header, &saved).unwrap();
         let mut restored = optimizer(0.0);
         assert_eq!(load(folder.path(), &recipe("1e-3"), &mut restored).unwrap(), Some(header));
@@ -370,7 +379,7 @@ mod tests {
     #[test]
     fn another_run_is_told_what_differs() {
         let folder = tempfile::tempdir().unwrap();
-        save(folder.path(), &Header::new(4, 32, recipe("1e-3")), &optimizer(4.0)).unwrap();
+        save(folder.path(), &Header::new(4, 32, 1, recipe("1e-3")), &optimizer(4.0)).unwrap();
         let error = load(folder.path(), &recipe("2e-3"), &mut optimizer(0.0)).unwrap_err().to_string();
         assert!(error.contains("lr was 1e-3, now 2e-3") && !error.contains("seed"), "{error}");
     }
@@ -379,7 +388,7 @@ mod tests {
     fn every_truncation_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join(FILE);
-        save(folder.path(), &Header::new(4, 32, recipe("1e-3")), &optimizer(4.0)).unwrap();
+        save(folder.path(), &Header::new(4, 32, 1, recipe("1e-3")), &optimizer(4.0)).unwrap();
         let whole = fs::read(&path).unwrap();
         for length in 0..whole.len() {
             fs::write(&path, &whole[..length]).unwrap();
@@ -393,7 +402,7 @@ mod tests {
     #[test]
     fn a_tensor_of_another_shape_is_named() {
         let folder = tempfile::tempdir().unwrap();
-        save(folder.path(), &Header::new(4, 32, recipe("1e-3")), &optimizer(4.0)).unwrap();
+        save(folder.path(), &Header::new(4, 32, 1, recipe("1e-3")), &optimizer(4.0)).unwrap();
         let config = AdamWConfig { betas: (0.9, 0.95), eps: 1e-8, weight_decay: 0.1 };
         let var = Var::from_tensor(&Tensor::full(0f32, &[5, 3], &Device::Cpu).unwrap()).unwrap();
         let mut other = AdamW::new(vec![Parameter { name: "a".into(), var, decay: true }], config);

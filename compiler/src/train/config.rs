@@ -1,6 +1,7 @@
 //! What a training run is asked to do and where it keeps its state.
 
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -9,6 +10,7 @@ use super::checkpoint::Recipe;
 use super::error::TrainError;
 use super::loss::{HiddenTerms, Kind, Objective, Sparsity};
 use super::optimizer::AdamWConfig;
+use super::parallel::{Alone, Communicator};
 use super::schedule::Schedule;
 
 /// What a run is asked to do. Everything here is part of the recipe that a checkpoint remembers.
@@ -209,7 +211,7 @@ impl TrainConfig {
     }
 }
 
-/// Where a run keeps its state.
+/// Where a run keeps its state, and how it is carried out: nothing here changes what comes out, but for rounding.
 #[derive(Clone, Debug)]
 pub struct RunFolder {
     /// The folder for the checkpoint and the metrics; training wants it to exist.
@@ -220,12 +222,23 @@ pub struct RunFolder {
     pub every_steps: Option<u64>,
     /// Time between checkpoints.
     pub every: Duration,
+    /// The processes that train together; only the first one reads and writes here.
+    pub processes: Rc<dyn Communicator>,
+    /// Keep the inputs of blocks only and compute the rest again in the backward pass, to save memory.
+    pub checkpoint_activations: bool,
 }
 
 impl RunFolder {
-    /// A run in `path` with a checkpoint every two minutes, after each `every_steps` steps if that is given,
-    /// and at the end.
+    /// A run of one process in `path` with a checkpoint every two minutes, after each `every_steps` steps if that
+    /// is given, and at the end.
     pub fn new(path: &Path, resume: bool, every_steps: Option<u64>) -> Self {
-        Self { path: path.into(), resume, every_steps, every: Duration::from_secs(120) }
+        Self {
+            path: path.into(),
+            resume,
+            every_steps,
+            every: Duration::from_secs(120),
+            processes: Rc::new(Alone),
+            checkpoint_activations: false,
+        }
     }
 }

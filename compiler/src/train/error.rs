@@ -45,6 +45,27 @@ pub enum TrainError {
         /// Tokens of the model.
         vocab: usize,
     },
+    /// A step has less to share than there are processes.
+    #[error(
+        "a step has {windows} windows (batch x accumulate), expected at least one for each of {processes} processes"
+    )]
+    TooFewWindows {
+        /// Windows of a step.
+        windows: usize,
+        /// Processes of the run.
+        processes: usize,
+    },
+    /// This process was not asked for what the first one was asked for.
+    #[error("process {rank} does not train the same as process 0: {differences}")]
+    OtherProcess {
+        /// This process.
+        rank: usize,
+        /// What differs: in the first process, then here.
+        differences: String,
+    },
+    /// What the first process says cannot be read.
+    #[error("what process 0 says cannot be read: {0}")]
+    Told(#[from] serde_json::Error),
     /// The student does not fit its teacher.
     #[error(transparent)]
     Student(#[from] StudentError),

@@ -1,24 +1,27 @@
 //! The differentiable decoder, driven by [`DecoderSpec`] alone, as the device's forward step is.
 
 use std::collections::BTreeMap;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
-use candle_core::{Device, Result, Tensor, bail};
+use candle_core::{Result, Tensor, bail};
 use edge_models::{DecoderSpec, Role, Rope};
 
 use super::loss::Head;
 use super::ops::{Heads, RopeTable, attention, glu, rms_norm, rope, with_values};
 use super::projection::{Matrices, Projection};
+use super::recompute;
 use crate::model::Weights;
 
-/// A decoder over tensor handles: those that are variables are trained.
+/// A decoder over tensor handles: those that are variables are trained. Clones share everything.
+#[derive(Clone)]
 pub struct Decoder {
     spec: DecoderSpec,
-    matrices: Matrices,
+    matrices: Arc<Matrices>,
     /// All weights that are not matrices.
-    vectors: Weights,
+    vectors: Arc<Weights>,
     /// Angles by length of a sequence, and whether they are those of layers with a window.
-    tables: Mutex<BTreeMap<(usize, bool), RopeTable>>,
+    tables: Arc<Mutex<BTreeMap<(usize, bool), RopeTable>>>,
+    recompute: bool,
 }
 
 impl Decoder {
@@ -64,7 +67,13 @@ impl Decoder {
                 }
             }
         }
-        Ok(Self { spec: *spec, matrices, vectors, tables: Mutex::new(BTreeMap::new()) })
+        let (matrices, vectors) = (Arc::new(matrices), Arc::new(vectors));
+        Ok(Self { spec: *spec, matrices, vectors, tables: Arc::default(), recompute: false })
+    }
+
+    /// Whether blocks are computed again in the backward pass, to keep their inputs only.
+    pub fn recompute(&mut self, recompute: bool) {
+        self.recompute = recompute;
     }
 
     /// Hyper-parameters.
@@ -81,7 +90,7 @@ impl Decoder {
         for (role, layer, vector) in self.vectors.iter() {
             weights.insert(role, layer, vector.detach());
         }
-        for ((role, layer), matrix) in &self.matrices {
+        for ((role, layer), matrix) in self.matrices.iter() {
             weights.insert(*role, *layer, matrix.matrix()?.detach());
         }
         Ok(weights)
@@ -101,8 +110,7 @@ impl Decoder {
     /// # Errors
     /// A token lies outside the vocabulary.
     pub fn embed(&self, tokens: &[u32]) -> Result<Tensor> {
-        let ids = Tensor::new(tokens, &Device::Cpu)?;
-        let embedded = self.matrix(Role::TokenEmbedding, 0)?.rows(&ids)?;
+        let embedded = self.matrix(Role::TokenEmbedding, 0)?.rows(tokens)?;
         match self.spec.embedding_scale {
             1.0 => Ok(embedded),
             scale => embedded * f64::from(scale),
@@ -114,6 +122,21 @@ impl Decoder {
     /// # Errors
     /// The shapes do not fit.
     pub fn block(&self, layer: usize, x: &Tensor, batch: usize, length: usize) -> Result<Tensor> {
+        if self.recompute {
+            recompute::block(self, layer, x, batch, length)
+        } else {
+            self.compute_block(layer, x, batch, length)
+        }
+    }
+
+    /// [`Self::block`] with its whole graph.
+    pub(super) fn compute_block(
+        &self,
+        layer: usize,
+        x: &Tensor,
+        batch: usize,
+        length: usize,
+    ) -> Result<Tensor> {
         let spec = &self.spec;
         if x.dims() != [batch * length, spec.hidden] {
             bail!("block: x has shape {:?}, expected [{batch} * {length}, {}]", x.dims(), spec.hidden);
@@ -182,7 +205,7 @@ impl Decoder {
         if found != expected {
             bail!("weight {role:?} of layer {layer} has shape {found:?}, expected {expected:?}");
         }
-        self.matrices.insert((role, layer), matrix);
+        Arc::make_mut(&mut self.matrices).insert((role, layer), matrix);
         Ok(())
     }
 
@@ -306,7 +329,7 @@ mod tests {
     use super::*;
     use crate::train::loss::{Objective, Target, loss};
     use crate::train::ops::check::noise;
-    use candle_core::Var;
+    use candle_core::{Device, Var};
     use edge_models::{Activation, FAMILIES, LayerSet, RopeScaling};
 
     /// A small model with whatever the family can have.

@@ -1,4 +1,5 @@
-//! One row for each optimizer step, for spreadsheets (`metrics.csv`) and programs (`metrics.jsonl`).
+//! One row for each optimizer step, for spreadsheets (`metrics.csv`), programs (`metrics.jsonl`) and
+//! TensorBoard (`tensorboard/`).
 //!
 //! A resumed run cuts both files back to the step of its checkpoint and goes on from there, so that no
 //! step has two rows. Nothing here is needed to resume.
@@ -8,6 +9,9 @@ use std::io::{self, BufRead, BufReader, Seek, SeekFrom, Write};
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::tensorboard::Events;
 
 /// One optimizer step.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -34,15 +38,16 @@ pub struct Row {
 
 const CSV_HEADER: &str = "step,tokens,loss,kl,ce,lr,grad_norm,tok_s,seconds";
 
-/// Both files, open for appending.
+/// All files, open for appending.
 #[derive(Debug)]
 pub struct Metrics {
     jsonl: File,
     csv: File,
+    events: Events,
 }
 
 impl Metrics {
-    /// Opens both files in `folder`, keeping the rows of steps `1..=keep` and dropping all others.
+    /// Opens the files in `folder`, keeping the rows of steps `1..=keep` and dropping all others.
     ///
     /// Gives the seconds of the last kept row, 0 if there is none.
     ///
@@ -50,9 +55,9 @@ impl Metrics {
     /// The folder cannot be read or written.
     pub fn open(folder: &Path, keep: u64) -> io::Result<(Self, f64)> {
         let (jsonl, last) = open_cut(&folder.join("metrics.jsonl"), |line, _| {
-            let row: serde_json::Value = serde_json::from_str(line).ok()?;
+            let row: Value = serde_json::from_str(line).ok()?;
             let step = row.get("step")?.as_u64()?;
-            (step <= keep).then(|| row.get("seconds").and_then(serde_json::Value::as_f64).unwrap_or(0.0))
+            (step <= keep).then(|| row.get("seconds").and_then(Value::as_f64).unwrap_or(0.0))
         })?;
         let (mut csv, _) = open_cut(&folder.join("metrics.csv"), |line, number| {
             if number == 0 {
@@ -64,14 +69,20 @@ impl Metrics {
         if csv.metadata()?.len() == 0 {
             writeln!(csv, "{CSV_HEADER}")?;
         }
-        Ok((Self { jsonl, csv }, last.unwrap_or(0.0)))
+        let events = Events::open(folder, keep)?;
+        Ok((Self { jsonl, csv, events }, last.unwrap_or(0.0)))
     }
 
-    /// Appends one row to both files.
+    /// Appends one row to each file.
     ///
     /// # Errors
     /// The disk is full.
     pub fn append(&mut self, row: &Row) -> io::Result<()> {
+        let fields = serde_json::to_value(row)?;
+        let scalars = fields.as_object().into_iter().flatten();
+        let scalars = scalars.filter_map(|(name, value)| Some((name.as_str(), value.as_f64()?)));
+        let scalars: Vec<_> = scalars.filter(|(name, _)| *name != "step").collect();
+        self.events.append(row.step, &scalars)?;
         let Row { step, tokens, loss, kl, ce, lr, grad_norm, tok_s, seconds } = row;
         self.jsonl.write_all(format!("{}\n", serde_json::to_string(row)?).as_bytes())?;
         self.csv.write_all(

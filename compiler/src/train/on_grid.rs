@@ -227,7 +227,7 @@ mod tests {
                 let held = matrix.blocks().unwrap().values([6, 512]).unwrap();
                 assert_eq!(bits(&seen), bits(&held), "{}", dtype.name());
                 let ids = Tensor::new(&[4u32, 0], &Device::Cpu).unwrap();
-                let rows = Projection::OnGrid(matrix.grid.clone()).rows(&ids).unwrap();
+                let rows = Projection::OnGrid(matrix.grid.clone()).rows(&[4, 0]).unwrap();
                 assert_eq!(bits(&rows), bits(&held.index_select(&ids, 0).unwrap()));
             };
             compare();

@@ -4,17 +4,13 @@
 //! the gradient once and updates weight and both moments in place. The results do not depend on the
 //! number of threads. Never computes a gradient and knows no schedule: the caller gives the rate.
 
-use std::cell::RefCell;
-
-use candle_core::backprop::GradStore;
-use candle_core::{CpuStorage, InplaceOp2, Layout, Tensor, Var, bail};
+use candle_core::Var;
 use rayon::prelude::*;
 
-use super::error::TrainError;
-use super::ops::with_values;
+use super::ops::with_values_mut;
 
 /// Elements that one thread works on at a time. Also the unit of the norm's summation order.
-const CHUNK: usize = 1 << 14;
+pub(super) const CHUNK: usize = 1 << 14;
 
 /// A tensor that is trained.
 #[derive(Clone, Debug)]
@@ -94,22 +90,18 @@ impl AdamW {
         self.steps = steps;
     }
 
-    /// One update with learning rate `lr` and every gradient multiplied by `scale`.
+    /// One update with learning rate `lr` and every gradient (one for each parameter, laid out as it)
+    /// multiplied by `scale`.
     ///
     /// # Errors
-    /// A gradient whose shape is not its parameter's, or one that is not f32 on the CPU.
-    pub fn step(&mut self, gradients: &Gradients, lr: f64, scale: f64) -> Result<(), TrainError> {
+    /// A parameter that is not contiguous f32 on the CPU.
+    pub fn step(&mut self, gradients: &[&[f32]], lr: f64, scale: f64) -> candle_core::Result<()> {
         self.steps += 1;
         let (beta1, beta2) = self.config.betas;
         let exponent = self.steps as i32;
         let bias1 = 1.0 - beta1.powi(exponent);
         let bias2 = 1.0 - beta2.powi(exponent);
-        for ((parameter, moments), gradient) in
-            self.parameters.iter().zip(&mut self.moments).zip(&gradients.sums)
-        {
-            let Some(gradient) = gradient else {
-                return Err(TrainError::NoGradient { name: parameter.name.clone() });
-            };
+        for ((parameter, moments), gradient) in self.parameters.iter().zip(&mut self.moments).zip(gradients) {
             let decay = if parameter.decay { self.config.weight_decay } else { 0.0 };
             let rule = Rule {
                 scale: scale as f32,
@@ -121,8 +113,17 @@ impl AdamW {
                 root_scale: (1.0 / bias2.sqrt()) as f32,
                 eps: self.config.eps as f32,
             };
-            let update = Update { rule, moments: RefCell::new(moments) };
-            parameter.var.inplace_op2(gradient, &update)?;
+            let Moments { first, second } = moments;
+            with_values_mut(&parameter.var, |weights| {
+                weights
+                    .par_chunks_mut(CHUNK)
+                    .zip(gradient.par_chunks(CHUNK))
+                    .zip(first.par_chunks_mut(CHUNK))
+                    .zip(second.par_chunks_mut(CHUNK))
+                    .for_each(|(((weights, gradients), first), second)| {
+                        rule.apply(weights, gradients, first, second);
+                    });
+            })?;
         }
         Ok(())
     }
@@ -154,114 +155,11 @@ impl Rule {
     }
 }
 
-/// [`Rule`] on one parameter and its moments; candle's in-place ops take `&self`, hence the cell.
-struct Update<'a> {
-    rule: Rule,
-    moments: RefCell<&'a mut Moments>,
-}
-
-impl InplaceOp2 for Update<'_> {
-    fn name(&self) -> &'static str {
-        "adamw"
-    }
-
-    fn cpu_fwd(
-        &self,
-        weights: &mut CpuStorage,
-        layout: &Layout,
-        gradients: &CpuStorage,
-        gradients_layout: &Layout,
-    ) -> candle_core::Result<()> {
-        if layout.shape() != gradients_layout.shape() {
-            bail!("adamw: parameter {:?}, gradient {:?}", layout.shape(), gradients_layout.shape());
-        }
-        let (CpuStorage::F32(weights), CpuStorage::F32(gradients)) = (weights, gradients) else {
-            bail!("adamw: parameter and gradient must be f32");
-        };
-        let (Some((start, end)), Some((gradients_start, gradients_end))) =
-            (layout.contiguous_offsets(), gradients_layout.contiguous_offsets())
-        else {
-            bail!("adamw: parameter and gradient must be contiguous");
-        };
-        let rule = self.rule;
-        let Moments { first, second } = &mut **self.moments.borrow_mut();
-        weights[start..end]
-            .par_chunks_mut(CHUNK)
-            .zip(gradients[gradients_start..gradients_end].par_chunks(CHUNK))
-            .zip(first.par_chunks_mut(CHUNK))
-            .zip(second.par_chunks_mut(CHUNK))
-            .for_each(|(((weights, gradients), first), second)| {
-                rule.apply(weights, gradients, first, second)
-            });
-        Ok(())
-    }
-}
-
-/// The gradients of one step, summed over its micro-batches.
-#[derive(Debug)]
-pub struct Gradients {
-    sums: Vec<Option<Tensor>>,
-}
-
-impl Gradients {
-    /// No gradient yet for each of `parameters` parameters.
-    pub fn new(parameters: usize) -> Self {
-        Self { sums: vec![None; parameters] }
-    }
-
-    /// Adds the gradients of one backward pass, taking them out of `store`.
-    ///
-    /// # Errors
-    /// [`TrainError::NoGradient`] names a parameter that the loss does not reach: an operation without
-    /// a backward pass would otherwise leave it untrained in silence.
-    pub fn add(&mut self, parameters: &[Parameter], store: &mut GradStore) -> Result<(), TrainError> {
-        for (parameter, sum) in parameters.iter().zip(&mut self.sums) {
-            let gradient = store
-                .remove(&parameter.var)
-                .ok_or_else(|| TrainError::NoGradient { name: parameter.name.clone() })?
-                .contiguous()?;
-            *sum = Some(match sum.take() {
-                Some(sum) => (sum + gradient)?,
-                None => gradient,
-            });
-        }
-        Ok(())
-    }
-
-    /// Euclidean norm over all gradients together.
-    ///
-    /// Sums in f64 over fixed chunks in a fixed order: the same on any number of threads.
-    ///
-    /// # Errors
-    /// A gradient that is not f32 on the CPU.
-    pub fn norm(&self) -> Result<f64, TrainError> {
-        let mut total = 0f64;
-        for gradient in self.sums.iter().flatten() {
-            total += with_values(gradient, |values| {
-                let partial: Vec<f64> = values.par_chunks(CHUNK).map(sum_of_squares).collect();
-                Ok(partial.iter().sum::<f64>())
-            })?;
-        }
-        Ok(total.sqrt())
-    }
-}
-
-/// Sum of squares in eight independent f64 lanes, which the compiler turns into vector code.
-fn sum_of_squares(values: &[f32]) -> f64 {
-    let (blocks, tail) = values.as_chunks::<8>();
-    let mut lanes = [0f64; 8];
-    for block in blocks {
-        for (lane, &value) in lanes.iter_mut().zip(block) {
-            *lane += f64::from(value) * f64::from(value);
-        }
-    }
-    lanes.iter().sum::<f64>() + tail.iter().map(|&value| f64::from(value).powi(2)).sum::<f64>()
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::gradients::{Gradients, norm};
     use super::*;
-    use candle_core::Device;
+    use candle_core::{Device, Tensor};
 
     fn parameter(name: &str, values: &[f32], decay: bool) -> Parameter {
         let var = Var::from_slice(values, values.len(), &Device::Cpu).unwrap();
@@ -269,8 +167,8 @@ mod tests {
     }
 
     fn gradients(optimizer: &AdamW, loss: &Tensor) -> Gradients {
-        let mut gradients = Gradients::new(optimizer.parameters().len());
-        gradients.add(optimizer.parameters(), &mut loss.backward().unwrap()).unwrap();
+        let mut gradients = Gradients::new(optimizer.parameters());
+        gradients.add(loss).unwrap();
         gradients
     }
 
@@ -290,9 +188,9 @@ mod tests {
                 (w.var.as_tensor() - &target).unwrap().sqr().unwrap().sqr().unwrap().sum_all().unwrap();
             let squares = (b.var.as_tensor() - 1.0).unwrap().sqr().unwrap().sum_all().unwrap();
             let gradients = gradients(&optimizer, &(powers + squares).unwrap());
-            let norm = gradients.norm().unwrap();
-            let scale = (1.0 / (norm + 1e-6)).min(1.0);
-            optimizer.step(&gradients, 0.05 * (1.0 - f64::from(step) / 40.0), scale).unwrap();
+            let sums = gradients.sums(optimizer.parameters()).unwrap();
+            let scale = (1.0 / (norm(&sums) + 1e-6)).min(1.0);
+            optimizer.step(&sums, 0.05 * (1.0 - f64::from(step) / 40.0), scale).unwrap();
         }
         for (found, expected) in w.var.to_vec1::<f32>().unwrap().iter().zip(EXPECTED_W) {
             assert!((found - expected).abs() < 2e-6, "{found} {expected}");
@@ -315,7 +213,8 @@ mod tests {
         for _ in 0..3 {
             let loss = (p.var.as_tensor() * &slope_tensor).unwrap().sum_all().unwrap();
             let gradients = gradients(&optimizer, &loss);
-            optimizer.step(&gradients, 0.01, 0.5).unwrap();
+            let sums = gradients.sums(optimizer.parameters()).unwrap();
+            optimizer.step(&sums, 0.01, 0.5).unwrap();
         }
         let found = p.var.to_vec1::<f32>().unwrap();
         for i in 0..n {
@@ -329,28 +228,5 @@ mod tests {
             }
             assert!((f64::from(found[i]) - w).abs() < 2e-6, "{i}: {} {w}", found[i]);
         }
-    }
-
-    #[test]
-    fn norm_and_accumulation() {
-        let p = parameter("p", &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0], true);
-        let optimizer =
-            AdamW::new(vec![p.clone()], AdamWConfig { betas: (0.9, 0.9), eps: 1e-8, weight_decay: 0.0 });
-        let mut sum = Gradients::new(1);
-        for factor in [1.0, 2.0] {
-            let loss = (p.var.sqr().unwrap().sum_all().unwrap() * factor).unwrap();
-            sum.add(optimizer.parameters(), &mut loss.backward().unwrap()).unwrap();
-        }
-        // d/dp 3 p^2 = 6 p; sum of squares of 1..=9 is 285.
-        assert!((sum.norm().unwrap() - 6.0 * 285f64.sqrt()).abs() < 1e-4);
-    }
-
-    #[test]
-    fn an_unreached_parameter_is_named() {
-        let p = parameter("p", &[1.0], true);
-        let lost = parameter("lost", &[1.0], true);
-        let loss = p.var.sum_all().unwrap();
-        let error = Gradients::new(2).add(&[p, lost], &mut loss.backward().unwrap()).unwrap_err();
-        assert!(error.to_string().contains("`lost`"), "{error}");
     }
 }

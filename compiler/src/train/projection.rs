@@ -6,7 +6,7 @@ use candle_core::{Device, Result, Tensor};
 use edge_models::Role;
 
 use super::low_rank::LowRank;
-use super::ops::{Frozen, Levels, linear, on_grid};
+use super::ops::{Frozen, Levels, linear, on_grid, rows};
 
 /// The matrices of a decoder by role and layer (0 for those that exist once).
 pub type Matrices = BTreeMap<(Role, usize), Projection>;
@@ -43,11 +43,11 @@ impl OnGrid {
     }
 
     /// The same of rows `ids`: rows are rounded each by itself.
-    fn rows(&self, ids: &Tensor) -> Result<Self> {
+    fn rows(&self, ids: &[u32]) -> Result<Self> {
         Ok(Self {
-            latent: self.latent.index_select(ids, 0)?,
-            scales: self.scales.index_select(ids, 0)?,
-            offsets: self.offsets.index_select(ids, 0)?,
+            latent: rows(&self.latent, ids)?,
+            scales: rows(&self.scales, ids)?,
+            offsets: rows(&self.offsets, ids)?,
             levels: self.levels,
         })
     }
@@ -81,12 +81,12 @@ impl Projection {
     ///
     /// # Errors
     /// There is no such row.
-    pub fn rows(&self, ids: &Tensor) -> Result<Tensor> {
+    pub fn rows(&self, ids: &[u32]) -> Result<Tensor> {
         match self {
             Self::OnGrid(grid) => grid.rows(ids)?.rounded(),
-            Self::Dense(weight) | Self::Frozen(Frozen::Dense(weight)) => weight.index_select(ids, 0),
+            Self::Dense(weight) | Self::Frozen(Frozen::Dense(weight)) => rows(weight, ids),
             Self::Frozen(Frozen::Blocks(blocks, _)) => {
-                let (ids, cols) = (ids.to_vec1::<u32>()?, blocks.dims()[1]);
+                let cols = blocks.dims()[1];
                 let mut values = vec![0.0; ids.len() * cols];
                 for (id, out) in ids.iter().zip(values.chunks_exact_mut(cols)) {
                     blocks
@@ -95,7 +95,7 @@ impl Projection {
                 }
                 Tensor::from_vec(values, (ids.len(), cols), &Device::Cpu)
             }
-            Self::LowRank(_) => self.matrix()?.index_select(ids, 0),
+            Self::LowRank(_) => rows(&self.matrix()?, ids),
         }
     }
 

@@ -2,12 +2,14 @@
 
 use std::ops::ControlFlow;
 use std::path::Path;
+use std::rc::Rc;
 
 use super::checkpoint;
 use super::config::{RunFolder, TrainConfig};
 use super::error::TrainError;
 use super::fixture::{text, tiny};
 use super::loss::Objective;
+use super::parallel::{Communicator, Threads};
 use super::trainee::full;
 use super::trainer::{Progress, StepReport, Text, distill, train};
 use crate::model::Model;
@@ -62,15 +64,18 @@ fn run_saving(
     resume: bool,
     each: &mut dyn FnMut(u64) -> ControlFlow<()>,
 ) -> Outcome {
+    run_in(config, &RunFolder::new(folder, resume, Some(every)), each)
+}
+
+fn run_in(config: &TrainConfig, folder: &RunFolder, each: &mut dyn FnMut(u64) -> ControlFlow<()>) -> Outcome {
     let teacher = tiny(4, 1);
     let student = student::cut(&teacher, &[0, 3]).unwrap();
     let ids = text(700);
     let scored: Vec<bool> = (0..ids.len()).map(|i| i % 7 != 0).collect();
     let mut watch = Watch { losses: vec![], notes: vec![], each };
-    let folder = RunFolder::new(folder, resume, Some(every));
     let text = Text { ids: &ids, scored: &scored };
     let before = super::trainer::fingerprint(&teacher).unwrap();
-    let model = distill(&teacher, student, text, config, &folder, &mut watch)?;
+    let model = distill(&teacher, student, text, config, folder, &mut watch)?;
     assert_eq!(before, super::trainer::fingerprint(&teacher).unwrap(), "the teacher must not change");
     Ok((model, watch.losses, watch.notes))
 }
@@ -297,6 +302,85 @@ fn accumulation_equals_a_larger_batch() {
         let (a, b) = (f32::from_bits(a), f32::from_bits(b));
         assert!((a - b).abs() < 2e-3, "{a} {b}");
     }
+}
+
+/// A run of several processes; the second one stops it after step `stop`, if that is given.
+fn together(size: usize, folder: &Path, resume: bool, stop: Option<u64>) -> Vec<(Vec<u32>, Vec<f64>)> {
+    Threads::run(size, |processes| {
+        let stops = |step| processes.rank() == 1 && stop == Some(step);
+        let mut each = |step| if stops(step) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
+        let folder = RunFolder { processes: processes.clone(), ..RunFolder::new(folder, resume, Some(4)) };
+        match run_in(&config(50), &folder, &mut each) {
+            Ok((model, losses, _)) => (bits(&model), losses),
+            Err(TrainError::Stopped { step }) if stop == Some(step) => (vec![], vec![]),
+            Err(error) => panic!("{error}"),
+        }
+    })
+}
+
+#[test]
+fn several_processes_train_as_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let (_, expected, _) =
+        run(&config(50), folder.path(), false, &mut |_| ControlFlow::Continue(())).unwrap();
+    // A step has four windows: two each; one, one and two.
+    for size in [2, 3] {
+        let folder = tempfile::tempdir().unwrap();
+        let processes = together(size, folder.path(), false, None);
+        for (bits, losses) in &processes {
+            assert!(*bits == processes[0].0, "the parameters are not the same everywhere");
+            for (loss, expected) in losses.iter().zip(&expected) {
+                assert!((loss - expected).abs() < 1e-4, "{size} processes: {loss}, one: {expected}");
+            }
+        }
+        assert_eq!(steps_in(folder.path()), (1..=50).collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn several_processes_stop_and_resume_together() {
+    let (straight, stopped) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let expected = together(2, straight.path(), false, None);
+    together(2, stopped.path(), false, Some(6));
+    assert_eq!(checkpoint::peek(stopped.path()).unwrap().unwrap().step, 6);
+    let resumed = together(2, stopped.path(), true, None);
+    for ((expected, _), (bits, losses)) in expected.iter().zip(&resumed) {
+        assert!(bits == expected && losses.len() == 44);
+    }
+    assert_eq!(steps_in(stopped.path()), (1..=50).collect::<Vec<_>>());
+}
+
+#[test]
+fn processes_that_do_not_fit_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let attempt = |config: TrainConfig, processes: Threads| {
+        let folder =
+            RunFolder { processes: Rc::new(processes), ..RunFolder::new(folder.path(), false, None) };
+        run_in(&config, &folder, &mut |_| ControlFlow::Continue(())).unwrap_err().to_string()
+    };
+    for processes in Threads::group(5) {
+        assert!(attempt(config(2), processes).contains("4 windows"), "a process would have nothing to do");
+    }
+    let other = TrainConfig { lr: 0.5, ..config(2) };
+    let mut group = Threads::group(2);
+    let (second, first) = (group.pop().unwrap(), group.pop().unwrap());
+    std::thread::scope(|scope| {
+        // The first one finds nobody to go on with.
+        let first = scope.spawn(|| attempt(config(2), first));
+        let error = attempt(other, second);
+        assert!(error.contains("process 1") && error.contains("lr was 0.01, now 0.5"), "{error}");
+        assert!(first.join().is_err());
+    });
+}
+
+#[test]
+fn a_run_that_recomputes_activations_ends_bit_identical() {
+    let ends = |checkpoint_activations| {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = RunFolder { checkpoint_activations, ..RunFolder::new(folder.path(), false, None) };
+        bits(&run_in(&config(5), &folder, &mut |_| ControlFlow::Continue(())).unwrap().0)
+    };
+    assert!(ends(false) == ends(true));
 }
 
 #[test]

@@ -16,12 +16,14 @@ use super::cache::{self, Cache};
 use super::checkpoint::{self, Header, Recipe};
 use super::config::{RunFolder, TrainConfig};
 use super::error::TrainError;
+use super::gradients::{self, Gradients};
 use super::graph::Decoder;
 use super::inner::Inner;
 use super::loss::{self, LossParts, Target};
 use super::metrics::{Metrics, Row};
 use super::ops::with_values;
-use super::optimizer::{AdamW, Gradients};
+use super::optimizer::AdamW;
+use super::parallel::{self, Communicator};
 use super::policy::Policy;
 use super::schedule::Schedule;
 use super::trainee::{self, Trainee};
@@ -121,13 +123,14 @@ pub fn train<R>(
 /// As [`distill`].
 pub fn train_from<R>(
     teacher: Option<Teacher<'_>>,
-    student: Trainee<R>,
+    mut student: Trainee<R>,
     text: Text<'_>,
     config: &TrainConfig,
     folder: &RunFolder,
     progress: &mut dyn Progress,
 ) -> Result<R, TrainError> {
     config.validate()?;
+    student.decoder.recompute(folder.checkpoint_activations);
     let mut run = Trainer::new(teacher, &student, text, config, folder, progress)?;
     run.run(progress)?;
     drop(run);
@@ -148,12 +151,14 @@ struct Trainer<'a> {
     inner: Option<Inner>,
     student: &'a Decoder,
     optimizer: AdamW,
+    gradients: Gradients,
     windows: Windows<'a>,
     schedule: Schedule,
     config: &'a TrainConfig,
     folder: &'a RunFolder,
     recipe: Recipe,
-    metrics: Metrics,
+    /// Of the first process.
+    metrics: Option<Metrics>,
     /// Step and time of the last checkpoint.
     saved: (u64, Instant),
     seconds: f64,
@@ -182,23 +187,16 @@ impl<'a> Trainer<'a> {
         let parameters = student.parameters.iter().cloned().chain(projections).collect();
         let mut optimizer = AdamW::new(parameters, config.optimizer());
 
-        let mut step = 0;
-        if !folder.resume {
-            checkpoint::discard(&folder.path)?;
-        } else if let Some(header) = checkpoint::load(&folder.path, &recipe, &mut optimizer)? {
-            step = header.step;
-            windows.seek(header.position);
-            note_resume(&header, config.steps(), progress);
-        } else {
-            let path = folder.path.display();
-            progress.note(&format!("no checkpoint in {path}, starting from the beginning"));
-        }
-        let (metrics, seconds) = Metrics::open(&folder.path, step)
-            .map_err(|source| TrainError::Metrics { folder: folder.path.clone(), source })?;
+        let (step, position) = begin(config, folder, &recipe, &mut optimizer, progress)?;
+        windows.seek(position);
+        let metrics = (folder.processes.rank() == 0).then(|| Metrics::open(&folder.path, step)).transpose();
+        let (metrics, seconds) =
+            metrics.map_err(|source| TrainError::Metrics { folder: folder.path.clone(), source })?.unzip();
         Ok(Self {
             teacher,
             inner,
             student: &student.decoder,
+            gradients: Gradients::new(optimizer.parameters()),
             optimizer,
             windows,
             schedule: config.schedule(),
@@ -207,7 +205,7 @@ impl<'a> Trainer<'a> {
             recipe,
             metrics,
             saved: (step, Instant::now()),
-            seconds,
+            seconds: seconds.unwrap_or(0.0),
             rate: None,
         })
     }
@@ -217,7 +215,8 @@ impl<'a> Trainer<'a> {
         while self.optimizer.steps() < steps {
             let report = self.step()?;
             let step = report.row.step;
-            let stop = progress.step(&report).is_break();
+            let says_stop = progress.step(&report).is_break();
+            let stop = self.over_all(f32::from(u8::from(says_stop))) > 0.0;
             let due = self.folder.every_steps.is_some_and(|every| step >= self.saved.0 + every)
                 || self.saved.1.elapsed() >= self.folder.every;
             if stop || due || step == steps {
@@ -230,44 +229,69 @@ impl<'a> Trainer<'a> {
         Ok(())
     }
 
-    /// One optimizer step over `accumulate` batches.
+    /// The sum of `value` over all processes.
+    fn over_all(&self, value: f32) -> f32 {
+        let mut sum = [value];
+        self.folder.processes.all_reduce(&mut sum);
+        sum[0]
+    }
+
+    /// One optimizer step over `accumulate` batches, or this process's share of them.
     fn step(&mut self) -> Result<StepReport, TrainError> {
         let started = Instant::now();
+        let TrainConfig { batch, accumulate, length, on_policy, seed, .. } = *self.config;
         let first = self.windows.position();
-        let mut batches: Vec<_> =
-            (0..self.config.accumulate).map(|_| self.windows.batch(self.config.batch)).collect();
-        if self.config.on_policy > 0.0 {
-            let TrainConfig { on_policy: share, seed, length, .. } = *self.config;
-            Policy { share, seed, length }.rewrite(self.student, &mut batches, first)?;
+        let whole = self.windows.batch(batch * accumulate);
+        let range = parallel::part(batch * accumulate, &*self.folder.processes);
+        let (mut own, mut scored) = (whole.part(range.clone(), length), whole.scored);
+        if on_policy > 0.0 {
+            let policy = Policy { share: on_policy, seed, length };
+            policy.rewrite(self.student, std::slice::from_mut(&mut own), first + range.start as u64)?;
+            scored = self.over_all(own.scored as f32) as usize;
         }
-        let scored: usize = batches.iter().map(|batch| batch.scored).sum();
-        let mut gradients = Gradients::new(self.optimizer.parameters().len());
         let mut total = LossParts { loss: 0.0, kl: 0.0, cross_entropy: 0.0, tokens: 0 };
-        for batch in &batches {
+        self.gradients.clear();
+        for start in (0..range.len()).step_by(batch) {
+            let part = own.part(start..range.len().min(start + batch), length);
             // Every scored token of the step weighs the same, however they fell into batches.
-            let share = batch.scored as f64 / scored as f64;
-            let (loss, parts) = self.forward(batch, share)?;
-            gradients.add(self.optimizer.parameters(), &mut loss.backward()?)?;
+            let share = part.scored as f64 / scored as f64;
+            let (loss, parts) = self.forward(&part, share)?;
+            self.gradients.add(&loss)?;
             total.loss += parts.loss * share;
             total.kl += parts.kl * share;
             total.cross_entropy += parts.cross_entropy * share;
             total.tokens += parts.tokens;
         }
+        self.add_up(&mut total);
         let lr = self.schedule.at(self.optimizer.steps() as usize);
-        let grad_norm = gradients.norm()?;
+        let gradients = self.gradients.sums(self.optimizer.parameters())?;
+        let grad_norm = gradients::norm(&gradients);
         self.check(&total, grad_norm)?;
         self.optimizer.step(&gradients, lr, (self.config.clip / grad_norm).min(1.0))?;
         let report = self.report(&total, lr, grad_norm, started.elapsed());
-        self.metrics
-            .append(&report.row)
-            .map_err(|source| TrainError::Metrics { folder: self.folder.path.clone(), source })?;
+        if let Some(metrics) = &mut self.metrics {
+            let appended = metrics.append(&report.row);
+            appended.map_err(|source| TrainError::Metrics { folder: self.folder.path.clone(), source })?;
+        }
         Ok(report)
+    }
+
+    /// Adds up gradients and losses of all processes.
+    fn add_up(&mut self, total: &mut LossParts) {
+        let processes = &*self.folder.processes;
+        if processes.size() == 1 {
+            return;
+        }
+        self.gradients.sums_mut().for_each(|sum| processes.all_reduce(sum));
+        let mut parts = [total.loss, total.kl, total.cross_entropy].map(|part| part as f32);
+        processes.all_reduce(&mut parts);
+        [total.loss, total.kl, total.cross_entropy] = parts.map(f64::from);
     }
 
     /// The loss of one batch, multiplied by `share`, with its graph.
     fn forward(&self, batch: &Batch, share: f64) -> Result<(Tensor, LossParts), TrainError> {
-        let shape = (self.config.batch, self.config.length);
         let Batch { inputs, targets, starts, .. } = batch;
+        let shape = (starts.len(), self.config.length);
         let objective = &self.config.objective;
         let fused = |hidden: &Tensor, target: Target<'_>| {
             loss::loss(hidden, &self.student.head()?, target, targets, objective, share)
@@ -341,8 +365,11 @@ impl<'a> Trainer<'a> {
 
     fn save(&mut self) -> Result<(), TrainError> {
         let step = self.optimizer.steps();
-        let header = Header::new(step, self.windows.position(), self.recipe.clone());
-        checkpoint::save(&self.folder.path, &header, &self.optimizer)?;
+        if self.folder.processes.rank() == 0 {
+            let processes = self.folder.processes.size();
+            let header = Header::new(step, self.windows.position(), processes, self.recipe.clone());
+            checkpoint::save(&self.folder.path, &header, &self.optimizer)?;
+        }
         self.saved = (step, Instant::now());
         Ok(())
     }
@@ -388,13 +415,56 @@ pub(super) fn windows<'a>(
     })
 }
 
-fn note_resume(header: &Header, steps: u64, progress: &mut dyn Progress) {
+/// Puts every process where the run begins or goes on: steps and windows done, and the first one's state in
+/// `optimizer` and its parameters.
+fn begin(
+    config: &TrainConfig,
+    folder: &RunFolder,
+    recipe: &Recipe,
+    optimizer: &mut AdamW,
+    progress: &mut dyn Progress,
+) -> Result<(u64, u64), TrainError> {
+    let processes = &*folder.processes;
+    let windows = config.batch * config.accumulate;
+    if windows < processes.size() {
+        return Err(TrainError::TooFewWindows { windows, processes: processes.size() });
+    }
+    let first = processes.rank() == 0;
+    let mut place = (0, 0);
+    if first && !folder.resume {
+        checkpoint::discard(&folder.path)?;
+    } else if first {
+        match checkpoint::load(&folder.path, recipe, optimizer)? {
+            Some(header) => {
+                place = (header.step, header.position);
+                note_resume(&header, config.steps(), processes, progress);
+            }
+            None => {
+                let path = folder.path.display();
+                progress.note(&format!("no checkpoint in {path}, starting from the beginning"));
+            }
+        }
+    }
+    if processes.size() == 1 {
+        return Ok(place);
+    }
+    let (place, asked) = parallel::from_first(processes, first.then(|| (place, recipe.clone())))?;
+    let differences = checkpoint::differences(&asked, recipe);
+    if !differences.is_empty() {
+        return Err(TrainError::OtherProcess { rank: processes.rank(), differences });
+    }
+    optimizer.set_steps(place.0);
+    parallel::broadcast_state(processes, optimizer)?;
+    Ok(place)
+}
+
+fn note_resume(header: &Header, steps: u64, processes: &dyn Communicator, progress: &mut dyn Progress) {
     progress.note(&format!("resumed after step {} of {steps}", header.step));
-    let threads = rayon::current_num_threads();
-    if header.threads != threads {
+    let before = format!("{} processes with {} threads", header.processes, header.threads);
+    let now = format!("{} processes with {} threads", processes.size(), rayon::current_num_threads());
+    if before != now {
         progress.note(&format!(
-            "the checkpoint was made with {} threads, this run has {threads}: the result may differ in rounding",
-            header.threads
+            "the checkpoint was made by {before}, this run has {now}: the result may differ in rounding"
         ));
     }
 }

@@ -4,6 +4,7 @@
 //! all a checkpoint has to remember. Never reads a file and never tokenizes.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 
 use super::loss::IGNORE;
 use super::random::SplitMix64;
@@ -36,6 +37,17 @@ pub struct Batch {
     pub scored: usize,
     /// Where in the text each window begins.
     pub starts: Vec<usize>,
+}
+
+impl Batch {
+    /// Some of the batch's windows, which are `length` long.
+    pub fn part(&self, windows: Range<usize>, length: usize) -> Self {
+        let range = windows.start * length..windows.end * length;
+        let targets = self.targets[range.clone()].to_vec();
+        let scored = targets.iter().filter(|&&target| target != IGNORE).count();
+        let starts = self.starts[windows].to_vec();
+        Self { inputs: self.inputs[range].to_vec(), targets, scored, starts }
+    }
 }
 
 impl<'a> Windows<'a> {
@@ -176,6 +188,16 @@ mod tests {
             let batch = windows.batch(count as usize);
             assert_eq!(first, batch.starts.iter().copied().collect());
             assert_eq!(windows.at(&batch.starts), batch);
+        }
+    }
+
+    #[test]
+    fn a_batch_falls_into_parts() {
+        let (ids, scored) = stream();
+        let whole = Windows::new(&ids, &scored, 10, 5).unwrap().batch(5);
+        let mut walked = Windows::new(&ids, &scored, 10, 5).unwrap();
+        for windows in [0..2, 2..2, 2..5] {
+            assert_eq!(whole.part(windows.clone(), 10), walked.batch(windows.len()));
         }
     }
 

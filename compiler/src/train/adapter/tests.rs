@@ -148,7 +148,8 @@ fn every_parameter_has_the_gradient_of_the_loss() {
             }
             let evaluate = || {
                 let states = trainee.decoder.hidden(&tokens, 2, 5).unwrap();
-                loss(&states, &trainee.decoder.head().unwrap(), Target::Text, &targets, &objective, 1.0).unwrap()
+                loss(&states, &trainee.decoder.head().unwrap(), Target::Text, &targets, &objective, 1.0)
+                    .unwrap()
             };
             let grads = evaluate().0.backward().unwrap();
             for parameter in &trainee.parameters {

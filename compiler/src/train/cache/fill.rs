@@ -27,6 +27,13 @@ pub fn fill(
 ) -> Result<Option<Cache>, TrainError> {
     let Some(sparsity) = config.cache else { return Ok(None) };
     config.validate()?;
+    if folder.processes.size() > 1 {
+        return Err(TrainError::Setting {
+            setting: "the number of processes",
+            found: folder.processes.size().to_string(),
+            expected: "1 with a cache of the teacher, which one process writes",
+        });
+    }
     let vocab = teacher.spec.vocab;
     if matches!(sparsity, Sparsity::TopK(k) if k > vocab) {
         return Err(TrainError::Setting {

@@ -12,7 +12,8 @@ use super::objective::Objective;
 use super::side::{CHUNK, Side, scored, with_side};
 use super::sparse::{SparseTargets, sparse_gradient};
 use super::{Head, LossParts};
-use crate::train::ops::{Matrix, gemm, rows_cols, slope, tensor, values};
+use crate::train::gradients::into_buffer;
+use crate::train::ops::{Matrix, gemm, rows_cols, slope, tensor, values, with_values};
 
 /// What the student is to say.
 #[derive(Clone, Copy, Debug)]
@@ -246,16 +247,26 @@ impl CustomOp2 for HeadLoss {
     fn bwd(
         &self,
         _hidden: &Tensor,
-        _head: &Tensor,
+        head: &Tensor,
         _loss: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let gradients = self.gradients.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Some((dhidden, dhead)) = gradients else { bail!("loss: backward ran twice") };
-        let factor = f64::from(grad.to_scalar::<f32>()?);
-        if factor == 1.0 {
-            return Ok((Some(dhidden), dhead));
-        }
-        Ok((Some((dhidden * factor)?), dhead.map(|dhead| dhead * factor).transpose()?))
+        let factor = grad.to_scalar::<f32>()?;
+        let dhidden = if factor == 1.0 { dhidden } else { (dhidden * f64::from(factor))? };
+        let Some(dhead) = dhead else { return Ok((Some(dhidden), None)) };
+        let buffered = into_buffer(head, |sum, add| {
+            with_values(&dhead, |dhead| {
+                sum.par_chunks_mut(1 << 14).zip(dhead.par_chunks(1 << 14)).for_each(|(sum, dhead)| {
+                    for (sum, dhead) in sum.iter_mut().zip(dhead) {
+                        *sum = dhead * factor + if add { *sum } else { 0.0 };
+                    }
+                });
+                Ok(())
+            })
+        })?;
+        let dhead = if buffered { None } else { Some((dhead * f64::from(factor))?) };
+        Ok((Some(dhidden), dhead))
     }
 }

@@ -3,6 +3,7 @@
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 
 use super::{Matrix, gemm, matrix, rows_cols, tensor, values, with_values};
+use crate::train::gradients::into_buffer;
 
 struct Linear;
 
@@ -58,13 +59,21 @@ impl CustomOp2 for Linear {
             };
             let dweight = || {
                 with_values(x, |x| {
+                    let product = |sum: &mut [f32], add| {
+                        gemm(sum, grad.t(), Matrix::new(x, n, cols), 1.0, add, true);
+                        Ok(())
+                    };
+                    if into_buffer(weight, product)? {
+                        return Ok(None);
+                    }
                     let mut dweight = vec![0.0; out * cols];
-                    gemm(&mut dweight, grad.t(), Matrix::new(x, n, cols), 1.0, false, true);
-                    tensor(dweight, out, cols)
+                    product(&mut dweight, false)?;
+                    tensor(dweight, out, cols).map(Some)
                 })
             };
             // What is frozen, and states that depend on nothing trained, need no gradient.
-            Ok((x.track_op().then(dx).transpose()?, weight.track_op().then(dweight).transpose()?))
+            let dweight = if weight.track_op() { dweight()? } else { None };
+            Ok((x.track_op().then(dx).transpose()?, dweight))
         })
     }
 }

@@ -14,6 +14,7 @@ mod low_rank;
 mod on_grid;
 mod rms_norm;
 mod rope;
+mod rows;
 mod soft_cap;
 
 pub use attention::{Heads, attention};
@@ -25,9 +26,12 @@ pub use low_rank::{Frozen, Scratch, dropout, low_rank, scale_columns};
 pub(crate) use on_grid::{Levels, on_grid};
 pub use rms_norm::rms_norm;
 pub use rope::{RopeTable, rope};
+pub use rows::rows;
 pub(crate) use soft_cap::{capped, slope};
 
-use candle_core::{CpuStorage, Layout, Result, Shape, Storage, Tensor, bail};
+use std::cell::RefCell;
+
+use candle_core::{CpuStorage, InplaceOp1, Layout, Result, Shape, Storage, Tensor, bail};
 
 /// The values behind a storage, which must be contiguous f32.
 pub(crate) fn values<'a>(storage: &'a CpuStorage, layout: &Layout, op: &str) -> Result<&'a [f32]> {
@@ -44,6 +48,27 @@ pub(crate) fn with_values<T>(tensor: &Tensor, body: impl FnOnce(&[f32]) -> Resul
         Storage::Cpu(storage) => body(values(storage, layout, "tensor")?),
         _ => bail!("tensor is not on the CPU"),
     }
+}
+
+/// Calls `body` with the values of a contiguous f32 tensor on the CPU, to be changed in place.
+pub(crate) fn with_values_mut(tensor: &Tensor, body: impl FnMut(&mut [f32])) -> Result<()> {
+    /// candle's in-place operations take `&self`, hence the cell.
+    struct InPlace<F>(RefCell<F>);
+    impl<F: FnMut(&mut [f32])> InplaceOp1 for InPlace<F> {
+        fn name(&self) -> &'static str {
+            "in-place"
+        }
+        fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
+            match (storage, layout.contiguous_offsets()) {
+                (CpuStorage::F32(values), Some((start, end))) => {
+                    (self.0.borrow_mut())(&mut values[start..end])
+                }
+                _ => bail!("in-place: shape {:?}, expected contiguous f32", layout.shape()),
+            }
+            Ok(())
+        }
+    }
+    tensor.inplace_op1(&InPlace(RefCell::new(body)))
 }
 
 /// `[rows, columns]` of a matrix.
