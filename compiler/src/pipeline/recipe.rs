@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::Error;
 use crate::train::TrainConfig;
 
 /// What a run was asked to do. It is kept in the run's folder and must be the same on resume.
@@ -97,6 +98,19 @@ impl Recipe {
         TrainConfig { tokens, ..self.train }
     }
 
+    /// Refuses what several processes cannot do together.
+    pub(super) fn fits(&self, processes: usize) -> Result<(), Error> {
+        let alone = [
+            (self.prune.steps > 1, "pruning in several steps"),
+            (self.qat, "quantization-aware training"),
+            (self.train.cache.is_some(), "the cache of a teacher"),
+        ];
+        match alone.into_iter().find(|(asked, _)| *asked && processes > 1) {
+            Some((_, what)) => Err(Error::OneProcess { what, processes }),
+            None => Ok(()),
+        }
+    }
+
     /// What errors call the text: its files.
     pub fn text(&self) -> String {
         self.data.names(self.eval_data.as_deref())
@@ -111,5 +125,40 @@ impl Data {
             Self::Files(files) => files.iter().map(PathBuf::as_path).chain(eval),
         };
         files.map(|file| file.display().to_string()).collect::<Vec<_>>().join(", ")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_several_processes_cannot_do_is_refused() {
+        let plain = || Recipe {
+            teacher: TeacherSource::Embedded,
+            teacher_adapter: None,
+            student: StudentSource::Layers(1),
+            data: Data::Embedded,
+            eval_data: None,
+            prune: Prune::default(),
+            mask_prompts: false,
+            target: edge_targets::DEFAULT.into(),
+            quant: "Q4_0".into(),
+            qat: false,
+            calibration: 64,
+            train: TrainConfig::default(),
+        };
+        assert!(plain().fits(4).is_ok());
+        let steps = Recipe { prune: Prune { steps: 2, ..Prune::default() }, ..plain() };
+        let cache = "top-k=5".parse().ok();
+        let cached = Recipe { train: TrainConfig { cache, ..TrainConfig::default() }, ..plain() };
+        assert!(cache.is_some());
+        for (recipe, what) in
+            [(steps, "several steps"), (Recipe { qat: true, ..plain() }, "quantization"), (cached, "cache")]
+        {
+            assert!(recipe.fits(1).is_ok());
+            let error = recipe.fits(2).unwrap_err().to_string();
+            assert!(error.contains(what) && error.ends_with("this run has 2"), "{error}");
+        }
     }
 }

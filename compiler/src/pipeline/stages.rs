@@ -73,7 +73,7 @@ pub fn distill(
     let mix: Mix = recipe.quant.parse().map_err(|error| Error::Student(format!("--quant: {error}")))?;
     recipe.train.validate()?;
     let RunFolder { path, resume, processes, .. } = folder;
-    fits(recipe, processes.size())?;
+    recipe.fits(processes.size())?;
     let mut run = Run { recipe, folder: path, processes: &**processes, observer };
     let made = !path.exists();
     if run.is_first() {
@@ -96,19 +96,6 @@ pub fn distill(
     let chat = bundle::write_chat(&profile::open(&run.path("student.gguf"))?, path)?;
     run.observer.note("bundle", &chat);
     run.judge(&inputs, &trained, kept, &library).map(Some)
-}
-
-/// What several processes do not do together.
-fn fits(recipe: &Recipe, processes: usize) -> Result<(), Error> {
-    let alone = [
-        (recipe.prune.steps > 1, "pruning in several steps"),
-        (recipe.qat, "quantization-aware training"),
-        (recipe.train.cache.is_some(), "the cache of a teacher"),
-    ];
-    match alone.into_iter().find(|(asked, _)| *asked && processes > 1) {
-        Some((_, what)) => Err(Error::OneProcess { what, processes }),
-        None => Ok(()),
-    }
 }
 
 impl Run<'_> {

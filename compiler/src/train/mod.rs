@@ -21,6 +21,7 @@ mod projection;
 pub mod random;
 mod recompute;
 pub mod schedule;
+mod start;
 mod tensorboard;
 pub mod trainee;
 pub mod trainer;

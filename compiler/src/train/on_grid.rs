@@ -253,6 +253,28 @@ mod tests {
         fn note(&mut self, _: &str) {}
     }
 
+    /// A block that is computed again rounds its matrices again.
+    #[test]
+    fn recomputed_blocks_have_the_same_gradients() {
+        let teacher = tiny_in_blocks(2, 9);
+        let ids = text(100);
+        let sample = Sample { ids: &ids[..64], length: 16, bos: None };
+        let rounded = || {
+            round_model(&teacher, Mix::Q4_0.into(), sample, Rounding::default(), &mut |_, _, _| {}).unwrap()
+        };
+        let trained = |checkpoint_activations| {
+            let student = quantized(teacher.clone(), rounded()).unwrap();
+            let folder = tempfile::tempdir().unwrap();
+            let config =
+                TrainConfig { tokens: 64 * 3, length: 16, batch: 4, lr: 1e-3, ..TrainConfig::default() };
+            let run = RunFolder { checkpoint_activations, ..RunFolder::new(folder.path(), false, None) };
+            let text = Text { ids: &ids, scored: &vec![true; ids.len()] };
+            let trained = train(None, student, text, &config, &run, &mut Losses(Vec::new())).unwrap();
+            trained.model.weights.iter().flat_map(|(_, _, weight)| bits(weight)).collect::<Vec<u32>>()
+        };
+        assert!(trained(false) == trained(true));
+    }
+
     #[test]
     fn training_behind_blocks_lowers_the_divergence_of_the_file() {
         let teacher = tiny_in_blocks(2, 9);

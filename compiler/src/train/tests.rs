@@ -8,7 +8,7 @@ use super::checkpoint;
 use super::config::{RunFolder, TrainConfig};
 use super::error::TrainError;
 use super::fixture::{text, tiny};
-use super::loss::Objective;
+use super::loss::{HiddenTerms, Objective};
 use super::parallel::{Communicator, Threads};
 use super::trainee::full;
 use super::trainer::{Progress, StepReport, Text, distill, train};
@@ -305,12 +305,18 @@ fn accumulation_equals_a_larger_batch() {
 }
 
 /// A run of several processes; the second one stops it after step `stop`, if that is given.
-fn together(size: usize, folder: &Path, resume: bool, stop: Option<u64>) -> Vec<(Vec<u32>, Vec<f64>)> {
+fn together(
+    size: usize,
+    config: &TrainConfig,
+    folder: &Path,
+    resume: bool,
+    stop: Option<u64>,
+) -> Vec<(Vec<u32>, Vec<f64>)> {
     Threads::run(size, |processes| {
         let stops = |step| processes.rank() == 1 && stop == Some(step);
         let mut each = |step| if stops(step) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
         let folder = RunFolder { processes: processes.clone(), ..RunFolder::new(folder, resume, Some(4)) };
-        match run_in(&config(50), &folder, &mut each) {
+        match run_in(config, &folder, &mut each) {
             Ok((model, losses, _)) => (bits(&model), losses),
             Err(TrainError::Stopped { step }) if stop == Some(step) => (vec![], vec![]),
             Err(error) => panic!("{error}"),
@@ -326,7 +332,7 @@ fn several_processes_train_as_one() {
     // A step has four windows: two each; one, one and two.
     for size in [2, 3] {
         let folder = tempfile::tempdir().unwrap();
-        let processes = together(size, folder.path(), false, None);
+        let processes = together(size, &config(50), folder.path(), false, None);
         for (bits, losses) in &processes {
             assert!(*bits == processes[0].0, "the parameters are not the same everywhere");
             for (loss, expected) in losses.iter().zip(&expected) {
@@ -340,14 +346,32 @@ fn several_processes_train_as_one() {
 #[test]
 fn several_processes_stop_and_resume_together() {
     let (straight, stopped) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let expected = together(2, straight.path(), false, None);
-    together(2, stopped.path(), false, Some(6));
+    let config = config(50);
+    let expected = together(2, &config, straight.path(), false, None);
+    together(2, &config, stopped.path(), false, Some(6));
     assert_eq!(checkpoint::peek(stopped.path()).unwrap().unwrap().step, 6);
-    let resumed = together(2, stopped.path(), true, None);
+    let resumed = together(2, &config, stopped.path(), true, None);
     for ((expected, _), (bits, losses)) in expected.iter().zip(&resumed) {
         assert!(bits == expected && losses.len() == 44);
     }
     assert_eq!(steps_in(stopped.path()), (1..=50).collect::<Vec<_>>());
+}
+
+/// Hidden-state terms, and windows that each process has its student write.
+#[test]
+fn several_processes_share_every_objective() {
+    let soft = Objective { soft: "rkl".parse().unwrap(), ..Objective::default() };
+    let hidden = "mse=0.5,cos=0.1".parse().unwrap();
+    let config = TrainConfig { hidden, objective: soft, on_policy: 0.5, ..config(3) };
+    let alone = tempfile::tempdir().unwrap();
+    let (_, expected, _) = run(&config, alone.path(), false, &mut go_on).unwrap();
+    let shared = tempfile::tempdir().unwrap();
+    let processes = together(3, &config, shared.path(), false, None);
+    for (bits, losses) in &processes {
+        assert!(*bits == processes[0].0, "the parameters are not the same everywhere");
+        // Later a rounding may change what is drawn.
+        assert!((losses[0] - expected[0]).abs() < 1e-4, "{losses:?} {expected:?}");
+    }
 }
 
 #[test]
@@ -360,6 +384,10 @@ fn processes_that_do_not_fit_are_refused() {
     };
     for processes in Threads::group(5) {
         assert!(attempt(config(2), processes).contains("4 windows"), "a process would have nothing to do");
+    }
+    let cached = TrainConfig { cache: Some("top-k=5".parse().unwrap()), ..config(2) };
+    for process in Threads::group(2) {
+        assert!(attempt(cached, process).contains("number of processes is 2"));
     }
     let other = TrainConfig { lr: 0.5, ..config(2) };
     let mut group = Threads::group(2);
@@ -375,12 +403,16 @@ fn processes_that_do_not_fit_are_refused() {
 
 #[test]
 fn a_run_that_recomputes_activations_ends_bit_identical() {
-    let ends = |checkpoint_activations| {
-        let folder = tempfile::tempdir().unwrap();
-        let folder = RunFolder { checkpoint_activations, ..RunFolder::new(folder.path(), false, None) };
-        bits(&run_in(&config(5), &folder, &mut |_| ControlFlow::Continue(())).unwrap().0)
-    };
-    assert!(ends(false) == ends(true));
+    // The states inside are those that a recomputed block passes on.
+    for hidden in [HiddenTerms::default(), "mse=0.5,cos=0.1".parse().unwrap()] {
+        let config = TrainConfig { hidden, ..config(5) };
+        let ends = |checkpoint_activations| {
+            let folder = tempfile::tempdir().unwrap();
+            let folder = RunFolder { checkpoint_activations, ..RunFolder::new(folder.path(), false, None) };
+            bits(&run_in(&config, &folder, &mut |_| ControlFlow::Continue(())).unwrap().0)
+        };
+        assert!(ends(false) == ends(true), "{hidden}");
+    }
 }
 
 #[test]

@@ -5,13 +5,16 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 
 use super::Communicator;
 
+/// What goes to another thread, and what comes from it.
+type Peer = (Sender<Vec<u8>>, Receiver<Vec<u8>>);
+
 /// One of a group of threads. The first one has a pair of channels to each other thread, which has one to the
 /// first; a thread that is gone makes the others panic.
 #[derive(Debug)]
 pub(crate) struct Threads {
     rank: usize,
     size: usize,
-    peers: Vec<(Sender<Vec<u8>>, Receiver<Vec<u8>>)>,
+    peers: Vec<Peer>,
 }
 
 impl Threads {
