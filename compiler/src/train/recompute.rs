@@ -2,7 +2,8 @@
 //! backward pass computes the block once more.
 //!
 //! The memory of activations falls from that of all blocks to that of one, for a third more arithmetic. The
-//! gradients have the same bits, because the same operations run on the same values in the same order.
+//! gradients have the same bits, because the same operations run on the same values in the same order; only where
+//! hidden states have losses of their own are the parts of a block's gradient added in another order.
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, Var, bail};
 
