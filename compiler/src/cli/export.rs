@@ -16,10 +16,13 @@ pub struct Arguments {
     /// Format to write
     #[arg(long, value_enum)]
     format: Format,
-    /// The model that an adapter is for: GGUF file, pack, Hugging Face folder or run's folder; with any but a
-    /// Hugging Face folder the adapter is refused beside another file
+    /// The model that an adapter is for: GGUF file, pack, Hugging Face folder or run's folder
     #[arg(long, required_if_eq("format", "lora-gguf"))]
     base: Option<PathBuf>,
+    /// Write the hash of --base, a GGUF file or a pack, into the adapter: it is refused beside any other file, also
+    /// beside the same model in another tensor type
+    #[arg(long, requires = "base")]
+    pin_base: bool,
     /// The file or folder to write
     #[arg(long)]
     out: PathBuf,
@@ -50,10 +53,14 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
             let base = profile::open(base)?;
             let spec = profile::spec_of(&base)?;
             let adapter = adapter::read(&arguments.model, &spec)?;
-            match adapter::base_of(&base) {
-                Some(hash) => adapter::export_for(&adapter, &spec, &hash, &arguments.out)?,
-                None => adapter::export(&adapter, &spec, &arguments.out)?,
-            };
+            if arguments.pin_base {
+                let hash = adapter::base_of(&base).with_context(|| {
+                    format!("--pin-base: {} is a folder; a GGUF file or a pack has a hash", base.path().display())
+                })?;
+                adapter::export_for(&adapter, &spec, &hash, &arguments.out)?;
+            } else {
+                adapter::export(&adapter, &spec, &arguments.out)?;
+            }
         }
     }
     note("export", &place());
