@@ -55,7 +55,10 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
             let adapter = adapter::read(&arguments.model, &spec)?;
             if arguments.pin_base {
                 let hash = adapter::base_of(&base).with_context(|| {
-                    format!("--pin-base: {} is a folder; a GGUF file or a pack has a hash", base.path().display())
+                    format!(
+                        "--pin-base: {} is a folder; a GGUF file or a pack has a hash",
+                        base.path().display()
+                    )
                 })?;
                 adapter::export_for(&adapter, &spec, &hash, &arguments.out)?;
             } else {

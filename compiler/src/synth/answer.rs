@@ -62,13 +62,16 @@ struct Said {
     content: Option<String>,
 }
 
+/// Texts and logarithms of their probabilities; minus infinity is null in JSON.
+type Alternatives = BTreeMap<String, Option<f32>>;
+
 /// A list of `content` in chats, and in llama.cpp's completions; parallel lists in OpenAI's completions.
 #[derive(Default, Deserialize)]
 struct Logprobs {
     content: Option<Vec<Token>>,
     tokens: Option<Vec<String>>,
     token_logprobs: Option<Vec<Option<f32>>>,
-    top_logprobs: Option<Vec<Option<BTreeMap<String, Option<f32>>>>>,
+    top_logprobs: Option<Vec<Option<Alternatives>>>,
 }
 
 #[derive(Deserialize)]

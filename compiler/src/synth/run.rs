@@ -1,7 +1,7 @@
 //! Hands requests to senders and takes what comes back; one thread decides and writes.
 
 use std::collections::{HashSet, VecDeque};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -240,10 +240,7 @@ impl Senders {
     /// The next event; none after `until`.
     fn next(&self, until: Option<Instant>) -> Option<Event> {
         let Some(until) = until else { return self.events.recv().ok() };
-        match self.events.recv_timeout(until.saturating_duration_since(Instant::now())) {
-            Ok(event) => Some(event),
-            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => None,
-        }
+        self.events.recv_timeout(until.saturating_duration_since(Instant::now())).ok()
     }
 }
 

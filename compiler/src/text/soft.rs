@@ -200,6 +200,9 @@ impl<'a> Pieces<'a> {
     }
 }
 
+/// Tokens by their index, each with alternatives and the logarithms of their probabilities.
+pub type Aligned = Vec<(usize, Vec<(u32, f32)>)>;
+
 /// The distributions of those of `ids`, the tokens of `text`, at which the server's `tokens` of `text[said]`
 /// begin and end too: index into `ids` with known tokens and their logarithms, in rising order.
 ///
@@ -214,7 +217,7 @@ pub fn align(
     text: &[u8],
     said: Range<usize>,
     tokens: &[TokenLogprobs],
-) -> Result<Vec<(usize, Vec<(u32, f32)>)>, TextError> {
+) -> Result<Aligned, TextError> {
     let starts = pieces.starts(ids, text, &said)?;
     let mut aligned = Vec::new();
     let mut at = Some(said.start);
@@ -240,10 +243,13 @@ pub fn align(
 /// Largest sum of probabilities that rounding excuses.
 const MOST: f64 = 1.01;
 
+/// Texts and the logarithms of their probabilities.
+type Alternatives<'a> = Vec<(&'a [u8], f32)>;
+
 /// The alternatives with the token itself. None if the token is likelier than the least of them and yet is
 /// not one of them: llama.cpp gives characters of several tokens like that, with the alternatives of the last
 /// one.
-fn known(token: &TokenLogprobs) -> Result<Option<Vec<(&[u8], f32)>>, String> {
+fn known(token: &TokenLogprobs) -> Result<Option<Alternatives<'_>>, String> {
     let mut known: Vec<_> = token.top.iter().map(|(piece, logprob)| (piece.bytes(), *logprob)).collect();
     let bytes = token.token.bytes();
     let mut consistent = true;

@@ -28,11 +28,7 @@ fn token(bytes: &[u8], logprob: f32, top: &[(&str, f32)]) -> TokenLogprobs {
 }
 
 /// Indices and entries for tokens that begin where `text` does.
-fn aligned(
-    tokenizer: &HostTokenizer,
-    text: &str,
-    tokens: &[TokenLogprobs],
-) -> Result<Vec<(usize, Vec<(u32, f32)>)>, TextError> {
+fn aligned(tokenizer: &HostTokenizer, text: &str, tokens: &[TokenLogprobs]) -> Result<Aligned, TextError> {
     let (ids, _) = cut(tokenizer, text);
     align(&Pieces::new(tokenizer).unwrap(), &ids, text.as_bytes(), 0..text.len(), tokens)
 }
