@@ -3,7 +3,8 @@
 use super::activations::{Activations, ActivationsMut};
 use super::attention::{Cache, KeyValues, Q8Block, Query, Ring, Scores};
 use super::low_rank::LowRank;
-use super::matmul::{self, BlockKernels, Matrix, Product, RowsKernel};
+use super::matmul::{self, ByType, Kernel, Matrix, Product, RowsKernel};
+use super::tiles::TileKernels;
 use crate::format::{DType, Layout};
 use crate::workers::Workers;
 use crate::{Result, kernels::generic};
@@ -88,8 +89,8 @@ pub struct Kernels {
     pub(super) f32_rows: RowsKernel,
     pub(super) f16_rows: RowsKernel,
     pub(super) bf16_rows: RowsKernel,
-    pub(super) rows: &'static BlockKernels,
-    pub(super) tiles: &'static BlockKernels,
+    pub(super) rows: &'static ByType<RowsKernel>,
+    pub(super) tiles: &'static TileKernels,
 }
 
 impl core::fmt::Debug for Kernels {
@@ -198,24 +199,16 @@ impl Kernels {
     }
 
     /// The kernel for a matrix.
-    fn kernel(&self, weight: &Matrix) -> RowsKernel {
-        let blocks = match weight.layout() {
-            Layout::Rows => self.rows,
-            Layout::Tiles => self.tiles,
+    fn kernel(&self, weight: &Matrix) -> Kernel {
+        let quantized = match weight.layout() {
+            Layout::Rows => self.rows.of(weight.dtype()).map(Kernel::Rows),
+            Layout::Tiles => self.tiles.of(weight.dtype()).map(Kernel::Tiles),
         };
-        match weight.dtype() {
-            DType::F32 => self.f32_rows,
+        quantized.unwrap_or(Kernel::Rows(match weight.dtype() {
             DType::F16 => self.f16_rows,
             DType::BF16 => self.bf16_rows,
-            DType::Q8_0 => blocks.q8_0,
-            DType::Q4_0 => blocks.q4_0,
-            DType::Q4_1 => blocks.q4_1,
-            DType::Q5_0 => blocks.q5_0,
-            DType::Q5_1 => blocks.q5_1,
-            DType::Q4K => blocks.q4_k,
-            DType::Q5K => blocks.q5_k,
-            DType::Q6K => blocks.q6_k,
-        }
+            _ => self.f32_rows,
+        }))
     }
 
     /// The dot product of `x` and `y`; of slices that differ in length the shorter one counts, here and below.

@@ -12,7 +12,7 @@ use super::dequantize_row;
 use super::float::load16;
 use super::output::{Columns, Output};
 use super::simd::Simd;
-use super::tiles::dequantize_tile_row;
+use super::tiles::{TileKernel, dequantize_tile_row};
 use crate::format::{DType, Geometry, Layout, TILE_ROWS as ROWS};
 use crate::workers::Workers;
 use crate::{Code, Error, Result};
@@ -138,21 +138,63 @@ impl<'a> Matrix<'a> {
 /// One kernel: computes the rows of one part for all tokens.
 pub(crate) type RowsKernel = unsafe fn(&Matrix, &Activations, &mut Columns);
 
-/// One kernel for each quantized type, for weights that lie in one way.
-pub(crate) struct BlockKernels {
-    pub q8_0: RowsKernel,
-    pub q4_0: RowsKernel,
-    pub q4_1: RowsKernel,
-    pub q5_0: RowsKernel,
-    pub q5_1: RowsKernel,
-    pub q4_k: RowsKernel,
-    pub q5_k: RowsKernel,
-    pub q6_k: RowsKernel,
+/// One function for each quantized type.
+pub(crate) struct ByType<F> {
+    pub q8_0: F,
+    pub q4_0: F,
+    pub q4_1: F,
+    pub q5_0: F,
+    pub q5_1: F,
+    pub q4_k: F,
+    pub q5_k: F,
+    pub q6_k: F,
+}
+
+impl<F: Copy> ByType<F> {
+    /// The function for a type; `None` for floats.
+    pub fn of(&self, dtype: DType) -> Option<F> {
+        Some(match dtype {
+            DType::F32 | DType::F16 | DType::BF16 => return None,
+            DType::Q8_0 => self.q8_0,
+            DType::Q4_0 => self.q4_0,
+            DType::Q4_1 => self.q4_1,
+            DType::Q5_0 => self.q5_0,
+            DType::Q5_1 => self.q5_1,
+            DType::Q4K => self.q4_k,
+            DType::Q5K => self.q5_k,
+            DType::Q6K => self.q6_k,
+        })
+    }
+}
+
+/// What multiplies with one matrix.
+#[derive(Clone, Copy)]
+pub(crate) enum Kernel {
+    /// Weights in rows.
+    Rows(RowsKernel),
+    /// Weights in tiles.
+    Tiles(TileKernel),
+}
+
+impl Kernel {
+    /// Computes the rows of one part for all tokens.
+    ///
+    /// # Safety
+    /// The CPU must be able to run the kernel.
+    unsafe fn run(self, weight: &Matrix, acts: &Activations, out: &mut Columns) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self {
+                Self::Rows(kernel) => kernel(weight, acts, out),
+                Self::Tiles(kernel) => kernel.run(weight, acts, out),
+            }
+        }
+    }
 }
 
 /// A weight matrix, the kernel for it, and where the product goes, `[tokens, rows]`.
 pub(crate) struct Product<'p, 'a> {
-    pub kernel: RowsKernel,
+    pub kernel: Kernel,
     pub weight: &'p Matrix<'a>,
     pub out: &'p mut [f32],
 }
@@ -193,7 +235,7 @@ pub(crate) unsafe fn run<const N: usize>(
             // The lengths were checked, so every product has its output.
             while let Some(mut part) = output.as_ref().and_then(Output::take) {
                 // SAFETY: the caller's promise.
-                unsafe { kernel(weight, acts, &mut part) }
+                unsafe { kernel.run(weight, acts, &mut part) }
             }
         }
     };
@@ -207,8 +249,8 @@ pub(crate) unsafe fn run<const N: usize>(
 
 /// The rows of one part, for quantized weights.
 #[inline(always)]
-pub(crate) fn quantized_rows<S: Simd, W: Format>(
-    s: S,
+pub(crate) fn quantized_rows<W: Format>(
+    s: impl Simd,
     weight: &Matrix,
     acts: &Activations,
     out: &mut Columns,
@@ -227,10 +269,10 @@ pub(crate) fn quantized_rows<S: Simd, W: Format>(
             for row in first..last {
                 let Some(bytes) = weight.row(row) else { return };
                 if n == 1 {
-                    let lanes = tile::<S, W, 1>(s, bytes, weight.cols, &x[..1]);
+                    let lanes = tile::<_, W, 1>(s, bytes, weight.cols, &x[..1]);
                     out.set(token, row, s.sum(lanes[0]));
                 } else {
-                    let lanes = tile::<S, W, TILE>(s, bytes, weight.cols, &x[..n]);
+                    let lanes = tile::<_, W, TILE>(s, bytes, weight.cols, &x[..n]);
                     let mut sums = [0.0; TILE];
                     s.store(s.sums(lanes), &mut sums);
                     for (i, sum) in sums[..n].iter().enumerate() {

@@ -49,44 +49,69 @@ macro_rules! kernel_table {
         $crate::kernels::table::block_entries! {
             [$token, $(#[$features])*]
             /// The kernels for quantized weights in rows.
-            static ROWS = matmul::quantized_rows, blocks;
+            static ROWS: fn(w: &Matrix, x: &Activations, out: &mut Columns) = matmul::quantized_rows, blocks;
         }
-        $crate::kernels::table::tile_table! { $token, $(#[$features])* }
+        $crate::kernels::table::tile_tables! { [$token, $(#[$features])*] ONE_TOKEN FILL MULTIPLY }
+
+        /// The kernels for quantized weights in tiles.
+        pub(crate) static TILES: tiles::TileKernels =
+            tiles::TileKernels { one_token: &ONE_TOKEN, fill: &FILL, multiply: &MULTIPLY };
     };
 }
 
-/// Defines `TILES`, the kernels for quantized weights in tiles.
-macro_rules! tile_table {
-    ($token:expr, $(#[$features:meta])*) => {
-        use $crate::kernels::tiles as tile_kernels;
+/// Defines the tables of [`TileKernels`](super::tiles::TileKernels) that are named: an instruction set takes those
+/// that it has no better functions for from another one.
+macro_rules! tile_tables {
+    ($context:tt) => {};
+    ($context:tt ONE_TOKEN $($rest:tt)*) => {
         $crate::kernels::table::block_entries! {
-            [$token, $(#[$features])*]
-            /// The kernels for quantized weights in tiles.
-            static TILES = tile_kernels::multiply, tile_kernels;
+            $context
+            /// Products with one token.
+            static ONE_TOKEN: fn(
+                w: &$crate::kernels::matmul::Matrix,
+                x: &$crate::kernels::activations::Activations,
+                out: &mut $crate::kernels::output::Columns
+            ) = tiles::one_token, tiles;
         }
+        $crate::kernels::table::tile_tables! { $context $($rest)* }
+    };
+    ($context:tt FILL $($rest:tt)*) => {
+        $crate::kernels::table::block_entries! {
+            $context
+            /// Unpacks weights for many tokens.
+            static FILL: fn(panel: &mut tiles::Panel, tile: &[u8], first: usize, count: usize) = tiles::fill, tiles;
+        }
+        $crate::kernels::table::tile_tables! { $context $($rest)* }
+    };
+    ($context:tt MULTIPLY $($rest:tt)*) => {
+        $crate::kernels::table::block_entries! {
+            $context
+            /// Products of unpacked weights with four tokens.
+            static MULTIPLY: fn(panel: &tiles::Panel, x: tiles::Quad, out: &mut [[f32; 16]; 4])
+                = tiles::multiply, tiles;
+        }
+        $crate::kernels::table::tile_tables! { $context $($rest)* }
     };
 }
 
 /// One function for each quantized type, whose formats are in the module `$formats`, and the table of them.
 macro_rules! block_entries {
-    ([$token:expr, $($features:tt)*] $(#[$doc:meta])* static $table:ident = $module:ident::$algorithm:ident, $formats:ident;) => {
+    ($context:tt $(#[$doc:meta])*
+     static $table:ident: fn $signature:tt = $module:ident::$algorithm:ident, $formats:ident;) => {
         $crate::kernels::table::block_entries! {
-            [$token, $($features)*] $(#[$doc])* static $table = $module::$algorithm, $formats:
+            $context $(#[$doc])* static $table: fn $signature = $module::$algorithm, $formats:
             q8_0 Q8_0, q4_0 Q4_0, q4_1 Q4_1, q5_0 Q5_0, q5_1 Q5_1, q4_k Q4K, q5_k Q5K, q6_k Q6K,
         }
     };
-    ([$token:expr, $($features:tt)*] $(#[$doc:meta])* static $table:ident = $module:ident::$algorithm:ident, $formats:ident:
+    ($context:tt $(#[$doc:meta])*
+     static $table:ident: fn $signature:tt = $module:ident::$algorithm:ident, $formats:ident:
      $($name:ident $format:ident,)*) => {
         $(#[$doc])*
-        pub(crate) static $table: $crate::kernels::matmul::BlockKernels = {
-            use $crate::kernels::activations::Activations;
-            use $crate::kernels::matmul::Matrix;
-            use $crate::kernels::output::Columns;
-            $crate::kernels::table::entries! {
-                [$token, $($features)*]
-                $(fn $name(w: &Matrix, x: &Activations, out: &mut Columns) = $module::$algorithm::<_, $formats::$format>;)*
-            }
-            $crate::kernels::matmul::BlockKernels { $($name,)* }
+        pub(crate) static $table: $crate::kernels::matmul::ByType<unsafe fn $signature> = {
+            $($crate::kernels::table::entries! {
+                $context fn $name $signature = $module::$algorithm::<$formats::$format>;
+            })*
+            $crate::kernels::matmul::ByType { $($name,)* }
         };
     };
 }
@@ -104,4 +129,4 @@ macro_rules! entries {
     };
 }
 
-pub(crate) use {block_entries, entries, kernel_table, tile_table};
+pub(crate) use {block_entries, entries, kernel_table, tile_tables};

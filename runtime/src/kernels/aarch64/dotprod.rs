@@ -3,8 +3,10 @@
 //! `sdot` is not stable as an intrinsic, so it is written in assembly, one instruction at a time, for the
 //! compiler to schedule.
 
+use super::neon;
 use super::rows16::{F, W, for_panel, keep, neon, shared_lanes};
-use crate::kernels::tiles::{Format, Lanes, Panel, Quad, SIDE};
+use crate::kernels::dispatch::Kernels;
+use crate::kernels::tiles::{self, Format, Lanes, Panel, Quad, SIDE};
 use core::arch::aarch64::*;
 use core::arch::asm;
 
@@ -150,12 +152,15 @@ fn multiply<T: Format>(s: Dotprod, panel: &Panel, acts: Quad, out: &mut [[f32; 1
     s.eight_rows::<T>(panel, acts, 1, out);
 }
 
-crate::kernels::table::tile_table! {
+crate::kernels::table::tile_tables! {
     // SAFETY: these functions are compiled for the dot product extension, so whoever calls one has promised it.
-    unsafe { Dotprod::assume() },
-    #[target_feature(enable = "dotprod")]
+    [unsafe { Dotprod::assume() }, #[target_feature(enable = "dotprod")]]
+    ONE_TOKEN MULTIPLY
 }
 
+/// The kernels for quantized weights in tiles.
+static TILES: tiles::TileKernels =
+    tiles::TileKernels { one_token: &ONE_TOKEN, fill: &neon::FILL, multiply: &MULTIPLY };
+
 /// The kernels of this instruction set: those of NEON, and tiles.
-pub(crate) static TABLE: crate::kernels::dispatch::Kernels =
-    crate::kernels::dispatch::Kernels { name: "dotprod", tiles: &TILES, ..super::neon::TABLE };
+pub(crate) static TABLE: Kernels = Kernels { name: "dotprod", tiles: &TILES, ..neon::TABLE };

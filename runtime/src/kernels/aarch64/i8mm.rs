@@ -4,23 +4,23 @@
 //! Decode is the dot product's; prefill multiplies eight columns of two rows with those of two tokens in one
 //! instruction.
 
-use super::dotprod::Dotprod;
-use super::rows16::{F, W, for_panel, neon, shared_lanes};
-use crate::kernels::tiles::{Format, Lanes, Panel, Quad, SIDE};
+use super::rows16::{for_panel, neon};
+use super::{dotprod, i8mm, neon};
+use crate::kernels::dispatch::Kernels;
+use crate::kernels::tiles::{self, Format, Panel, Quad, SIDE};
 use core::arch::aarch64::*;
 use core::arch::asm;
 
 /// Proof that the CPU has both extensions.
 #[derive(Clone, Copy)]
-pub(crate) struct I8mm(Dotprod);
+struct I8mm(());
 
 impl I8mm {
     /// # Safety
     /// The CPU must have the dot product and the integer matrix multiplication extension.
     #[inline(always)]
     unsafe fn assume() -> Self {
-        // SAFETY: the caller's promise.
-        Self(unsafe { Dotprod::assume() })
+        Self(())
     }
 
     /// Adds `w a^T` to `sums`, all two by two: the weights of two rows and the activations of two tokens.
@@ -65,7 +65,7 @@ impl I8mm {
                     let mut p = [[vdupq_n_s32(0); 2]; 4];
                     for octet in (segment * octets..(segment + 1) * octets).step_by(2) {
                         let a = vld1q_s8_x4(quants[octet].as_ptr());
-                        // `keep` put the eight pairs of rows one after another.
+                        // `arrange` put the eight pairs of rows one after another.
                         let w = [octet, octet + 1].map(|octet| vld1q_u8_x4(weights[octet][half].as_ptr()));
                         for (w, a) in [(w[0], [a.0, a.1]), (w[1], [a.2, a.3])] {
                             for (i, w) in [w.0, w.1, w.2, w.3].into_iter().enumerate() {
@@ -113,76 +113,77 @@ fn pairs(x: float32x4_t) -> [float32x4_t; 2] {
     neon!([vcombine_f32(vget_low_f32(x), vget_low_f32(x)), vcombine_f32(vget_high_f32(x), vget_high_f32(x))])
 }
 
-impl Lanes for I8mm {
-    type W = W;
-    type A = int8x16_t;
-    type P = [int32x4_t; 4];
-    type F = F;
-
-    shared_lanes!();
-
-    #[inline(always)]
-    fn start(self, bias: i32) -> [int32x4_t; 4] {
-        self.0.start(bias)
+/// [`tiles::Fill`] of NEON, arranged for [`I8mm::eight_rows`].
+#[inline(always)]
+fn fill<T: Format>(_: I8mm, panel: &mut Panel, tile: &[u8], first: usize, count: usize) {
+    if let Some(fill) = neon::FILL.of(T::DTYPE) {
+        // SAFETY: NEON belongs to the baseline.
+        unsafe { fill(panel, tile, first, count) }
+        arrange(panel);
     }
+}
 
-    #[inline(always)]
-    fn dot<const LANE: i32>(self, p: [int32x4_t; 4], w: W, a: int8x16_t) -> [int32x4_t; 4] {
-        self.0.dot::<LANE>(p, w, a)
-    }
-
-    #[inline(always)]
-    fn finish(self, p: [int32x4_t; 4], bias: i32) -> F {
-        self.0.finish(p, bias)
-    }
-
-    /// Eight columns of rows 0 and 1, of rows 2 and 3, and so on.
-    #[inline(always)]
-    fn keep(self, w: [W; 2], bias: i32, to: &mut [[u8; 64]; 2]) {
+/// Weights: eight columns of rows 0 and 1, of rows 2 and 3, and so on. Scales: those of rows 0, 0, 1, 1, then of
+/// 2, 2, 3, 3, and so on.
+#[inline(never)]
+fn arrange(panel: &mut Panel) {
+    let blocks = panel.blocks;
+    for weights in panel.weights[..blocks].as_flattened_mut() {
         neon!({
-            let bias = vdupq_n_u8(bias as u8);
-            let to = to.as_flattened_mut().as_mut_ptr();
-            for (i, (even, odd)) in w[0].into_iter().zip(w[1]).enumerate() {
-                let even = vreinterpretq_u32_u8(vsubq_u8(even, bias));
-                let odd = vreinterpretq_u32_u8(vsubq_u8(odd, bias));
+            let to = weights.as_flattened_mut().as_mut_ptr();
+            let (even, odd) = (vld1q_u8_x4(to), vld1q_u8_x4(to.add(64)));
+            let columns = [(even.0, odd.0), (even.1, odd.1), (even.2, odd.2), (even.3, odd.3)];
+            for (i, (even, odd)) in columns.into_iter().enumerate() {
+                let (even, odd) = (vreinterpretq_u32_u8(even), vreinterpretq_u32_u8(odd));
                 vst1q_u8(to.add(32 * i), vreinterpretq_u8_u32(vzip1q_u32(even, odd)));
                 vst1q_u8(to.add(32 * i + 16), vreinterpretq_u8_u32(vzip2q_u32(even, odd)));
             }
         });
     }
-
-    /// Those of rows 0, 0, 1, 1, then of 2, 2, 3, 3, and so on.
-    #[inline(always)]
-    fn keep_scales(self, scales: F, to: &mut [f32; 32]) {
+    for scales in panel.scales[..blocks].as_flattened_mut() {
         neon!({
-            for (i, scales) in scales.into_iter().enumerate() {
-                vst1q_f32(to.as_mut_ptr().add(8 * i), vzip1q_f32(scales, scales));
-                vst1q_f32(to.as_mut_ptr().add(8 * i + 4), vzip2q_f32(scales, scales));
+            let to = scales.as_mut_ptr();
+            let rows = vld1q_f32_x4(to);
+            for (i, rows) in [rows.0, rows.1, rows.2, rows.3].into_iter().enumerate() {
+                vst1q_f32(to.add(8 * i), vzip1q_f32(rows, rows));
+                vst1q_f32(to.add(8 * i + 4), vzip2q_f32(rows, rows));
             }
         });
     }
-
-    #[inline(always)]
-    fn multiply_quad<T: Format>(self, panel: &Panel, acts: Quad, out: &mut [[f32; 16]; SIDE]) {
-        // SAFETY: a token exists, so the CPU has both extensions.
-        unsafe { for_panel!(T, multiply(self, panel, acts, out)) }
-    }
 }
 
-/// [`Lanes::multiply_quad`].
+/// [`tiles::Multiply`].
+#[inline(always)]
+fn multiply<T: Format>(s: I8mm, panel: &Panel, acts: Quad, out: &mut [[f32; 16]; SIDE]) {
+    // SAFETY: a token exists, so the CPU has both extensions.
+    unsafe { for_panel!(T, multiply_panel(s, panel, acts, out)) }
+}
+
+/// [`multiply`], once for all types that a panel does not tell apart.
 #[inline(never)]
 #[target_feature(enable = "dotprod,i8mm")]
-fn multiply<T: Format>(s: I8mm, panel: &Panel, acts: Quad, out: &mut [[f32; 16]; SIDE]) {
+fn multiply_panel<T: Format>(s: I8mm, panel: &Panel, acts: Quad, out: &mut [[f32; 16]; SIDE]) {
     s.eight_rows::<T>(panel, acts, 0, out);
     s.eight_rows::<T>(panel, acts, 1, out);
 }
 
-crate::kernels::table::tile_table! {
+crate::kernels::table::block_entries! {
     // SAFETY: these functions are compiled for both extensions, so whoever calls one has promised them.
-    unsafe { I8mm::assume() },
-    #[target_feature(enable = "dotprod,i8mm")]
+    [unsafe { I8mm::assume() }, #[target_feature(enable = "dotprod,i8mm")]]
+    /// Unpacks weights for many tokens.
+    static FILL: fn(panel: &mut Panel, tile: &[u8], first: usize, count: usize) = i8mm::fill, tiles;
 }
 
+crate::kernels::table::block_entries! {
+    // SAFETY: as above.
+    [unsafe { I8mm::assume() }, #[target_feature(enable = "dotprod,i8mm")]]
+    /// Products of unpacked weights with four tokens.
+    static MULTIPLY: fn(panel: &Panel, x: Quad, out: &mut [[f32; 16]; 4]) = i8mm::multiply, tiles;
+}
+
+/// The kernels for quantized weights in tiles.
+static TILES: tiles::TileKernels =
+    tiles::TileKernels { one_token: &dotprod::ONE_TOKEN, fill: &FILL, multiply: &MULTIPLY };
+
 /// The kernels of this instruction set: those of NEON, and tiles.
-pub(crate) static TABLE: crate::kernels::dispatch::Kernels =
-    crate::kernels::dispatch::Kernels { name: "i8mm", tiles: &TILES, ..super::neon::TABLE };
+pub(crate) static TABLE: Kernels = Kernels { name: "i8mm", tiles: &TILES, ..neon::TABLE };

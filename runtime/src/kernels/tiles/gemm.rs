@@ -8,7 +8,7 @@ use super::activations::{Quad, SIDE, TileActs, integer};
 use super::formats::{AnyShare, Format, bias, scales, shares};
 use super::gemv::{dot, finish};
 use super::lanes::Lanes;
-use crate::format::TILE_ROWS as ROWS;
+use crate::format::{Geometry, TILE_ROWS as ROWS};
 use crate::kernels::matmul::Matrix;
 use crate::kernels::output::Columns;
 
@@ -20,9 +20,10 @@ pub(crate) const BLOCKS: usize = 24;
 pub(crate) struct Panel {
     /// Blocks that are filled.
     pub blocks: usize,
-    /// For each block, the weights of its eight groups of four columns as [`Lanes::keep`] wrote them.
+    /// For each block, the weights of its eight groups of four columns as [`Lanes::keep`] wrote them; an instruction
+    /// set may want each two groups in another order.
     pub weights: [[[[u8; 64]; 2]; 4]; BLOCKS],
-    /// Scales of each block's segments, as [`Lanes::keep_scales`] wrote them.
+    /// Scales of each block's segments; an instruction set may want each twice.
     pub scales: [[[f32; 2 * ROWS]; 2]; BLOCKS],
     /// Minimums of each block.
     pub mins: [[f32; ROWS]; BLOCKS],
@@ -54,7 +55,9 @@ impl Panel {
                 s.keep([W::group::<S, 6>(s, quants), W::group::<S, 7>(s, quants)], bias, d);
                 for segment in 0..W::SEGMENTS {
                     let (scale, min) = scales::<S, W>(s, factors, i, segment);
-                    s.keep_scales(scale, &mut self.scales[block][segment]);
+                    if let Some(to) = self.scales[block][segment].first_chunk_mut() {
+                        s.store(scale, to);
+                    }
                     if W::MINS {
                         s.store(min, &mut self.mins[block]);
                     }
@@ -64,19 +67,47 @@ impl Panel {
     }
 }
 
-/// The rows of one part, for several tokens.
+/// Unpacks blocks `first..first + count` of a tile's bytes, whole shares from the first on.
+pub(crate) type Fill = unsafe fn(panel: &mut Panel, tile: &[u8], first: usize, count: usize);
+
+/// Adds the products of a panel with four tokens to `out`.
+pub(crate) type Multiply = unsafe fn(panel: &Panel, acts: Quad, out: &mut [[f32; ROWS]; SIDE]);
+
+/// [`Fill`] with the operations of an instruction set.
 #[inline(always)]
-pub(crate) fn many_tokens<S: Lanes, W: Format>(s: S, weight: &Matrix, acts: &TileActs, out: &mut Columns) {
+pub(crate) fn fill<W: Format>(s: impl Lanes, panel: &mut Panel, tile: &[u8], first: usize, count: usize) {
+    panel.fill::<_, W>(s, tile, first, count);
+}
+
+/// [`Multiply`] with the operations of an instruction set.
+#[inline(always)]
+pub(crate) fn multiply<W: Format>(s: impl Lanes, panel: &Panel, acts: Quad, out: &mut [[f32; ROWS]; SIDE]) {
+    s.multiply_quad::<W>(panel, acts, out);
+}
+
+/// The rows of one part, for several tokens.
+///
+/// # Safety
+/// The CPU must be able to run both functions.
+pub(crate) unsafe fn many_tokens(
+    fill: Fill,
+    multiply: Multiply,
+    weight: &Matrix,
+    acts: &TileActs,
+    out: &mut Columns,
+) {
     let rows = out.rows();
+    let whole = Geometry::of(weight.dtype()).map_or(1, |geometry| geometry.factors.blocks());
+    // Panels of about one size, each a whole number of shares.
+    let panels = acts.blocks.div_ceil(BLOCKS).max(1);
+    let size = acts.blocks.div_ceil(panels).next_multiple_of(whole).max(1);
     let mut panel = Panel::EMPTY;
     for row in rows.step_by(ROWS) {
         let Some(bytes) = weight.tile(row) else { return };
-        // Panels of about one size, each a whole number of shares.
-        let panels = acts.blocks.div_ceil(BLOCKS).max(1);
-        let size = acts.blocks.div_ceil(panels).next_multiple_of(W::Share::BLOCKS);
-        for first in (0..acts.blocks).step_by(size.max(1)) {
+        for first in (0..acts.blocks).step_by(size) {
             let count = size.min(acts.blocks - first);
-            panel.fill::<S, W>(s, bytes, first, count);
+            // SAFETY: the caller's promise.
+            unsafe { fill(&mut panel, bytes, first, count) };
             for quad in 0..acts.tokens.div_ceil(SIDE) {
                 let mut sums = [[0.0; ROWS]; SIDE];
                 if first > 0 {
@@ -84,7 +115,8 @@ pub(crate) fn many_tokens<S: Lanes, W: Format>(s: S, weight: &Matrix, acts: &Til
                         out.get_rows(quad * SIDE + lane, row, sums);
                     }
                 }
-                s.multiply_quad::<W>(&panel, acts.quad(quad, first, count), &mut sums);
+                // SAFETY: as above.
+                unsafe { multiply(&panel, acts.quad(quad, first, count), &mut sums) };
                 for (lane, sums) in sums.iter().enumerate() {
                     out.set_rows(quad * SIDE + lane, row, sums);
                 }
@@ -136,7 +168,7 @@ pub(crate) fn multiply_quad<S: Lanes, W: Format>(
                 p[2] = dot::<S, W, 1>(s, dot::<S, W, 0>(s, p[2], even, a23), odd, a23);
                 p[3] = dot::<S, W, 3>(s, dot::<S, W, 2>(s, p[3], even, a23), odd, a23);
             }
-            let scale = s.kept_scales(scales);
+            let scale = s.load(scales.first_chunk().unwrap_or(&[0.0; ROWS]));
             for (lane, sums) in sums.iter_mut().enumerate() {
                 let integers = finish::<S, W>(s, p[lane], starts[lane]);
                 *sums = s.fma(integers, s.mul(scale, s.splat(scales_a[lane])), *sums);
@@ -194,7 +226,7 @@ fn one_of_four<S: Lanes, W: Format, const TOKEN: usize>(
                     dot::<S, W, 3>(s, dot::<S, W, 2>(s, p, even, a), odd, a)
                 };
             }
-            let scale = s.mul(s.kept_scales(scales), s.splat(scales_a[TOKEN]));
+            let scale = s.mul(s.load(scales.first_chunk().unwrap_or(&[0.0; ROWS])), s.splat(scales_a[TOKEN]));
             sums = s.fma(finish::<S, W>(s, p, 0), scale, sums);
         }
         if W::MINS {

@@ -4,18 +4,18 @@ use super::activations::{TileActs, integer};
 use super::formats::{AnyShare, Format, bias, scales, shares};
 use super::lanes::Lanes;
 use crate::format::TILE_ROWS as ROWS;
-use crate::kernels::activations::BLOCK;
+use crate::kernels::activations::{Activations, BLOCK};
 use crate::kernels::matmul::Matrix;
 use crate::kernels::output::Columns;
 
 /// The rows of one part, for one token.
 #[inline(always)]
-pub(crate) fn one_token<S: Lanes, W: Format>(s: S, weight: &Matrix, acts: &TileActs, out: &mut Columns) {
-    let rows = out.rows();
+pub(crate) fn one_token<W: Format>(s: impl Lanes, weight: &Matrix, acts: &Activations, out: &mut Columns) {
+    let (rows, acts) = (out.rows(), acts.tile_acts());
     for first in rows.step_by(ROWS) {
         let Some(bytes) = weight.tile(first) else { return };
         let mut sums = [0.0; ROWS];
-        s.store(tile::<S, W>(s, bytes, acts), &mut sums);
+        s.store(tile::<_, W>(s, bytes, &acts), &mut sums);
         out.set_rows(0, first, &sums);
     }
 }

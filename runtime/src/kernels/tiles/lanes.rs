@@ -74,18 +74,6 @@ pub(crate) trait Lanes: Copy {
     /// Keeps the weights of eight columns for the product with many tokens, `bias` taken off each if
     /// [`Lanes::PANEL_WITHOUT_BIAS`].
     fn keep(self, w: [Self::W; 2], bias: i32, to: &mut [[u8; 64]; 2]);
-    /// Keeps the scales of a segment, in a form of its own.
-    #[inline(always)]
-    fn keep_scales(self, scales: Self::F, to: &mut [f32; 32]) {
-        if let Some(to) = to.first_chunk_mut() {
-            self.store(scales, to);
-        }
-    }
-    /// What [`Lanes::keep_scales`] kept, unless the instruction set has a form of its own.
-    #[inline(always)]
-    fn kept_scales(self, from: &[f32; 32]) -> Self::F {
-        self.load(from.first_chunk().unwrap_or(&[0.0; 16]))
-    }
     /// Adds the products of a panel with four tokens to `out`.
     fn multiply_quad<W: Format>(self, panel: &Panel, acts: Quad, out: &mut [[f32; 16]; 4]);
 }

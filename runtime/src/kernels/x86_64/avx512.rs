@@ -2,7 +2,8 @@
 //!
 //! `vpdpbusd` takes weights unsigned, so signed ones get 128 added, which the start of the sums takes off.
 
-use crate::kernels::tiles::{Format, Lanes, Panel, Quad, SIDE, multiply_quad};
+use crate::kernels::dispatch::Kernels;
+use crate::kernels::tiles::{self, Format, Lanes, Panel, Quad, SIDE, multiply_quad};
 use core::arch::x86_64::*;
 
 /// Proof that the CPU has what `TABLE` is compiled for.
@@ -142,13 +143,19 @@ impl Lanes for Avx512 {
     }
 }
 
-crate::kernels::table::tile_table! {
+crate::kernels::table::tile_tables! {
     // SAFETY: these functions are compiled for the features that `assume` asks for, so whoever calls one has
     // promised them.
-    unsafe { Avx512::assume() },
-    #[target_feature(enable = "avx2,f16c,fma,avx512f,avx512bw,avx512vl,avx512vnni")]
+    [
+        unsafe { Avx512::assume() },
+        #[target_feature(enable = "avx2,f16c,fma,avx512f,avx512bw,avx512vl,avx512vnni")]
+    ]
+    ONE_TOKEN FILL MULTIPLY
 }
 
+/// The kernels for quantized weights in tiles.
+static TILES: tiles::TileKernels =
+    tiles::TileKernels { one_token: &ONE_TOKEN, fill: &FILL, multiply: &MULTIPLY };
+
 /// The kernels of this instruction set: those of AVX2, and tiles.
-pub(crate) static TABLE: crate::kernels::dispatch::Kernels =
-    crate::kernels::dispatch::Kernels { name: "avx512", tiles: &TILES, ..super::avx2::TABLE };
+pub(crate) static TABLE: Kernels = Kernels { name: "avx512", tiles: &TILES, ..super::avx2::TABLE };
