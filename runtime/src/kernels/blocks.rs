@@ -25,8 +25,11 @@ pub(crate) trait Format: Sized {
     /// The integer weights of two blocks.
     type Pair<S: Simd>: Copy;
 
-    /// The first `blocks` (1 to 8) blocks of group `index` of `row`, which must hold them.
-    fn group<S: Simd>(s: S, row: &[u8], index: usize, blocks: usize) -> Group<S, Self>;
+    /// Bytes of a group.
+    const GROUP_BYTES: usize;
+
+    /// The group that has these bytes.
+    fn group<S: Simd>(s: S, group: &[u8]) -> Group<S, Self>;
 
     /// The products of a pair with its activations.
     fn dot<S: Simd>(s: S, pair: Self::Pair<S>, a: &[i8; 64]) -> S::P;
@@ -83,22 +86,23 @@ macro_rules! small_blocks {
         impl Format for $name {
             const BIAS: f32 = $bias;
             const HAS_MIN: bool = Option::<usize>::is_some(&$min);
+            const GROUP_BYTES: usize = GROUP * $bytes;
             type Pair<S: Simd> = [S::B; 2];
 
             #[inline(always)]
-            fn group<S: Simd>(s: S, row: &[u8], index: usize, blocks: usize) -> Group<S, Self> {
+            fn group<S: Simd>(s: S, group: &[u8]) -> Group<S, Self> {
                 #[inline(always)]
                 fn pair<S: Simd>($s: S, $even: &[u8; $bytes], $odd: &[u8; $bytes]) -> [S::B; 2] {
                     $pair
                 }
-                let bytes = &row[index * GROUP * $bytes..][..blocks * $bytes];
-                let b: [&[u8; $bytes]; 8] = refs(bytes.as_chunks().0, &[0; $bytes]);
+                let b: &[[u8; $bytes]; GROUP] =
+                    group.as_chunks().0.first_chunk().unwrap_or(&[[0; $bytes]; GROUP]);
                 Group {
                     pairs: [
-                        pair(s, b[0], b[1]),
-                        pair(s, b[2], b[3]),
-                        pair(s, b[4], b[5]),
-                        pair(s, b[6], b[7]),
+                        pair(s, &b[0], &b[1]),
+                        pair(s, &b[2], &b[3]),
+                        pair(s, &b[4], &b[5]),
+                        pair(s, &b[6], &b[7]),
                     ],
                     scale: s.f16_bits(halves(b, 0)),
                     min: match $min {
@@ -116,39 +120,18 @@ macro_rules! small_blocks {
     };
 }
 
-/// Block `i`, `zero` beyond the last.
-#[inline(always)]
-fn block_or<'a, const N: usize>(blocks: &'a [[u8; N]], i: usize, zero: &'a [u8; N]) -> &'a [u8; N] {
-    if i < blocks.len() { &blocks[i] } else { zero }
-}
-
-/// Eight blocks, `zero` where `blocks` has fewer.
-#[inline(always)]
-fn refs<'a, const N: usize>(b: &'a [[u8; N]], zero: &'a [u8; N]) -> [&'a [u8; N]; 8] {
-    [
-        block_or(b, 0, zero),
-        block_or(b, 1, zero),
-        block_or(b, 2, zero),
-        block_or(b, 3, zero),
-        block_or(b, 4, zero),
-        block_or(b, 5, zero),
-        block_or(b, 6, zero),
-        block_or(b, 7, zero),
-    ]
-}
-
 /// The 16 bits at byte `at` of eight blocks.
 #[inline(always)]
-fn halves<const N: usize>(b: [&[u8; N]; 8], at: usize) -> [u16; 8] {
+fn halves<const N: usize>(b: &[[u8; N]; 8], at: usize) -> [u16; 8] {
     [
-        bits16(b[0], at),
-        bits16(b[1], at),
-        bits16(b[2], at),
-        bits16(b[3], at),
-        bits16(b[4], at),
-        bits16(b[5], at),
-        bits16(b[6], at),
-        bits16(b[7], at),
+        bits16(&b[0], at),
+        bits16(&b[1], at),
+        bits16(&b[2], at),
+        bits16(&b[3], at),
+        bits16(&b[4], at),
+        bits16(&b[5], at),
+        bits16(&b[6], at),
+        bits16(&b[7], at),
     ]
 }
 
@@ -161,10 +144,10 @@ small_blocks!(Q8_0, 34, bias 0.0, min None, dot_signed, |s, even, odd| [
     s.pair(bytes16(even, 18), bytes16(odd, 18)),
 ]);
 
-/// The super-block of 256 weights at `index`.
+/// The super-block of 256 weights that a group is.
 #[inline(always)]
-fn super_block<const N: usize>(row: &[u8], index: usize) -> &[u8; N] {
-    row[index * N..][..N].as_array().unwrap_or(&[0; N])
+fn super_block<const N: usize>(group: &[u8]) -> &[u8; N] {
+    group.first_chunk().unwrap_or(&[0; N])
 }
 
 /// The scales and minimums of the 8 blocks of a Q4_K or Q5_K super-block, whose first 16 bytes are two
@@ -195,11 +178,12 @@ pub(crate) struct Q4K;
 impl Format for Q4K {
     const BIAS: f32 = 0.0;
     const HAS_MIN: bool = true;
+    const GROUP_BYTES: usize = 144;
     type Pair<S: Simd> = [S::B; 2];
 
     #[inline(always)]
-    fn group<S: Simd>(s: S, row: &[u8], index: usize, _blocks: usize) -> Group<S, Self> {
-        let block: &[u8; 144] = super_block(row, index);
+    fn group<S: Simd>(s: S, group: &[u8]) -> Group<S, Self> {
+        let block: &[u8; 144] = super_block(group);
         let (scale, min) = scales_and_mins(s, block);
         let pairs = [
             split_nibbles(s, block, 16),
@@ -230,11 +214,12 @@ fn q5k_pair<S: Simd, const EVEN: i32, const ODD: i32>(s: S, block: &[u8; 176], a
 impl Format for Q5K {
     const BIAS: f32 = 0.0;
     const HAS_MIN: bool = true;
+    const GROUP_BYTES: usize = 176;
     type Pair<S: Simd> = [S::B; 2];
 
     #[inline(always)]
-    fn group<S: Simd>(s: S, row: &[u8], index: usize, _blocks: usize) -> Group<S, Self> {
-        let block: &[u8; 176] = super_block(row, index);
+    fn group<S: Simd>(s: S, group: &[u8]) -> Group<S, Self> {
+        let block: &[u8; 176] = super_block(group);
         let (scale, min) = scales_and_mins(s, block);
         let pairs = [
             q5k_pair::<S, 0, 1>(s, block, 48),
@@ -288,11 +273,12 @@ fn q6k_pair<S: Simd, const LOW: i32, const EVEN: i32, const ODD: i32>(
 impl Format for Q6K {
     const BIAS: f32 = 0.0;
     const HAS_MIN: bool = false;
+    const GROUP_BYTES: usize = 210;
     type Pair<S: Simd> = ([S::B; 2], S::K);
 
     #[inline(always)]
-    fn group<S: Simd>(s: S, row: &[u8], index: usize, _blocks: usize) -> Group<S, Self> {
-        let block: &[u8; 210] = super_block(row, index);
+    fn group<S: Simd>(s: S, group: &[u8]) -> Group<S, Self> {
+        let block: &[u8; 210] = super_block(group);
         let d = s.f16_bits([bits16(block, 208); 8]);
         let pairs = [
             q6k_pair::<S, 0, 0, 2>(s, block, 0),

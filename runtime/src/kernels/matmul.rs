@@ -6,8 +6,8 @@
 //!
 //! `lane[b % 8] += (scale_w[b] * (v - BIAS * sum_a[b]) + min_w[b] * sum_a[b]) * scale_a[b]`
 
-use super::activations::{Activations, BLOCK, GROUP, GROUP_LEN, QuantizedRow};
-use super::blocks::{Format, Group};
+use super::activations::{Activations, QuantizedRow};
+use super::blocks::Format;
 use super::dequantize_row;
 use super::float::load16;
 use super::output::{Columns, Output};
@@ -19,6 +19,8 @@ use crate::{Code, Error, Result};
 
 /// Tokens that share one unpacking of quantized weights.
 const TILE: usize = 8;
+/// Bytes of eight blocks of Q8_0; no group has more.
+const LARGEST_GROUP: usize = 8 * 34;
 /// Bytes of weights that stay in the cache while all tokens pass over them.
 const WEIGHT_BYTES: usize = 32 * 1024;
 /// Multiplications below which other threads are not worth waking.
@@ -268,11 +270,10 @@ pub(crate) fn quantized_rows<W: Format>(
             }
             for row in first..last {
                 let Some(bytes) = weight.row(row) else { return };
+                let lanes = tile::<_, W>(s, bytes, &x[..n]);
                 if n == 1 {
-                    let lanes = tile::<_, W, 1>(s, bytes, weight.cols, &x[..1]);
                     out.set(token, row, s.sum(lanes[0]));
                 } else {
-                    let lanes = tile::<_, W, TILE>(s, bytes, weight.cols, &x[..n]);
                     let mut sums = [0.0; TILE];
                     s.store(s.sums(lanes), &mut sums);
                     for (i, sum) in sums[..n].iter().enumerate() {
@@ -286,57 +287,50 @@ pub(crate) fn quantized_rows<W: Format>(
     }
 }
 
-/// The lanes of the dot products of one row with at most `N` tokens.
+/// The lanes of the dot products of one row with at most [`TILE`] tokens.
 #[inline(always)]
-fn tile<S: Simd, W: Format, const N: usize>(
-    s: S,
-    bytes: &[u8],
-    cols: usize,
-    x: &[QuantizedRow],
-) -> [S::F; N] {
-    let mut lanes = [s.splat(0.0); N];
-    let full = cols / GROUP_LEN;
-    for index in 0..full {
-        let group = W::group(s, bytes, index, GROUP);
-        add_group(s, &group, GROUP, x, index, &mut lanes);
-    }
-    let rest = cols % GROUP_LEN / BLOCK;
-    if rest > 0 {
-        let group = W::group(s, bytes, full, rest);
-        add_group(s, &group, rest, x, full, &mut lanes);
+fn tile<S: Simd, W: Format>(s: S, bytes: &[u8], x: &[QuantizedRow]) -> [S::F; TILE] {
+    let mut lanes = [s.splat(0.0); TILE];
+    for (index, bytes) in bytes.chunks(W::GROUP_BYTES).enumerate() {
+        let last;
+        let bytes = if bytes.len() == W::GROUP_BYTES {
+            bytes
+        } else {
+            last = filled_up(bytes);
+            &last[..W::GROUP_BYTES]
+        };
+        let group = W::group(s, bytes);
+        for (row, lanes) in x.iter().zip(&mut lanes) {
+            let mut products = [s.no_products(); 4];
+            for ((product, pair), a) in
+                products.iter_mut().zip(group.pairs).zip(row.quants[index].as_chunks::<64>().0)
+            {
+                *product = W::dot(s, pair, a);
+            }
+            let (scale, sum) = (s.load(&row.scales[index]), s.load(&row.sums[index]));
+            let mut x = s.totals(products);
+            if W::BIAS != 0.0 {
+                x = s.sub(x, s.mul(s.splat(W::BIAS), sum));
+            }
+            x = s.mul(group.scale, x);
+            if W::HAS_MIN {
+                x = s.add(x, s.mul(group.min, sum));
+            }
+            *lanes = s.add(*lanes, s.mul(x, scale));
+        }
     }
     lanes
 }
 
-/// Adds the products of one group of blocks with every token's.
+/// The last blocks of a row, fewer than a group has, and blocks of zeros: so there is one loop, not a second one for
+/// what is left.
 #[inline(always)]
-fn add_group<S: Simd, W: Format>(
-    s: S,
-    group: &Group<S, W>,
-    blocks: usize,
-    x: &[QuantizedRow],
-    index: usize,
-    lanes: &mut [S::F],
-) {
-    for (row, lanes) in x.iter().zip(lanes) {
-        let mut products = [s.no_products(); 4];
-        let quants = row.quants[index].as_chunks::<64>().0;
-        for (i, (product, a)) in products.iter_mut().zip(quants).enumerate() {
-            if 2 * i < blocks {
-                *product = W::dot(s, group.pairs[i], a);
-            }
-        }
-        let (scale, sum) = (s.load(&row.scales[index]), s.load(&row.sums[index]));
-        let mut x = s.totals(products);
-        if W::BIAS != 0.0 {
-            x = s.sub(x, s.mul(s.splat(W::BIAS), sum));
-        }
-        x = s.mul(group.scale, x);
-        if W::HAS_MIN {
-            x = s.add(x, s.mul(group.min, sum));
-        }
-        *lanes = s.add(*lanes, s.mul(x, scale));
+fn filled_up(bytes: &[u8]) -> [u8; LARGEST_GROUP] {
+    let mut group = [0; LARGEST_GROUP];
+    for (to, from) in group.iter_mut().zip(bytes) {
+        *to = *from;
     }
+    group
 }
 
 /// A floating-point weight type.

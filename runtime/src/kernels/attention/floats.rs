@@ -15,12 +15,14 @@ pub(crate) fn attention<S: Simd, T: Element>(
     rule: Scores,
     out: &mut [f32],
 ) {
-    // A tile has eight registers of sums, whatever its number of queries.
-    let (fours, rest) = lanes.as_chunks::<4>();
+    // A tile has eight registers of sums, whatever its number of queries. Several queries go together where a row is
+    // a whole number of registers; what is left of other rows is computed in one place, that for one query.
+    let (fours, rest) =
+        if cache.width.is_multiple_of(16) { lanes.as_chunks::<4>() } else { (&[][..], lanes) };
     for lanes in fours {
         tile::<S, T, 4, 2>(s, queries, lanes, cache, rule, out);
     }
-    let (twos, rest) = rest.as_chunks::<2>();
+    let (twos, rest) = if cache.width.is_multiple_of(32) { rest.as_chunks::<2>() } else { (&[][..], rest) };
     for lanes in twos {
         tile::<S, T, 2, 4>(s, queries, lanes, cache, rule, out);
     }
@@ -29,7 +31,8 @@ pub(crate) fn attention<S: Simd, T: Element>(
     }
 }
 
-/// `N` queries, `M = 8 / N` rows or registers of values at a time. Blocks of positions are those from multiples of
+/// `N` queries, `M = 8 / N` rows or registers of values at a time; a row is a multiple of `8 * M` elements wide, unless
+/// there is one query. Blocks of positions are those from multiples of
 /// 64 on, so that they are the same for every query.
 #[inline(always)]
 fn tile<S: Simd, T: Element, const N: usize, const M: usize>(
@@ -142,7 +145,7 @@ fn products<S: Simd, T: Element, const N: usize, const M: usize>(
         for c in 0..whole {
             add_products(s, eights(s, q, c), eights(s, rows, c), &mut sums);
         }
-        if !rest.is_empty() {
+        if N == 1 && !rest.is_empty() {
             add_products(s, lasts(s, q, &rest), lasts(s, rows, &rest), &mut sums);
         }
         let mut lanes = [0.0; 8];
@@ -200,6 +203,9 @@ fn add_values<S: Simd, T: Element, const N: usize, const M: usize>(
             keep,
             out,
         );
+    }
+    if N > 1 {
+        return;
     }
     for column in (whole..cache.width / 8 * 8).step_by(8) {
         columns::<S, T, N, 1>(
