@@ -1,7 +1,7 @@
 //! The one dispatch table, and which of the tables a CPU can run.
 
 use super::activations::{Activations, ActivationsMut};
-use super::attention::{Cache, KeyValues, Q8Block, Query, Ring, Scores};
+use super::attention::{Cache, KeyValues, Q8Block, Query, Ring, Rule, Scores, Soften};
 use super::low_rank::LowRank;
 use super::matmul::{self, ByType, Kernel, Matrix, Product, RowsKernel};
 use super::tiles::TileKernels;
@@ -62,7 +62,7 @@ impl Features {
 }
 
 /// Attention of query heads over a cache of elements of one type.
-type Attend<T> = unsafe fn(&[f32], &[Query], Cache<T>, Scores, &mut [f32]);
+type Attend<T> = unsafe fn(&[f32], &[Query], Cache<T>, Rule, &mut [f32]);
 
 /// The kernels of one instruction set.
 ///
@@ -82,6 +82,7 @@ pub struct Kernels {
     pub(super) geglu: unsafe fn(&mut [f32], &[f32]),
     pub(super) soft_cap: unsafe fn(&mut [f32], f32),
     pub(super) rope: unsafe fn(&mut [f32], &[f32], &[f32], RopePairing),
+    pub(super) soften: Soften,
     pub(super) attend_half: Attend<u16>,
     pub(super) attend_full: Attend<f32>,
     pub(super) attend_blocks: Attend<Q8Block>,
@@ -306,6 +307,8 @@ impl Kernels {
         let room = queries.len().min(out.len());
         let fits = |lane: &Query| lane.at.checked_add(width).is_some_and(|end| end <= room);
         let fit = lanes.iter().all(fits);
+        // SAFETY: whoever holds this table has a CPU that can run it.
+        let rule = unsafe { Rule::new(scores, self.soften) };
         let held;
         match cache {
             KeyValues::Half { keys, values } => {
@@ -313,7 +316,7 @@ impl Kernels {
                 held = cache.holds(lanes, width);
                 if fit && held {
                     // SAFETY: whoever holds this table has a CPU that can run it.
-                    unsafe { (self.attend_half)(queries, lanes, cache, scores, out) }
+                    unsafe { (self.attend_half)(queries, lanes, cache, rule, out) }
                 }
             }
             KeyValues::Full { keys, values } => {
@@ -321,7 +324,7 @@ impl Kernels {
                 held = cache.holds(lanes, width);
                 if fit && held {
                     // SAFETY: as above.
-                    unsafe { (self.attend_full)(queries, lanes, cache, scores, out) }
+                    unsafe { (self.attend_full)(queries, lanes, cache, rule, out) }
                 }
             }
             KeyValues::Blocks { keys, values } => {
@@ -329,7 +332,7 @@ impl Kernels {
                 held = width.is_multiple_of(32) && cache.holds(lanes, width / 32);
                 if fit && held {
                     // SAFETY: as above.
-                    unsafe { (self.attend_blocks)(queries, lanes, cache, scores, out) }
+                    unsafe { (self.attend_blocks)(queries, lanes, cache, rule, out) }
                 }
             }
         }

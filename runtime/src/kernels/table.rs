@@ -7,7 +7,8 @@ macro_rules! kernel_table {
         use $crate::kernels::output::Columns;
         use $crate::kernels::matmul::{self, Matrix};
         use $crate::kernels::{attention, blocks, dispatch, float, low_rank, tiles};
-        use $crate::kernels::attention::{Q8Block, Query, Scores};
+        use $crate::kernels::attention::{Q8Block, Query, Rule, Sums};
+        use core::ops::Range;
         use edge_models::RopePairing;
 
         $crate::kernels::table::entries! {
@@ -24,11 +25,12 @@ macro_rules! kernel_table {
             fn geglu(gate: &mut [f32], up: &[f32]) = float::geglu;
             fn soft_cap(x: &mut [f32], cap: f32) = float::soft_cap;
             fn rope(head: &mut [f32], cos: &[f32], sin: &[f32], pairing: RopePairing) = float::rope;
-            fn attend_half(q: &[f32], lanes: &[Query], cache: attention::Cache<u16>, scores: Scores, out: &mut [f32])
+            fn soften(scores: &mut [f32; 64], seen: Range<usize>, cap: f32, sums: &mut Sums) -> f32 = attention::soften;
+            fn attend_half(q: &[f32], lanes: &[Query], cache: attention::Cache<u16>, rule: Rule, out: &mut [f32])
                 = attention::attention;
-            fn attend_full(q: &[f32], lanes: &[Query], cache: attention::Cache<f32>, scores: Scores, out: &mut [f32])
+            fn attend_full(q: &[f32], lanes: &[Query], cache: attention::Cache<f32>, rule: Rule, out: &mut [f32])
                 = attention::attention;
-            fn attend_blocks(q: &[f32], lanes: &[Query], cache: attention::Cache<Q8Block>, scores: Scores, out: &mut [f32])
+            fn attend_blocks(q: &[f32], lanes: &[Query], cache: attention::Cache<Q8Block>, rule: Rule, out: &mut [f32])
                 = attention::attention_blocks;
             fn add_low_rank(b: &low_rank::LowRank, u: &[f32], y: &mut [f32]) = low_rank::add_low_rank;
             fn f32_rows(w: &Matrix, x: &Activations, out: &mut Columns) = matmul::float_rows::<_, matmul::F32>;
@@ -40,7 +42,7 @@ macro_rules! kernel_table {
         pub(crate) static TABLE: dispatch::Kernels = dispatch::Kernels {
             name: $name,
             quantize, quantize_tiles, dot, axpy, to_half, round_to_half, rms_norm, rms_norm_in_place, swiglu, geglu, soft_cap, rope,
-            attend_half, attend_full, attend_blocks, add_low_rank,
+            soften, attend_half, attend_full, attend_blocks, add_low_rank,
             f32_rows, f16_rows, bf16_rows,
             rows: &ROWS,
             tiles: &TILES,

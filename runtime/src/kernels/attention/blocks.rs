@@ -1,9 +1,8 @@
 //! Attention of one query over a cache of blocks: keys meet the query as integers, and their sums are exact.
 
-use super::{Cache, POSITIONS, Q8Block, Query, Scores, exp1, exponentials, peak};
+use super::{Cache, POSITIONS, Q8Block, Query, Rule, Sums};
 use crate::format::f16_to_f32;
 use crate::kernels::activations::BLOCK;
-use crate::kernels::float::soft_cap;
 use crate::kernels::integers::quantize;
 use crate::kernels::simd::Simd;
 
@@ -17,7 +16,7 @@ pub(crate) fn attention_blocks<S: Simd>(
     queries: &[f32],
     lanes: &[Query],
     cache: Cache<Q8Block>,
-    rule: Scores,
+    rule: Rule,
     out: &mut [f32],
 ) {
     for lane in lanes {
@@ -27,7 +26,7 @@ pub(crate) fn attention_blocks<S: Simd>(
 }
 
 #[inline(always)]
-fn one_query<S: Simd>(s: S, q: &[f32], lane: &Query, cache: Cache<Q8Block>, rule: Scores, out: &mut [f32]) {
+fn one_query<S: Simd>(s: S, q: &[f32], lane: &Query, cache: Cache<Q8Block>, rule: Rule, out: &mut [f32]) {
     let mut query = [(0.0, [0; 64]); MAX_BLOCKS];
     let blocks = (q.len() / BLOCK).min(MAX_BLOCKS);
     for ((scale, doubled), q) in query.iter_mut().zip(q.as_chunks::<BLOCK>().0) {
@@ -43,27 +42,21 @@ fn one_query<S: Simd>(s: S, q: &[f32], lane: &Query, cache: Cache<Q8Block>, rule
     let query = &query[..blocks];
     let stride = cache.stride;
     out.fill(0.0);
-    let (mut highest, mut total) = (f32::NEG_INFINITY, 0.0);
+    let mut sums = Sums::NONE;
     for start in (lane.first..lane.end).step_by(POSITIONS) {
         let n = (lane.end - start).min(POSITIONS);
         let mut weights = [f32::NEG_INFINITY; POSITIONS];
         for (range, row) in cache.runs(start, n) {
             let keys = &cache.keys[row * stride..];
-            block_products(s, query, keys, stride, rule.scale, &mut weights[range]);
+            block_products(s, query, keys, stride, rule.scores.scale, &mut weights[range]);
         }
-        if rule.soft_cap > 0.0 {
-            soft_cap(s, &mut weights[..n], rule.soft_cap);
-        }
-        let peak = peak(s, highest, &weights);
-        let mut keep = exp1(s, highest - peak);
-        total = total * keep + exponentials(s, peak, &mut weights);
+        let mut keep = rule.soften(&mut weights, 0..n, &mut sums);
         for (range, row) in cache.runs(start, n) {
             block_weighted_sum(s, &weights[range], &cache.values[row * stride..], stride, keep, out);
             keep = 1.0;
         }
-        highest = peak;
     }
-    let inverse = 1.0 / total;
+    let inverse = 1.0 / sums.total;
     for out in out {
         *out *= inverse;
     }

@@ -1,7 +1,7 @@
 //! Attention over rows of floating-point numbers.
 
-use super::{Cache, POSITIONS, Query, Scores, exp1, exponentials, peak};
-use crate::kernels::float::{Element, soft_cap};
+use super::{Cache, POSITIONS, Query, Rule, Sums};
+use crate::kernels::float::Element;
 use crate::kernels::simd::Simd;
 use core::ops::Range;
 
@@ -12,7 +12,7 @@ pub(crate) fn attention<S: Simd, T: Element>(
     queries: &[f32],
     lanes: &[Query],
     cache: Cache<T>,
-    rule: Scores,
+    rule: Rule,
     out: &mut [f32],
 ) {
     // A tile has eight registers of sums, whatever its number of queries. Several queries go together where a row is
@@ -40,7 +40,7 @@ fn tile<S: Simd, T: Element, const N: usize, const M: usize>(
     queries: &[f32],
     lanes: &[Query; N],
     cache: Cache<T>,
-    rule: Scores,
+    rule: Rule,
     out: &mut [f32],
 ) {
     let mut q: [&[f32]; N] = [&[]; N];
@@ -50,39 +50,29 @@ fn tile<S: Simd, T: Element, const N: usize, const M: usize>(
     }
     let first = lanes.iter().fold(usize::MAX, |first, lane| first.min(lane.first));
     let end = lanes.iter().fold(0, |end, lane| end.max(lane.end));
-    let (mut highest, mut total) = ([f32::NEG_INFINITY; N], [0.0; N]);
+    let mut sums = [Sums::NONE; N];
     for block in (first / POSITIONS * POSITIONS..end).step_by(POSITIONS) {
         let start = block.max(first);
         let n = end.min(block + POSITIONS) - start;
         let mut weights = [[f32::NEG_INFINITY; POSITIONS]; N];
         for (range, row) in cache.runs(start, n) {
             let (keys, at) = (&cache.keys[row * cache.stride..], start - block + range.start);
-            products::<S, T, N, M>(s, q, keys, cache.stride, rule.scale, &mut weights, at, range.len());
+            products::<S, T, N, M>(
+                s,
+                q,
+                keys,
+                cache.stride,
+                rule.scores.scale,
+                &mut weights,
+                at,
+                range.len(),
+            );
         }
         let mut keep = [1.0; N];
         for (l, lane) in lanes.iter().enumerate() {
-            let weights = &mut weights[l];
-            if rule.soft_cap > 0.0 {
-                soft_cap(s, &mut weights[start - block..][..n], rule.soft_cap);
-            }
             // What this lane does not see of what the others do.
             let place = |position: usize| position.saturating_sub(block).min(POSITIONS);
-            let seen = place(lane.first)..place(lane.end);
-            weights[..seen.start].fill(f32::NEG_INFINITY);
-            weights[seen.end..].fill(f32::NEG_INFINITY);
-            if seen.is_empty() {
-                weights.fill(0.0);
-                continue;
-            }
-            // Whole registers around what is seen; the others' exponentials are zeros.
-            let (before, after) = (seen.start / 8 * 8, seen.end.next_multiple_of(8));
-            weights[..before].fill(0.0);
-            weights[after..].fill(0.0);
-            let weights = &mut weights[before..after];
-            let peak = peak(s, highest[l], weights);
-            keep[l] = exp1(s, highest[l] - peak);
-            total[l] = total[l] * keep[l] + exponentials(s, peak, weights);
-            highest[l] = peak;
+            keep[l] = rule.soften(&mut weights[l], place(lane.first)..place(lane.end), &mut sums[l]);
         }
         for (range, row) in cache.runs(start, n) {
             let (values, at) = (&cache.values[row * cache.stride..], start - block + range.start);
@@ -90,8 +80,8 @@ fn tile<S: Simd, T: Element, const N: usize, const M: usize>(
             keep = [1.0; N];
         }
     }
-    for (lane, total) in lanes.iter().zip(total) {
-        let inverse = 1.0 / total;
+    for (lane, sums) in lanes.iter().zip(sums) {
+        let inverse = 1.0 / sums.total;
         out[lane.at..][..cache.width].iter_mut().for_each(|out| *out *= inverse);
     }
 }

@@ -14,6 +14,7 @@ pub(crate) use blocks::attention_blocks;
 pub(crate) use floats::attention;
 
 use super::exp::exp_lanes;
+use super::float::soft_cap;
 use super::simd::Simd;
 use core::ops::Range;
 
@@ -62,6 +63,74 @@ pub struct Scores {
     pub scale: f32,
     /// Then they become `soft_cap * tanh(x / soft_cap)`, unless it is 0.
     pub soft_cap: f32,
+}
+
+/// [`Scores`], and what makes weights of them: a kernel of its own, so that all that attend have it once.
+#[derive(Clone, Copy)]
+pub(crate) struct Rule {
+    scores: Scores,
+    soften: Soften,
+}
+
+/// [`soften`] of an instruction set.
+pub(crate) type Soften = unsafe fn(&mut [f32; POSITIONS], Range<usize>, f32, &mut Sums) -> f32;
+
+/// What a query has of the blocks so far.
+#[derive(Clone, Copy)]
+pub(crate) struct Sums {
+    /// The highest score.
+    highest: f32,
+    /// The sum of all weights, relative to that.
+    total: f32,
+}
+
+impl Sums {
+    const NONE: Self = Self { highest: f32::NEG_INFINITY, total: 0.0 };
+}
+
+impl Rule {
+    /// # Safety
+    /// The CPU must be able to run `soften` for as long as this lives.
+    pub(super) unsafe fn new(scores: Scores, soften: Soften) -> Self {
+        Self { scores, soften }
+    }
+
+    /// [`soften`].
+    fn soften(&self, scores: &mut [f32; POSITIONS], seen: Range<usize>, sums: &mut Sums) -> f32 {
+        // SAFETY: `new`'s caller promised that the CPU can run it.
+        unsafe { (self.soften)(scores, seen, self.scores.soft_cap, sums) }
+    }
+}
+
+/// Makes weights of the scores of a block, `exp(score - highest)`, 0 outside of `seen`; adds them to `sums`, and
+/// returns what everything before them is to be multiplied by.
+#[inline(always)]
+pub(crate) fn soften<S: Simd>(
+    s: S,
+    scores: &mut [f32; POSITIONS],
+    seen: Range<usize>,
+    cap: f32,
+    sums: &mut Sums,
+) -> f32 {
+    // Whole registers around what is seen; the exponentials of the others in them are zeros.
+    let (first, last) = (seen.start / 8, seen.end.div_ceil(8));
+    let (before, rest) = scores.split_at_mut(first * 8);
+    let (scores, after) = rest.split_at_mut((last - first) * 8);
+    before.fill(0.0);
+    after.fill(0.0);
+    if seen.is_empty() {
+        scores.fill(0.0);
+        return 1.0;
+    }
+    if cap > 0.0 {
+        soft_cap(s, scores, cap);
+    }
+    scores[..seen.start - first * 8].fill(f32::NEG_INFINITY);
+    scores[seen.end - first * 8..].fill(f32::NEG_INFINITY);
+    let peak = peak(s, sums.highest, scores);
+    let keep = exp1(s, sums.highest - peak);
+    *sums = Sums { highest: peak, total: sums.total * keep + exponentials(s, peak, scores) };
+    keep
 }
 
 /// The cached rows of one key-value head.
