@@ -24,31 +24,21 @@ pub(crate) fn one_token<W: Format>(s: impl Lanes, weight: &Matrix, acts: &Activa
 #[inline(always)]
 fn tile<S: Lanes, W: Format>(s: S, bytes: &[u8], acts: &TileActs) -> S::F {
     let mut out = s.splat(0.0);
-    let n = W::Share::BLOCKS;
-    let shares = shares::<W>(bytes);
-    let quants = acts.quants.as_chunks::<BLOCK>().0.chunks_exact(n);
-    let scales = acts.scales.chunks_exact(n);
-    let sums = acts.sums.chunks_exact(n).zip(acts.halves.chunks_exact(n));
-    for (share, ((a, scales), (sums, halves))) in shares.iter().zip(quants.zip(scales).zip(sums)) {
-        if let ([a0, a1], [scale0, scale1], [sum0, sum1], [half0, half1]) = (a, scales, sums, halves) {
-            // The compiler leaves this short loop a loop, which costs a tenth.
-            out = add_block::<S, W>(s, share, 0, a0, [*scale0, *sum0, *half0], out);
-            out = add_block::<S, W>(s, share, 1, a1, [*scale1, *sum1, *half1], out);
-            continue;
+    let quants = acts.quants.as_chunks::<BLOCK>().0.iter();
+    let mut blocks = quants.zip(acts.scales).zip(acts.sums.iter().zip(acts.halves));
+    for share in shares::<W>(bytes) {
+        if W::Share::BLOCKS == 2 {
+            // The compiler leaves a short loop a loop, which costs a tenth. A last share may have one block more than
+            // the token.
+            let Some(((a, scale), (sum, half))) = blocks.next() else { break };
+            out = add_block::<S, W>(s, share, 0, a, [*scale, *sum, *half], out);
+            let Some(((a, scale), (sum, half))) = blocks.next() else { break };
+            out = add_block::<S, W>(s, share, 1, a, [*scale, *sum, *half], out);
+        } else {
+            for (i, ((a, scale), (sum, half))) in blocks.by_ref().take(W::Share::BLOCKS).enumerate() {
+                out = add_block::<S, W>(s, share, i, a, [*scale, *sum, *half], out);
+            }
         }
-        for i in 0..n {
-            out = add_block::<S, W>(s, share, i, &a[i], [scales[i], sums[i], halves[i]], out);
-        }
-    }
-    // A last share may have one block more than the token; super-blocks are whole.
-    let whole = acts.blocks / n;
-    if n == 2
-        && acts.blocks % n == 1
-        && let Some(share) = shares.get(whole)
-        && let [.., a] = acts.quants.as_chunks().0
-        && let ([.., scale], [.., sum], [.., half]) = (acts.scales, acts.sums, acts.halves)
-    {
-        out = add_block::<S, W>(s, share, 0, a, [*scale, *sum, *half], out);
     }
     out
 }
