@@ -8,10 +8,11 @@
 #   decode      a token of 64 that follow one another from an empty context
 #   prefill     a token of a prompt of 128, and of 512
 #   start       from the process's start to the first token's logits, that token included
-# EDGE_RUN names another program, EDGE_RUN_ARGS adds arguments (--adapter FILE, --kernels NAME).
+# EDGE_RUN names another program, EDGE_RUN_ARGS adds arguments (--adapter FILE, --kernels NAME). EDGE_LIBRARY names a
+# libedge.so for Android, which is then counted in edge-run's place; start has the dynamic linker in it.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-[ $# -ge 1 ] || { sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,12s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 model=$1
 shift
 [ $# -gt 0 ] || set -- max
@@ -23,7 +24,13 @@ done
 
 mkdir -p "$target/bench"
 cc -O2 -Wall -Werror -shared -fPIC -o "$target/bench/count.so" tests/bench/instructions/count.c
-if [ -z "${EDGE_RUN:-}" ]; then
+if [ -n "${EDGE_LIBRARY:-}" ]; then
+    EDGE_RUN=$target/bench/library
+    export QEMU_LD_PREFIX=/usr/aarch64-linux-gnu LD_LIBRARY_PATH=$target/bench
+    cp "$EDGE_LIBRARY" "$target/bench/libedge.so"
+    aarch64-linux-gnu-gcc -O2 -Wall -Werror -Iruntime/capi/include -o "$EDGE_RUN" tests/bench/instructions/library.c \
+        "$target/bench/libedge.so"
+elif [ -z "${EDGE_RUN:-}" ]; then
     cargo build --quiet --release --package edge-run --target $musl
     EDGE_RUN=$target/$musl/release/edge-run
 fi

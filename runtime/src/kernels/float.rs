@@ -11,6 +11,10 @@ use edge_models::RopePairing;
 
 /// An element of a stored row.
 pub(crate) trait Element: Copy + Default {
+    /// Whether attention takes several queries at once: not for caches of `f32`, which only models of `f32` have, that
+    /// spend their time elsewhere.
+    const TOGETHER: bool;
+
     /// Eight elements as floats.
     fn load8<S: Simd>(s: S, x: &[Self; 8]) -> S::F;
     /// One element as a float.
@@ -18,6 +22,8 @@ pub(crate) trait Element: Copy + Default {
 }
 
 impl Element for f32 {
+    const TOGETHER: bool = false;
+
     #[inline(always)]
     fn load8<S: Simd>(s: S, x: &[f32; 8]) -> S::F {
         s.load(x)
@@ -31,6 +37,8 @@ impl Element for f32 {
 
 /// The bits of a half-precision number.
 impl Element for u16 {
+    const TOGETHER: bool = true;
+
     #[inline(always)]
     fn load8<S: Simd>(s: S, x: &[u16; 8]) -> S::F {
         s.f16_bits(*x)

@@ -17,12 +17,12 @@ pub(crate) fn attention<S: Simd, T: Element>(
 ) {
     // A tile has eight registers of sums, whatever its number of queries. Several queries go together where a row is
     // a whole number of registers; what is left of other rows is computed in one place, that for one query.
-    let (fours, rest) =
-        if cache.width.is_multiple_of(16) { lanes.as_chunks::<4>() } else { (&[][..], lanes) };
+    let together = |multiple| T::TOGETHER && cache.width.is_multiple_of(multiple);
+    let (fours, rest) = if together(16) { lanes.as_chunks::<4>() } else { (&[][..], lanes) };
     for lanes in fours {
         tile::<S, T, 4, 2>(s, queries, lanes, cache, rule, out);
     }
-    let (twos, rest) = if cache.width.is_multiple_of(32) { rest.as_chunks::<2>() } else { (&[][..], rest) };
+    let (twos, rest) = if together(32) { rest.as_chunks::<2>() } else { (&[][..], rest) };
     for lanes in twos {
         tile::<S, T, 2, 4>(s, queries, lanes, cache, rule, out);
     }
@@ -32,8 +32,7 @@ pub(crate) fn attention<S: Simd, T: Element>(
 }
 
 /// `N` queries, `M = 8 / N` rows or registers of values at a time; a row is a multiple of `8 * M` elements wide, unless
-/// there is one query. Blocks of positions are those from multiples of
-/// 64 on, so that they are the same for every query.
+/// there is one query. Blocks of positions are those from multiples of 64 on, so that they are the same for every query.
 #[inline(always)]
 fn tile<S: Simd, T: Element, const N: usize, const M: usize>(
     s: S,
