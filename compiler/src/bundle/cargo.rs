@@ -155,9 +155,9 @@ impl Workspace {
 
     /// Links the shared library from what the compiler left in `folder`, and returns where it is.
     fn link(&self, triple: &str, folder: &Path) -> Result<PathBuf, BundleError> {
-        let library = folder.join("linked").join(Kind::Shared.file());
-        std::fs::create_dir_all(folder.join("linked"))
-            .map_err(|source| BundleError::Tool { tool: library.display().to_string(), source })?;
+        let linked = folder.join("linked");
+        let library = linked.join(Kind::Shared.file());
+        std::fs::create_dir_all(&linked).map_err(|source| BundleError::Io { path: linked, source })?;
         let mut query = self.command("RUSTC", "rustc");
         let answer = run(query.args(["--print", "sysroot", "--print", "host-tuple"]))?;
         let answer = String::from_utf8_lossy(&answer.stdout).into_owned();

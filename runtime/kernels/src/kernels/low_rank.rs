@@ -11,7 +11,7 @@ use super::simd::Simd;
 use crate::{Code, Error, Result};
 
 /// Largest rank.
-pub(crate) const MAX_RANK: usize = 256;
+pub const MAX_RANK: usize = 256;
 /// Rows in a tile.
 const TILE: usize = 8;
 /// Columns that are stored together.
@@ -19,7 +19,7 @@ const HALF: usize = BLOCK / 2;
 
 /// How the numbers of an update are kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Precision {
+pub enum Precision {
     /// `f32`.
     Exact,
     /// 8-bit integers.
@@ -28,7 +28,7 @@ pub(crate) enum Precision {
 
 /// `B`, `[rows, rank]`, in tiles.
 #[derive(Clone, Copy)]
-pub(crate) struct LowRank<'a> {
+pub struct LowRank<'a> {
     precision: Precision,
     rank: usize,
     data: &'a [u8],
@@ -46,7 +46,7 @@ impl<'a> LowRank<'a> {
     }
 
     /// Bytes of all tiles; `None` beyond the address space. `rank` must not exceed [`MAX_RANK`].
-    pub(crate) fn bytes(precision: Precision, rows: usize, rank: usize) -> Option<usize> {
+    pub fn bytes(precision: Precision, rows: usize, rank: usize) -> Option<usize> {
         rows.div_ceil(TILE).checked_mul(Self::tile_bytes(precision, rank))
     }
 
@@ -54,7 +54,7 @@ impl<'a> LowRank<'a> {
     ///
     /// # Errors
     /// [`Code::WrongShape`] if `data` has not exactly the bytes of all tiles.
-    pub(crate) fn new(precision: Precision, rows: usize, rank: usize, data: &'a [u8]) -> Result<Self> {
+    pub fn new(precision: Precision, rows: usize, rank: usize, data: &'a [u8]) -> Result<Self> {
         match Self::bytes(precision, rows, rank) {
             Some(bytes) if bytes == data.len() && (1..=MAX_RANK).contains(&rank) => {
                 Ok(Self { precision, rank, data })
@@ -68,7 +68,7 @@ impl<'a> LowRank<'a> {
     ///
     /// # Errors
     /// What `row` answers, and as [`LowRank::new`].
-    pub(crate) fn pack(
+    pub fn pack(
         precision: Precision,
         [rows, rank]: [usize; 2],
         row: &mut dyn FnMut(usize, &mut [f32]) -> Result<()>,

@@ -26,7 +26,7 @@ pub(crate) fn quantize(values: &[f32]) -> (f32, [i8; BLOCK]) {
 }
 
 /// A block of ggml's type Q8_0: the scale in half precision, then the integers.
-pub(crate) fn q8_0_block(values: &[f32; BLOCK]) -> [u8; 34] {
+pub fn q8_0_block(values: &[f32; BLOCK]) -> [u8; 34] {
     let (scale, quants) = quantize(values);
     let mut block = [0; 34];
     block[..2].copy_from_slice(&f32_to_f16(scale).to_le_bytes());

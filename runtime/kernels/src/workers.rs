@@ -6,7 +6,7 @@ mod chunks;
 #[cfg(feature = "std")]
 mod pool;
 
-pub(crate) use chunks::for_each_chunk;
+pub use chunks::for_each_chunk;
 #[cfg(feature = "std")]
 pub use pool::Pool;
 

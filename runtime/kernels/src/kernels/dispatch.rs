@@ -284,7 +284,7 @@ impl Kernels {
     }
 
     /// `y += B u`; as many rows as `y` has.
-    pub(crate) fn add_low_rank(&self, b: &LowRank, u: &[f32], y: &mut [f32]) {
+    pub fn add_low_rank(&self, b: &LowRank, u: &[f32], y: &mut [f32]) {
         // SAFETY: whoever holds this table has a CPU that can run it.
         unsafe { (self.add_low_rank)(b, u, y) }
     }

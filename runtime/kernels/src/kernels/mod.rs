@@ -31,8 +31,8 @@ pub use attention::{KeyValues, Q8Block, Query, Ring, Scores};
 pub use dispatch::{Features, Kernels};
 pub use exp::exp;
 pub use generic::dequantize_row;
-pub(crate) use integers::q8_0_block;
-pub(crate) use low_rank::{LowRank, MAX_RANK, Precision};
+pub use integers::q8_0_block;
+pub use low_rank::{LowRank, MAX_RANK, Precision};
 pub use matmul::Matrix;
 pub use tiles::pack_tiles;
 

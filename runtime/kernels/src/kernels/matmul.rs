@@ -113,7 +113,7 @@ impl<'a> Matrix<'a> {
 
     /// The bytes of one row; `None` beyond the last, and in tiles.
     #[inline]
-    pub(crate) fn row(&self, row: usize) -> Option<&'a [u8]> {
+    pub fn row(&self, row: usize) -> Option<&'a [u8]> {
         if row < self.rows && self.layout == Layout::Rows {
             self.data.get(row * self.unit_bytes..)?.get(..self.unit_bytes)
         } else {

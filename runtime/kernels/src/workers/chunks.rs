@@ -40,7 +40,7 @@ impl<'a, T> Chunks<'a, T> {
 
 /// Calls `job(index, chunk)` for every chunk of `len` elements of `buffer`, on all threads if the whole is
 /// worth it, else on this one.
-pub(crate) fn for_each_chunk<T: Send>(
+pub fn for_each_chunk<T: Send>(
     workers: &dyn Workers,
     worth_sharing: bool,
     buffer: &mut [T],
