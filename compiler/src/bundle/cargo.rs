@@ -163,7 +163,8 @@ impl Workspace {
         let answer = String::from_utf8_lossy(&answer.stdout).into_owned();
         let mut lines = answer.lines().map(str::trim);
         let (sysroot, host) = (lines.next().unwrap_or_default(), lines.next().unwrap_or_default());
-        let linker = Path::new(sysroot).join("lib/rustlib").join(host).join("bin/rust-lld");
+        let rustlib = Path::new(sysroot).join("lib/rustlib");
+        let linker = rustlib.join(host).join("bin/rust-lld");
         let mut command = Command::new(linker);
         command
             .args(LINK)
@@ -171,6 +172,7 @@ impl Workspace {
             .arg("-T")
             .arg(self.root.join("runtime/capi/libedge.ld"))
             .arg(folder.join("deps/edge.bc"))
+            .args(compiler_builtins(&rustlib.join(triple).join("lib")))
             .arg("-o")
             .arg(&library);
         let answer = run(&mut command)?;
@@ -213,6 +215,15 @@ impl Workspace {
         command.current_dir(&self.root);
         command
     }
+}
+
+/// What compiled code calls where an instruction set has no instruction, among Rust's libraries in `folder`.
+fn compiler_builtins(folder: &Path) -> Option<PathBuf> {
+    let mut files = std::fs::read_dir(folder).ok()?.flatten().map(|entry| entry.path());
+    files.find(|path| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        name.starts_with("libcompiler_builtins-") && name.ends_with(".rlib")
+    })
 }
 
 fn run(command: &mut Command) -> Result<Output, BundleError> {

@@ -153,8 +153,11 @@ fn multiply<T: Format>(s: Dotprod, panel: &Panel, acts: Quad, out: &mut [[f32; 1
 }
 
 crate::kernels::table::tile_tables! {
-    // SAFETY: these functions are compiled for the dot product extension, so whoever calls one has promised it.
-    [unsafe { Dotprod::assume() }, #[target_feature(enable = "dotprod")]]
+    [
+        // SAFETY: these functions are compiled for the dot product extension, so whoever calls one has promised it.
+        unsafe { Dotprod::assume() },
+        #[target_feature(enable = "dotprod")]
+    ]
     ONE_TOKEN MULTIPLY
 }
 

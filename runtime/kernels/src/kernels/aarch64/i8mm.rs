@@ -168,15 +168,21 @@ fn multiply_panel<T: Format>(s: I8mm, panel: &Panel, acts: Quad, out: &mut [[f32
 }
 
 crate::kernels::table::block_entries! {
-    // SAFETY: these functions are compiled for both extensions, so whoever calls one has promised them.
-    [unsafe { I8mm::assume() }, #[target_feature(enable = "dotprod,i8mm")]]
+    [
+        // SAFETY: these functions are compiled for both extensions, so whoever calls one has promised them.
+        unsafe { I8mm::assume() },
+        #[target_feature(enable = "dotprod,i8mm")]
+    ]
     /// Unpacks weights for many tokens.
     static FILL: fn(panel: &mut Panel, tile: &[u8], first: usize, count: usize) = i8mm::fill, tiles;
 }
 
 crate::kernels::table::block_entries! {
-    // SAFETY: as above.
-    [unsafe { I8mm::assume() }, #[target_feature(enable = "dotprod,i8mm")]]
+    [
+        // SAFETY: as above.
+        unsafe { I8mm::assume() },
+        #[target_feature(enable = "dotprod,i8mm")]
+    ]
     /// Products of unpacked weights with four tokens.
     static MULTIPLY: fn(panel: &Panel, x: Quad, out: &mut [[f32; 16]; 4]) = i8mm::multiply, tiles;
 }

@@ -144,9 +144,9 @@ impl Lanes for Avx512 {
 }
 
 crate::kernels::table::tile_tables! {
-    // SAFETY: these functions are compiled for the features that `assume` asks for, so whoever calls one has
-    // promised them.
     [
+        // SAFETY: these functions are compiled for the features that `assume` asks for, so whoever calls one has
+        // promised them.
         unsafe { Avx512::assume() },
         #[target_feature(enable = "avx2,f16c,fma,avx512f,avx512bw,avx512vl,avx512vnni")]
     ]
