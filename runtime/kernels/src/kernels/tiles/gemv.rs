@@ -24,21 +24,27 @@ pub(crate) fn one_token<W: Format>(s: impl Lanes, weight: &Matrix, acts: &Activa
 #[inline(always)]
 fn tile<S: Lanes, W: Format>(s: S, bytes: &[u8], acts: &TileActs) -> S::F {
     let mut out = s.splat(0.0);
-    let quants = acts.quants.as_chunks::<BLOCK>().0.iter();
-    let mut blocks = quants.zip(acts.scales).zip(acts.sums.iter().zip(acts.halves));
-    for share in shares::<W>(bytes) {
-        if W::Share::BLOCKS == 2 {
-            // The compiler leaves a short loop a loop, which costs a tenth. A last share may have one block more than
-            // the token.
-            let Some(((a, scale), (sum, half))) = blocks.next() else { break };
-            out = add_block::<S, W>(s, share, 0, a, [*scale, *sum, *half], out);
-            let Some(((a, scale), (sum, half))) = blocks.next() else { break };
-            out = add_block::<S, W>(s, share, 1, a, [*scale, *sum, *half], out);
-        } else {
-            for (i, ((a, scale), (sum, half))) in blocks.by_ref().take(W::Share::BLOCKS).enumerate() {
-                out = add_block::<S, W>(s, share, i, a, [*scale, *sum, *half], out);
+    let quants = acts.quants.as_chunks::<BLOCK>().0;
+    let n = W::Share::BLOCKS;
+    if n > 2 {
+        // Super-blocks are whole.
+        let tokens = quants.chunks_exact(n).zip(acts.scales.chunks_exact(n));
+        let sums = acts.sums.chunks_exact(n).zip(acts.halves.chunks_exact(n));
+        for (share, ((a, scales), (sums, halves))) in shares::<W>(bytes).iter().zip(tokens.zip(sums)) {
+            for i in 0..n {
+                out = add_block::<S, W>(s, share, i, &a[i], [scales[i], sums[i], halves[i]], out);
             }
         }
+        return out;
+    }
+    let mut blocks = quants.iter().zip(acts.scales).zip(acts.sums.iter().zip(acts.halves));
+    for share in shares::<W>(bytes) {
+        // The compiler leaves a short loop a loop, which costs a tenth. A last share may have one block more than the
+        // token.
+        let Some(((a, scale), (sum, half))) = blocks.next() else { break };
+        out = add_block::<S, W>(s, share, 0, a, [*scale, *sum, *half], out);
+        let Some(((a, scale), (sum, half))) = blocks.next() else { break };
+        out = add_block::<S, W>(s, share, 1, a, [*scale, *sum, *half], out);
     }
     out
 }
