@@ -6,6 +6,7 @@ use crate::format::f32_to_f16;
 
 /// Up to 32 values as `scale * q`, `q` within ±127 and rounded to nearest even. A value that is not finite
 /// makes the scale NaN.
+#[inline(never)]
 pub(crate) fn quantize(values: &[f32]) -> (f32, [i8; BLOCK]) {
     /// Adding 1.5 * 2^23 leaves no bits for a fraction, so the adder rounds to nearest even.
     const SHIFT: f32 = 12_582_912.0;

@@ -152,46 +152,10 @@ fn for_pieces(cache: &Cache<Elements>, place: usize, start: usize, n: usize, mut
     }
 }
 
-/// Widens two rows of the cache: their eights, the last one filled up, go to `to`.
-#[inline(always)]
-fn widen_two<'w, S: Simd, T: Element>(
-    s: S,
-    elements: &[T],
-    cache: &Cache<Elements>,
-    rows: [usize; 2],
-    mut to: impl Iterator<Item = &'w mut [[f32; 8]; 2]>,
-) {
-    let [(a, a_rest), (b, b_rest)] =
-        rows.map(|row| elements[row * cache.stride..][..cache.width].as_chunks::<8>());
-    for ((a, b), to) in a.iter().zip(b).zip(&mut to) {
-        s.store(T::load8(s, a), &mut to[0]);
-        s.store(T::load8(s, b), &mut to[1]);
-    }
-    if let (false, Some(to)) = (a_rest.is_empty(), to.next()) {
-        for (rest, to) in [a_rest, b_rest].into_iter().zip(to) {
-            let mut eight = [T::default(); 8];
-            eight[..rest.len()].copy_from_slice(rest);
-            s.store(T::load8(s, &eight), to);
-        }
-    }
-}
-
-/// The rows `r` and `r + 1` of a piece; behind the last one the last one again.
-#[inline(always)]
-fn pair_of(piece: Piece, r: usize) -> [usize; 2] {
-    [piece.row + r, piece.row + (r + 1).min(piece.count - 1)]
-}
-
 /// Keys in pairs of rows: eight numbers of the first, eight of the second, and so on.
 #[inline(always)]
 fn widen_keys<S: Simd>(s: S, cache: &Cache<Elements>, piece: Piece, wide: &mut [[f32; 8]; EIGHTS]) {
-    let pairs = wide.as_chunks_mut::<2>().0.chunks_exact_mut(eights(cache.width));
-    for (r, pairs) in (0..piece.count).step_by(2).zip(pairs) {
-        match cache.keys {
-            Elements::Half(keys) => widen_two(s, keys, cache, pair_of(piece, r), pairs.iter_mut()),
-            Elements::Full(keys) => widen_two(s, keys, cache, pair_of(piece, r), pairs.iter_mut()),
-        }
-    }
+    widen(s, cache.keys, cache, piece, [eights(cache.width), 2], wide);
 }
 
 /// Values with the same eight numbers of all rows side by side; answers how many rows have room there.
@@ -203,15 +167,58 @@ fn widen_values<S: Simd>(
     wide: &mut [[f32; 8]; EIGHTS],
 ) -> usize {
     let room = rows_at_once(cache.width);
-    for r in (0..piece.count).step_by(2) {
-        let columns = wide.chunks_exact_mut(room);
-        let to = columns.filter_map(|column| column.get_mut(r..)?.first_chunk_mut::<2>());
-        match cache.values {
-            Elements::Half(values) => widen_two(s, values, cache, pair_of(piece, r), to),
-            Elements::Full(values) => widen_two(s, values, cache, pair_of(piece, r), to),
+    widen(s, cache.values, cache, piece, [1, room], wide);
+    room
+}
+
+/// Widens the rows of a piece, see [`Widen`].
+#[inline(always)]
+fn widen<S: Simd>(
+    s: S,
+    elements: Elements,
+    &Cache { stride, width, .. }: &Cache<Elements>,
+    piece: Piece,
+    steps: [usize; 2],
+    wide: &mut [[f32; 8]; EIGHTS],
+) {
+    match elements {
+        Elements::Half(elements) => s.outline(Widen { elements, stride, width, piece, steps, wide }),
+        Elements::Full(elements) => s.outline(Widen { elements, stride, width, piece, steps, wide }),
+    }
+}
+
+/// Widens the rows of a piece by twos: `steps` are from a row to the next and from eight numbers of it, the last ones
+/// filled up, to the next. The second row's come behind the first one's; behind the last row it comes again.
+struct Widen<'x, T> {
+    elements: &'x [T],
+    stride: usize,
+    width: usize,
+    piece: Piece,
+    steps: [usize; 2],
+    wide: &'x mut [[f32; 8]; EIGHTS],
+}
+
+impl<S: Simd, T: Element> Op<S> for Widen<'_, T> {
+    #[inline(always)]
+    fn run(self, s: S) {
+        let Self { elements, stride, width, piece, steps, wide } = self;
+        for r in (0..piece.count).step_by(2) {
+            let pair = [piece.row + r, piece.row + (r + 1).min(piece.count - 1)];
+            let [(a, a_rest), (b, b_rest)] = pair.map(|row| elements[row * stride..][..width].as_chunks());
+            let mut to = wide[r * steps[0]..].chunks_mut(steps[1]).filter_map(|to| to.first_chunk_mut::<2>());
+            for ((a, b), to) in a.iter().zip(b).zip(&mut to) {
+                s.store(T::load8(s, a), &mut to[0]);
+                s.store(T::load8(s, b), &mut to[1]);
+            }
+            if let (false, Some(to)) = (a_rest.is_empty(), to.next()) {
+                for (rest, to) in [a_rest, b_rest].into_iter().zip(to) {
+                    let mut eight = [T::default(); 8];
+                    eight[..rest.len()].copy_from_slice(rest);
+                    s.store(T::load8(s, &eight), to);
+                }
+            }
         }
     }
-    room
 }
 
 /// Queries that meet widened rows.
