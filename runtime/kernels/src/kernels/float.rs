@@ -198,14 +198,11 @@ fn soft_cap_lanes<S: Simd>(s: S, x: S::F, cap: f32) -> S::F {
 /// `x = cap * tanh(x / cap)`, within `cap * 2^-22`.
 #[inline(always)]
 pub(crate) fn soft_cap<S: Simd>(s: S, x: &mut [f32], cap: f32) {
-    let (x, rest) = x.as_chunks_mut::<8>();
-    for x in x {
-        s.store(soft_cap_lanes(s, s.load(x), cap), x);
+    let mut last = [0.0; 8];
+    for x in x.chunks_mut(8) {
+        let lanes = soft_cap_lanes(s, load_some(s, x, &mut last), cap);
+        store_some(s, lanes, x, &mut last);
     }
-    let mut lanes = [0.0; 8];
-    lanes[..rest.len()].copy_from_slice(rest);
-    s.store(soft_cap_lanes(s, s.load(&lanes), cap), &mut lanes);
-    rest.copy_from_slice(&lanes[..rest.len()]);
 }
 
 /// `gate = gate * sigmoid(gate) * up`.
@@ -224,19 +221,35 @@ pub(crate) fn geglu<S: Simd>(s: S, gate: &mut [f32], up: &[f32]) {
 #[inline(always)]
 fn gated<S: Simd, G: Gate>(s: S, gate: &mut [f32], up: &[f32]) {
     let len = gate.len().min(up.len());
-    let (gate, gate_rest) = gate[..len].as_chunks_mut::<8>();
-    let (up, up_rest) = up[..len].as_chunks::<8>();
-    for (gate, up) in gate.iter_mut().zip(up) {
-        s.store(G::lanes(s, s.load(gate), s.load(up)), gate);
+    let (mut last, mut last_up) = ([0.0; 8], [0.0; 8]);
+    for (gate, up) in gate[..len].chunks_mut(8).zip(up[..len].chunks(8)) {
+        let up = load_some(s, up, &mut last_up);
+        let lanes = G::lanes(s, load_some(s, gate, &mut last), up);
+        store_some(s, lanes, gate, &mut last);
     }
-    let (mut gates, mut ups) = ([0.0; 8], [0.0; 8]);
-    for (i, (gate, up)) in gate_rest.iter().zip(up_rest).enumerate() {
-        (gates[i], ups[i]) = (*gate, *up);
+}
+
+/// At most eight numbers; `last` makes room for fewer. So a loop has one body, for the last ones as well.
+#[inline(always)]
+fn load_some<S: Simd>(s: S, x: &[f32], last: &mut [f32; 8]) -> S::F {
+    match x.as_array() {
+        Some(x) => s.load(x),
+        None => {
+            last[..x.len()].copy_from_slice(x);
+            s.load(last)
+        }
     }
-    let (last, ups) = (s.load(&gates), s.load(&ups));
-    s.store(G::lanes(s, last, ups), &mut gates);
-    for (gate, result) in gate_rest.iter_mut().zip(gates) {
-        *gate = result;
+}
+
+/// Stores as many of `lanes` as `to` has room for.
+#[inline(always)]
+fn store_some<S: Simd>(s: S, lanes: S::F, to: &mut [f32], last: &mut [f32; 8]) {
+    match to.as_mut_array() {
+        Some(to) => s.store(lanes, to),
+        None => {
+            s.store(lanes, last);
+            to.copy_from_slice(&last[..to.len()]);
+        }
     }
 }
 

@@ -148,15 +148,15 @@ pub(crate) fn add_integers<S: Lanes>(s: S, b: &LowRank, u: &[f32], y: &mut [f32]
         *sum = quants.iter().map(|q| i32::from(*q)).sum();
     }
     let tiles = b.data.chunks_exact(LowRank::tile(Precision::Integers, b.rank).1);
+    let mut last = [0.0; TILE_ROWS];
     for (tile, y) in tiles.zip(y.chunks_mut(TILE_ROWS)) {
-        match y.as_mut_array() {
-            Some(y) => add_tile(s, tile, &blocks[..count], y),
-            None => {
-                let mut lanes = [0.0; TILE_ROWS];
-                lanes[..y.len()].copy_from_slice(y);
-                add_tile(s, tile, &blocks[..count], &mut lanes);
-                y.copy_from_slice(&lanes[..y.len()]);
-            }
+        let whole = y.len() == TILE_ROWS;
+        if !whole {
+            last[..y.len()].copy_from_slice(y);
+        }
+        add_tile(s, tile, &blocks[..count], y.as_mut_array().unwrap_or(&mut last));
+        if !whole {
+            y.copy_from_slice(&last[..y.len()]);
         }
     }
 }

@@ -149,8 +149,9 @@ impl Lanes for Dotprod {
 #[inline(never)]
 #[target_feature(enable = "dotprod")]
 fn multiply<T: Format>(s: Dotprod, panel: &Panel, acts: Quad, mut out: [&mut [f32; 16]; SIDE]) {
-    s.eight_rows::<T>(panel, acts, 0, &mut out);
-    s.eight_rows::<T>(panel, acts, 1, &mut out);
+    for half in 0..2 {
+        s.eight_rows::<T>(panel, acts, half, &mut out);
+    }
 }
 
 crate::kernels::table::tile_tables! {

@@ -169,8 +169,9 @@ fn multiply<T: Format>(s: I8mm, panel: &Panel, acts: Quad, out: [&mut [f32; 16];
 #[inline(never)]
 #[target_feature(enable = "dotprod,i8mm")]
 fn multiply_panel<T: Format>(s: I8mm, panel: &Panel, acts: Quad, mut out: [&mut [f32; 16]; SIDE]) {
-    s.eight_rows::<T>(panel, acts, 0, &mut out);
-    s.eight_rows::<T>(panel, acts, 1, &mut out);
+    for half in 0..2 {
+        s.eight_rows::<T>(panel, acts, half, &mut out);
+    }
 }
 
 crate::kernels::table::block_entries! {

@@ -318,12 +318,19 @@ fn load<S: Simd>(s: S, row: &[f32], c: usize) -> S::F {
     let rest = &row[8 * c..];
     match rest.first_chunk() {
         Some(eight) => s.load(eight),
-        None => {
-            let mut eight = [0.0; 8];
-            eight[..rest.len()].copy_from_slice(rest);
-            s.load(&eight)
-        }
+        None => s.load(&filled_up(rest)),
     }
+}
+
+/// Fewer than eight numbers, and zeros.
+#[cold]
+#[inline(never)]
+fn filled_up(rest: &[f32]) -> [f32; 8] {
+    let mut eight = [0.0; 8];
+    for (to, from) in eight.iter_mut().zip(rest) {
+        *to = *from;
+    }
+    eight
 }
 
 /// `out[l] = out[l] * keep[l] + sum of weights[l][at + r] * value[r]` over the rows of values, of `N` queries.
