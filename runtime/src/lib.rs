@@ -8,12 +8,9 @@
 #[cfg(feature = "std")]
 extern crate std;
 
-mod error;
 pub mod format;
-pub mod kernels;
 pub mod session;
 mod sort;
 pub mod tokenizer;
-pub mod workers;
 
-pub use error::{Code, Error, Name, Result};
+pub use edge_kernels::{Code, Error, Name, Result, kernels, workers};

@@ -6,6 +6,7 @@ use cargo_metadata::{DependencyKind, Metadata, MetadataCommand, PackageId};
 use edge_tests::workspace;
 
 const MODELS: &str = "edge-models";
+const KERNELS: &str = "edge-kernels";
 const RUNTIME: &str = "edge-runtime";
 const CAPI: &str = "edge-capi";
 const RUNNER: &str = "edge-run";
@@ -76,15 +77,16 @@ fn name(metadata: &Metadata, id: &PackageId) -> String {
 #[test]
 fn crates_know_only_whom_they_may() {
     let dependencies = Dependencies::read();
-    let all = [MODELS, RUNTIME, CAPI, RUNNER, TARGETS, COMPILER, TESTS];
+    let all = [MODELS, KERNELS, RUNTIME, CAPI, RUNNER, TARGETS, COMPILER, TESTS];
     assert_eq!(dependencies.members, all.map(str::to_owned).into(), "a new crate needs a rule here");
-    let rules: [(&str, &[&str]); 6] = [
+    let rules: [(&str, &[&str]); 7] = [
         (MODELS, &[]),
-        (RUNTIME, &[MODELS]),
-        (CAPI, &[MODELS, RUNTIME]),
-        (RUNNER, &[MODELS, RUNTIME]),
+        (KERNELS, &[MODELS]),
+        (RUNTIME, &[MODELS, KERNELS]),
+        (CAPI, &[MODELS, KERNELS, RUNTIME]),
+        (RUNNER, &[MODELS, KERNELS, RUNTIME]),
         (TARGETS, &[]),
-        (COMPILER, &[MODELS, RUNTIME, RUNNER, CAPI, TARGETS]),
+        (COMPILER, &[MODELS, KERNELS, RUNTIME, RUNNER, CAPI, TARGETS]),
     ];
     for (package, allowed) in rules {
         let below = dependencies.members_below(package);
@@ -100,8 +102,9 @@ fn crates_know_only_whom_they_may() {
 fn the_device_needs_libm_alone() {
     let dependencies = Dependencies::read();
     assert_eq!(dependencies.all(MODELS), [].into());
-    assert_eq!(dependencies.all(RUNTIME), [MODELS, "libm"].into());
-    assert_eq!(dependencies.all(CAPI), [MODELS, RUNTIME, "libm"].into());
+    assert_eq!(dependencies.all(KERNELS), [MODELS, "libm"].into());
+    assert_eq!(dependencies.all(RUNTIME), [MODELS, KERNELS, "libm"].into());
+    assert_eq!(dependencies.all(CAPI), [MODELS, KERNELS, RUNTIME, "libm"].into());
 }
 
 #[test]

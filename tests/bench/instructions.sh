@@ -9,7 +9,8 @@
 #   prefill     a token of a prompt of 128, and of 512
 #   start       from the process's start to the first token's logits, that token included
 # EDGE_RUN names another program, EDGE_RUN_ARGS adds arguments (--kernels NAME). ADAPTER=FILE asks for something else:
-# what a LoRA adapter adds to decode; random_adapter.py makes one.
+# what a LoRA adapter adds to decode; random_adapter.py makes one. EDGE_LIBRARY names a libedge.so for Android, which
+# is then counted in edge-run's place, without adapters; start has the dynamic linker in it.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 [ $# -ge 1 ] || { sed -n '2,12s/^# \{0,1\}//p' "$0" >&2; exit 2; }
@@ -24,7 +25,13 @@ done
 
 mkdir -p "$target/bench"
 cc -O2 -Wall -Werror -shared -fPIC -o "$target/bench/count.so" tests/bench/instructions/count.c
-if [ -z "${EDGE_RUN:-}" ]; then
+if [ -n "${EDGE_LIBRARY:-}" ]; then
+    EDGE_RUN=$target/bench/library
+    export QEMU_LD_PREFIX=/usr/aarch64-linux-gnu LD_LIBRARY_PATH=$target/bench
+    cp "$EDGE_LIBRARY" "$target/bench/libedge.so"
+    aarch64-linux-gnu-gcc -O2 -Wall -Werror -Iruntime/capi/include -o "$EDGE_RUN" tests/bench/instructions/library.c \
+        "$target/bench/libedge.so"
+elif [ -z "${EDGE_RUN:-}" ]; then
     cargo build --quiet --release --package edge-run --target $musl
     EDGE_RUN=$target/$musl/release/edge-run
 fi

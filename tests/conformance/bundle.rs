@@ -8,6 +8,9 @@ use edge_tests::{command, require_tool, run, workspace};
 use edgec::bundle::{self, elf};
 use edgec::profile;
 
+/// Most bytes of the shared library for Android.
+const MOST_BYTES: usize = 256 * 1024;
+
 #[test]
 fn the_library_of_every_platform_keeps_its_promises() {
     let mut platforms = BTreeMap::new();
@@ -24,6 +27,9 @@ fn the_library_of_every_platform_keeps_its_promises() {
         assert_eq!(report.shared_bytes, library.len() as u64);
         let checked = elf::check(&library, target.architecture()).unwrap();
         assert_eq!(checked.exports, declared, "exports of {}", target.triple);
+        if target.triple == "aarch64-linux-android" {
+            assert!(library.len() <= MOST_BYTES, "{} bytes", library.len());
+        }
         assert_eq!(std::fs::read_to_string(&report.header).unwrap(), header);
         assert!(!contains(&library, workspace().to_str().unwrap()), "{} names this machine", target.triple);
 

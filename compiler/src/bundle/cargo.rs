@@ -29,22 +29,48 @@ impl Kind {
             Self::Archive => ["--crate-type", "staticlib", "--features", "freestanding"],
         }
     }
+
+    /// The shared library is linked once more, from the module of the whole program.
+    fn compiler_arguments(self) -> &'static [&'static str] {
+        match self {
+            Self::Shared => &["--", "--emit=llvm-bc"],
+            Self::Archive => &[],
+        }
+    }
 }
 
 /// Compiler flags of both libraries. The linker is the one that rustup ships with every toolchain; it
-/// is given no library and no start file, and refuses symbols that nobody defines. Pages are 16 KiB,
-/// as Android asks for. Nothing unwinds, so there are no tables for it.
+/// is given no library and no start file. Nothing unwinds, so there are no tables for it.
 const FLAGS: &[&str] = &[
     "-Cforce-unwind-tables=no",
     "-Clinker=rust-lld",
     "-Clinker-flavor=ld.lld",
     "-Cdefault-linker-libraries=no",
     "-Clink-arg=-nostdlib",
-    "-Clink-arg=-zdefs",
-    "-Clink-arg=-zmax-page-size=16384",
-    "-Clink-arg=-soname=libedge.so",
-    "-Clink-arg=--build-id=sha1",
 ];
+
+/// How the shared library is linked from the one module that it was compiled to. The optimizations for a whole program
+/// run again, twice: only now that no panic handler reads them are places and messages of panics known to be dead,
+/// and what computes them after that. Symbols that nobody defines are refused. Pages are 16 KiB, as Android asks for.
+const LINK: &[&str] = &[
+    "-flavor",
+    "gnu",
+    "-shared",
+    "--lto-newpm-passes=lto<Oz>,lto<Oz>",
+    "--gc-sections",
+    "--icf=all",
+    "--strip-all",
+    "-zdefs",
+    "-zmax-page-size=16384",
+    "-soname=libedge.so",
+    "--build-id=sha1",
+];
+
+/// Relocations in a fortieth of the space. Android reads them so since version 11 (API level 30); elsewhere older
+/// loaders are still about, which would not notice.
+fn relocations(triple: &str) -> Option<&'static str> {
+    triple.ends_with("-android").then_some("--pack-dyn-relocs=relr")
+}
 
 /// Without `crt-static`, since musl's default is a static program, which could not be a shared library.
 /// Without `outline-atomics`, whose helper asks the C library what the CPU can do.
@@ -108,6 +134,7 @@ impl Workspace {
             .args(["rustc", "--locked", "--quiet", "--profile", "device", "--package", "edge-capi", "--lib"])
             .args(kind.arguments())
             .args(["--target", triple])
+            .args(kind.compiler_arguments())
             .env("CARGO_TARGET_DIR", &folder)
             .env("CARGO_ENCODED_RUSTFLAGS", self.rust_flags(triple))
             .env_remove("RUSTFLAGS");
@@ -119,7 +146,42 @@ impl Workspace {
             let reason = error.map_or_else(|| last_line(&answer.stderr), str::to_owned);
             return Err(BundleError::Build { file: kind.file(), triple: triple.into(), reason });
         }
-        Ok(folder.join(triple).join("device").join(kind.file()))
+        let folder = folder.join(triple).join("device");
+        match kind {
+            Kind::Archive => Ok(folder.join(kind.file())),
+            Kind::Shared => self.link(triple, &folder),
+        }
+    }
+
+    /// Links the shared library from what the compiler left in `folder`, and returns where it is.
+    fn link(&self, triple: &str, folder: &Path) -> Result<PathBuf, BundleError> {
+        let linked = folder.join("linked");
+        let library = linked.join(Kind::Shared.file());
+        std::fs::create_dir_all(&linked).map_err(|source| BundleError::Io { path: linked, source })?;
+        let mut query = self.command("RUSTC", "rustc");
+        let answer = run(query.args(["--print", "sysroot", "--print", "host-tuple"]))?;
+        let answer = String::from_utf8_lossy(&answer.stdout).into_owned();
+        let mut lines = answer.lines().map(str::trim);
+        let (sysroot, host) = (lines.next().unwrap_or_default(), lines.next().unwrap_or_default());
+        let rustlib = Path::new(sysroot).join("lib/rustlib");
+        let linker = rustlib.join(host).join("bin/rust-lld");
+        let mut command = Command::new(linker);
+        command
+            .args(LINK)
+            .args(relocations(triple))
+            .arg("-T")
+            .arg(self.root.join("runtime/capi/libedge.ld"))
+            .arg(folder.join("deps/edge.bc"))
+            .args(compiler_builtins(&rustlib.join(triple).join("lib")))
+            .arg("-o")
+            .arg(&library);
+        let answer = run(&mut command)?;
+        if answer.status.success() {
+            return Ok(library);
+        }
+        eprint!("{}", String::from_utf8_lossy(&answer.stderr));
+        let reason = last_line(&answer.stderr);
+        Err(BundleError::Build { file: Kind::Shared.file(), triple: triple.into(), reason })
     }
 
     /// Own folder, so that the build waits for no other one's lock.
@@ -153,6 +215,15 @@ impl Workspace {
         command.current_dir(&self.root);
         command
     }
+}
+
+/// What compiled code calls where an instruction set has no instruction, among Rust's libraries in `folder`.
+fn compiler_builtins(folder: &Path) -> Option<PathBuf> {
+    let mut files = std::fs::read_dir(folder).ok()?.flatten().map(|entry| entry.path());
+    files.find(|path| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        name.starts_with("libcompiler_builtins-") && name.ends_with(".rlib")
+    })
 }
 
 fn run(command: &mut Command) -> Result<Output, BundleError> {

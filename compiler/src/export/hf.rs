@@ -251,7 +251,9 @@ fn config(model: &Model, special: Special, path: &Path) -> Result<Value, HfError
         "pad_token_id": special.pad,
     });
     particular(spec, &mut document);
-    let read = (family.from_hf)(&JsonConfig(document.clone()))
+    let read = family
+        .from_hf
+        .read(&JsonConfig(document.clone()))
         .map_err(|source| HfError::Spec { path: path.into(), source })?;
     if read == *spec {
         return Ok(document);

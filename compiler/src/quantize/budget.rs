@@ -214,7 +214,8 @@ impl<'m> Probe<'m> {
         }
         let hidden = decoder.final_norm(&states[model.spec.layers])?;
         let rows = (STRIDE - 1..ids.len()).step_by(STRIDE).collect();
-        let reference = Reference::new(&hidden, &decoder.head()?, rows)?;
+        let all = Reference::new(&hidden, &decoder.head()?, (0..ids.len()).collect())?;
+        let reference = all.subset(rows)?;
         Ok(Self { model, decoder, ids, length: sample.length, states, hidden, reference })
     }
 

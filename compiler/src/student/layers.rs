@@ -192,7 +192,7 @@ struct Sums {
 }
 
 impl Reference {
-    /// `hidden` `[n, hidden]` under `head`, at `rows`.
+    /// `hidden` `[n, hidden]` under `head`; `rows` are all of its rows, in order.
     pub(crate) fn new(hidden: &Tensor, head: &Head, rows: Vec<usize>) -> Result<Self, StudentError> {
         if head.soft_cap > 0.0 {
             return Ok(Self { rows, hidden: hidden.clone(), sums: None });
@@ -217,7 +217,7 @@ impl Reference {
     }
 
     /// The same at fewer positions.
-    fn subset(&self, rows: Vec<usize>) -> Result<Self, StudentError> {
+    pub(crate) fn subset(&self, rows: Vec<usize>) -> Result<Self, StudentError> {
         let index = row_index(&rows)?;
         let subset = |sums: &Sums| -> candle_core::Result<Sums> {
             Ok(Sums {

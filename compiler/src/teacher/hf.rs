@@ -27,7 +27,7 @@ pub(super) fn load(folder: &Path) -> Result<Model, LoadError> {
     let model_type = config.0.get("model_type").and_then(Value::as_str).unwrap_or("(none)");
     let family = family_by_hf_type(model_type)
         .ok_or_else(|| LoadError::UnknownFamily { path: config_path.clone(), found: model_type.into() })?;
-    let spec = (family.from_hf)(&config).map_err(|source| LoadError::Spec {
+    let spec = family.from_hf.read(&config).map_err(|source| LoadError::Spec {
         path: config_path.clone(),
         prefix: String::new(),
         source,

@@ -1,6 +1,6 @@
 //! Gemma 2: norms before and after, GeGLU, scaled embeddings, soft caps, a window in every other layer.
 
-use super::{Family, GEMMA_TENSORS, gguf, hf};
+use super::{Family, FromHf, GEMMA_TENSORS, gguf, hf};
 use crate::spec::size;
 use crate::{Activation, Config, DecoderSpec, LayerSet, RopePairing, SpecError, math};
 
@@ -13,7 +13,7 @@ pub(super) static GEMMA2: Family = Family {
     hf_norm_offset: 1.0,
     window_period: 2,
     tensors: GEMMA_TENSORS,
-    from_hf: |config| {
+    from_hf: FromHf::new(|config| {
         let spec = from_hf(&GEMMA2, config)?;
         DecoderSpec {
             attn_soft_cap: hf::soft_cap(config, "attn_logit_softcapping", 50.0),
@@ -21,7 +21,7 @@ pub(super) static GEMMA2: Family = Family {
             ..spec
         }
         .validate()
-    },
+    }),
     from_gguf: |config| {
         let spec = from_gguf(&GEMMA2, config, 46)?;
         // The first files do not mention the window that all models of the family have.

@@ -6,7 +6,7 @@
 //! `attention.sliding_window_pattern`); this runtime reads it, llama.cpp answers as if it were not there.
 
 use super::gemma2::{from_gguf, from_hf};
-use super::{Family, GEMMA_TENSORS, hf};
+use super::{Family, FromHf, GEMMA_TENSORS, hf};
 use crate::{DecoderSpec, Rope, RopePairing, RopeScaling};
 
 /// Base of the rotary frequencies in layers with a window unless a file says otherwise.
@@ -24,7 +24,7 @@ pub(super) static GEMMA3: Family = Family {
     window_period: 6,
     local_theta: Some(LOCAL_THETA),
     tensors: GEMMA_TENSORS,
-    from_hf: |config| {
+    from_hf: FromHf::new(|config| {
         let spec = from_hf(&GEMMA3, config)?;
         let said = ["rope_theta", "rope_parameters.rope_theta", "rope_parameters.full_attention.rope_theta"];
         let theta = said.into_iter().find_map(|key| config.float(key)).unwrap_or(GLOBAL_THETA);
@@ -40,6 +40,6 @@ pub(super) static GEMMA3: Family = Family {
             ..spec
         }
         .validate()
-    },
+    }),
     from_gguf: |config| DecoderSpec { qk_norm: true, ..from_gguf(&GEMMA3, config, 62)? }.validate(),
 };

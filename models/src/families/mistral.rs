@@ -5,16 +5,16 @@
 //! `llama.attention.sliding_window`, which llama.cpp ignores and this runtime keeps to; a file without that
 //! key, whoever wrote it, is a Llama.
 
-use super::{Family, hf};
+use super::{Family, FromHf, hf};
 use crate::LayerSet;
 
 pub(super) static MISTRAL: Family = Family {
     name: "mistral",
     hf_model_type: "mistral",
     hf_architecture: "MistralForCausalLM",
-    from_hf: |config| {
+    from_hf: FromHf::new(|config| {
         let spec = hf::read(&MISTRAL, config)?;
         spec.with_windows(hf::window(config, 4096)?, LayerSet::periodic(spec.layers, 0)).validate()
-    },
+    }),
     ..Family::BASE
 };

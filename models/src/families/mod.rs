@@ -37,9 +37,32 @@ pub struct Family {
     /// Its tensors.
     pub tensors: &'static [TensorRow],
     /// Reads the specification from `config.json`.
-    pub from_hf: fn(&dyn Config) -> Result<DecoderSpec, SpecError>,
+    pub from_hf: FromHf,
     /// Reads the specification from GGUF metadata.
     pub from_gguf: fn(&dyn Config) -> Result<DecoderSpec, SpecError>,
+}
+
+/// How a family's `config.json` is read. Without the feature `hugging-face` the function is checked and dropped: a
+/// device reads GGUF files and packs.
+#[derive(Clone, Copy)]
+pub struct FromHf(#[cfg(feature = "hugging-face")] fn(&dyn Config) -> Result<DecoderSpec, SpecError>);
+
+impl FromHf {
+    const fn new(_read: fn(&dyn Config) -> Result<DecoderSpec, SpecError>) -> Self {
+        Self(
+            #[cfg(feature = "hugging-face")]
+            _read,
+        )
+    }
+
+    /// Reads the specification.
+    ///
+    /// # Errors
+    /// A key that is missing or impossible.
+    #[cfg(feature = "hugging-face")]
+    pub fn read(self, config: &dyn Config) -> Result<DecoderSpec, SpecError> {
+        (self.0)(config)
+    }
 }
 
 /// Every family, in the order in which messages list them.
@@ -75,7 +98,7 @@ impl Family {
         window_period: 0,
         local_theta: None,
         tensors: LLAMA_TENSORS,
-        from_hf: |config| hf::read(&llama::LLAMA, config)?.validate(),
+        from_hf: FromHf::new(|config| hf::read(&llama::LLAMA, config)?.validate()),
         from_gguf: |config| gguf::read(&llama::LLAMA, config)?.validate(),
     };
 
@@ -104,6 +127,7 @@ macro_rules! row {
         $crate::TensorRow {
             role: $crate::Role::$role,
             gguf: $gguf,
+            #[cfg(feature = "hugging-face")]
             hf: $hf,
             fused: &[$($($crate::Role::$part),+)?],
         }

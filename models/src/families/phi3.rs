@@ -3,7 +3,7 @@
 //! llama.cpp reads the window of a file and disables it (its pull request 13676), so its answers are those
 //! of the model up to as many tokens as the window has; this runtime keeps to it.
 
-use super::{Family, gguf, hf, row};
+use super::{Family, FromHf, gguf, hf, row};
 use crate::{LayerSet, RopePairing, TensorRow};
 
 pub(super) static PHI3: Family = Family {
@@ -13,10 +13,10 @@ pub(super) static PHI3: Family = Family {
     hf_architecture: "Phi3ForCausalLM",
     gguf_rope: RopePairing::Halves,
     tensors: TENSORS,
-    from_hf: |config| {
+    from_hf: FromHf::new(|config| {
         let spec = hf::read(&PHI3, config)?;
         spec.with_windows(hf::window(config, 0)?, LayerSet::periodic(spec.layers, 0)).validate()
-    },
+    }),
     from_gguf: |config| gguf::read(&PHI3, config)?.validate(),
     ..Family::BASE
 };

@@ -1,7 +1,7 @@
 //! The pack: a GGUF file whose quantized matrices lie as kernels read them.
 //!
 //! A header of 64 bytes, then a GGUF file (little-endian, aligned to 64 bytes) in which tensors of type
-//! [`tiled_type_id`] are in [tiles](super::tiles). Mapped into memory it runs as it is: nothing is laid out anew on
+//! [`tiled_type_id`] are in [tiles](Layout::Tiles). Mapped into memory it runs as it is: nothing is laid out anew on
 //! the device. A pack is private to this project; the GGUF file that it was made from is the one to hand
 //! around, and the pack names it by its hash.
 //!

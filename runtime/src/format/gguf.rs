@@ -5,7 +5,7 @@
 //! must be paid for with bytes that are really there, so the walk ends with the file.
 
 use super::edgepack::{self, PACK_HEADER_BYTES};
-use super::tiles::tiled_bytes;
+use super::tiled_bytes;
 use super::{DType, Layout};
 use crate::{Code, Error, Result};
 use edge_models::Config;

@@ -1,0 +1,203 @@
+//! Integer matrix multiplication (Armv8.6 FEAT_I8MM) beside the dot product extension: Cortex-A510, A710,
+//! X2, Neoverse V1, N2 and later.
+//!
+//! Decode is the dot product's; prefill multiplies eight columns of two rows with those of two tokens in one
+//! instruction.
+
+use super::rows16::neon;
+use super::{dotprod, i8mm, i8mm_panel, neon};
+use crate::kernels::dispatch::Kernels;
+use crate::kernels::tiles::{self, Format, Panel, Q4_1, Q6K, Quad, SIDE};
+use core::arch::aarch64::*;
+use core::arch::asm;
+
+/// Proof that the CPU has both extensions.
+#[derive(Clone, Copy)]
+struct I8mm(());
+
+impl I8mm {
+    /// # Safety
+    /// The CPU must have the dot product and the integer matrix multiplication extension.
+    #[inline(always)]
+    unsafe fn assume() -> Self {
+        Self(())
+    }
+
+    /// Adds `w a^T` to `sums`, all two by two: the weights of two rows and the activations of two tokens.
+    #[inline(always)]
+    fn smmla(self, mut sums: int32x4_t, w: uint8x16_t, a: int8x16_t) -> int32x4_t {
+        // SAFETY: an `I8mm` exists, so the CPU has the instruction; it touches no memory and no flags.
+        unsafe {
+            asm!(
+                "smmla {sums:v}.4s, {w:v}.16b, {a:v}.16b",
+                sums = inout(vreg) sums,
+                w = in(vreg) w,
+                a = in(vreg) a,
+                options(pure, nomem, nostack, preserves_flags),
+            );
+        }
+        sums
+    }
+
+    /// Adds the products of eight rows, from row `8 * half` on, with four tokens.
+    #[inline(always)]
+    fn eight_rows<T: Format>(self, panel: &Panel, acts: Quad, half: usize, out: &mut [&mut [f32; 16]; SIDE]) {
+        neon!({
+            // sums[i][j] has rows 2i and 2i + 1 of tokens 2j and 2j + 1: [row, token] = 00, 01, 10, 11.
+            let mut sums = [[vdupq_n_f32(0.0); 2]; 4];
+            for i in 0..2 {
+                for j in 0..2 {
+                    let even = vld1q_f32(out[2 * j].as_ptr().add(8 * half + 4 * i));
+                    let odd = vld1q_f32(out[2 * j + 1].as_ptr().add(8 * half + 4 * i));
+                    sums[2 * i][j] = vzip1q_f32(even, odd);
+                    sums[2 * i + 1][j] = vzip2q_f32(even, odd);
+                }
+            }
+            let weights = panel.weights[..panel.blocks].iter().zip(&panel.scales).zip(&panel.mins);
+            let numbers = acts.scales.iter().zip(acts.sums);
+            for ((((weights, scales), mins), quants), (scale_a, sum_a)) in
+                weights.zip(acts.quants).zip(numbers)
+            {
+                let scale_a = vld1q_f32(scale_a.as_ptr());
+                let tokens = pairs(scale_a);
+                for segment in 0..T::SEGMENTS {
+                    let octets = 4 / T::SEGMENTS;
+                    let mut p = [[vdupq_n_s32(0); 2]; 4];
+                    for octet in (segment * octets..(segment + 1) * octets).step_by(2) {
+                        let a = vld1q_s8_x4(quants[octet].as_ptr());
+                        // `arrange` put the eight pairs of rows one after another.
+                        let w = [octet, octet + 1].map(|octet| vld1q_u8_x4(weights[octet][half].as_ptr()));
+                        for (w, a) in [(w[0], [a.0, a.1]), (w[1], [a.2, a.3])] {
+                            for (i, w) in [w.0, w.1, w.2, w.3].into_iter().enumerate() {
+                                p[i][0] = self.smmla(p[i][0], w, a[0]);
+                                p[i][1] = self.smmla(p[i][1], w, a[1]);
+                            }
+                        }
+                    }
+                    let rows = vld1q_f32_x4(scales[segment].as_ptr().add(16 * half));
+                    for (i, rows) in [rows.0, rows.1, rows.2, rows.3].into_iter().enumerate() {
+                        for j in 0..2 {
+                            let integers = vcvtq_f32_s32(p[i][j]);
+                            sums[i][j] = vfmaq_f32(sums[i][j], integers, vmulq_f32(rows, tokens[j]));
+                        }
+                    }
+                }
+                if T::MINS {
+                    let tokens = pairs(vmulq_f32(vcvtq_f32_s32(vld1q_s32(sum_a.as_ptr().cast())), scale_a));
+                    for i in 0..2 {
+                        let rows = vld1q_f32(mins.as_ptr().add(8 * half + 4 * i));
+                        for (k, rows) in
+                            [vzip1q_f32(rows, rows), vzip2q_f32(rows, rows)].into_iter().enumerate()
+                        {
+                            for j in 0..2 {
+                                sums[2 * i + k][j] = vfmaq_f32(sums[2 * i + k][j], rows, tokens[j]);
+                            }
+                        }
+                    }
+                }
+            }
+            for i in 0..2 {
+                for j in 0..2 {
+                    let (first, second) = (sums[2 * i][j], sums[2 * i + 1][j]);
+                    vst1q_f32(out[2 * j].as_mut_ptr().add(8 * half + 4 * i), vuzp1q_f32(first, second));
+                    vst1q_f32(out[2 * j + 1].as_mut_ptr().add(8 * half + 4 * i), vuzp2q_f32(first, second));
+                }
+            }
+        });
+    }
+}
+
+/// Numbers of four tokens as those of the first two, twice, and of the last two, twice.
+#[inline(always)]
+fn pairs(x: float32x4_t) -> [float32x4_t; 2] {
+    neon!([vcombine_f32(vget_low_f32(x), vget_low_f32(x)), vcombine_f32(vget_high_f32(x), vget_high_f32(x))])
+}
+
+/// [`tiles::Fill`] of NEON, arranged for [`I8mm::eight_rows`].
+#[inline(always)]
+fn fill<T: Format>(_: I8mm, panel: &mut Panel, tile: &[u8], first: usize, count: usize) {
+    if let Some(fill) = neon::FILL.of(T::DTYPE) {
+        // SAFETY: NEON belongs to the baseline.
+        unsafe { fill(panel, tile, first, count) }
+        arrange(panel);
+    }
+}
+
+/// Weights: eight columns of rows 0 and 1, of rows 2 and 3, and so on. Scales: those of rows 0, 0, 1, 1, then of
+/// 2, 2, 3, 3, and so on.
+#[inline(never)]
+fn arrange(panel: &mut Panel) {
+    let blocks = panel.blocks;
+    for weights in panel.weights[..blocks].as_flattened_mut() {
+        neon!({
+            let to = weights.as_flattened_mut().as_mut_ptr();
+            let (even, odd) = (vld1q_u8_x4(to), vld1q_u8_x4(to.add(64)));
+            let columns = [(even.0, odd.0), (even.1, odd.1), (even.2, odd.2), (even.3, odd.3)];
+            for (i, (even, odd)) in columns.into_iter().enumerate() {
+                let (even, odd) = (vreinterpretq_u32_u8(even), vreinterpretq_u32_u8(odd));
+                vst1q_u8(to.add(32 * i), vreinterpretq_u8_u32(vzip1q_u32(even, odd)));
+                vst1q_u8(to.add(32 * i + 16), vreinterpretq_u8_u32(vzip2q_u32(even, odd)));
+            }
+        });
+    }
+    for scales in panel.scales[..blocks].as_flattened_mut() {
+        neon!({
+            let to = scales.as_mut_ptr();
+            let rows = vld1q_f32_x4(to);
+            for (i, rows) in [rows.0, rows.1, rows.2, rows.3].into_iter().enumerate() {
+                vst1q_f32(to.add(8 * i), vzip1q_f32(rows, rows));
+                vst1q_f32(to.add(8 * i + 4), vzip2q_f32(rows, rows));
+            }
+        });
+    }
+}
+
+/// [`tiles::Multiply`].
+#[inline(always)]
+fn multiply<T: Format>(s: I8mm, panel: &Panel, acts: Quad, out: [&mut [f32; 16]; SIDE]) {
+    // SAFETY: a token exists, so the CPU has both extensions.
+    unsafe {
+        match (T::SEGMENTS, T::MINS) {
+            (1, false) => i8mm_panel::multiply(panel, acts, out),
+            (1, true) => multiply_panel::<Q4_1>(s, panel, acts, out),
+            _ => multiply_panel::<Q6K>(s, panel, acts, out),
+        }
+    }
+}
+
+/// [`multiply`] for types with a minimum or two scales a block, once for all of each kind.
+#[inline(never)]
+#[target_feature(enable = "dotprod,i8mm")]
+fn multiply_panel<T: Format>(s: I8mm, panel: &Panel, acts: Quad, mut out: [&mut [f32; 16]; SIDE]) {
+    for half in 0..2 {
+        s.eight_rows::<T>(panel, acts, half, &mut out);
+    }
+}
+
+crate::kernels::table::block_entries! {
+    [
+        // SAFETY: these functions are compiled for both extensions, so whoever calls one has promised them.
+        unsafe { I8mm::assume() },
+        #[target_feature(enable = "dotprod,i8mm")]
+    ]
+    /// Unpacks weights for many tokens.
+    static FILL: fn(panel: &mut Panel, tile: &[u8], first: usize, count: usize) = i8mm::fill, tiles;
+}
+
+crate::kernels::table::block_entries! {
+    [
+        // SAFETY: as above.
+        unsafe { I8mm::assume() },
+        #[target_feature(enable = "dotprod,i8mm")]
+    ]
+    /// Products of unpacked weights with four tokens.
+    static MULTIPLY: fn(panel: &Panel, x: Quad, out: [&mut [f32; 16]; 4]) = i8mm::multiply, tiles;
+}
+
+/// The kernels for quantized weights in tiles.
+static TILES: tiles::TileKernels =
+    tiles::TileKernels { one_token: &dotprod::ONE_TOKEN, fill: &FILL, multiply: &MULTIPLY };
+
+/// The kernels of this instruction set: those of NEON, and tiles.
+pub(crate) static TABLE: Kernels =
+    Kernels { name: "i8mm", tiles: &TILES, add_integers: dotprod::TABLE.add_integers, ..neon::TABLE };

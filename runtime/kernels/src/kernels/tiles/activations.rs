@@ -1,0 +1,127 @@
+//! Quantized activations in the order in which tile kernels read them.
+//!
+//! Blocks of 32 as everywhere (see [`super::super::activations`]), but four tokens side by side: of each
+//! eight columns the eight integers of the first token, then those of the second, and so on. A last group
+//! with fewer tokens is filled with zeros; one token alone has its columns one after another.
+
+use super::super::activations::{ActivationsMut, BLOCK};
+use super::super::float::quantize_block;
+use super::super::simd::Simd;
+
+/// Tokens side by side.
+pub(crate) const SIDE: usize = 4;
+
+/// Tokens that a batch is filled up to.
+pub(crate) const fn padded_tokens(tokens: usize) -> usize {
+    match tokens.checked_next_multiple_of(SIDE) {
+        Some(padded) if tokens > 1 => padded,
+        _ => tokens,
+    }
+}
+
+/// Quantized activations of a batch.
+#[derive(Clone, Copy)]
+pub(crate) struct TileActs<'a> {
+    /// Number of tokens.
+    pub tokens: usize,
+    /// Blocks of a token.
+    pub blocks: usize,
+    /// Integers within ±127.
+    pub quants: &'a [i8],
+    /// A scale for each block of each token, tokens side by side.
+    pub scales: &'a [f32],
+    /// The sum of a block's integers, likewise; see [`integer`].
+    pub sums: &'a [f32],
+    /// The sum of a block's first 16 integers, likewise.
+    pub halves: &'a [f32],
+}
+
+/// Sums share a buffer with scales: it holds their bits.
+#[inline(always)]
+pub(crate) fn integer(bits: f32) -> i32 {
+    bits.to_bits() as i32
+}
+
+/// What [`integer`] reads.
+#[inline(always)]
+fn bits(integer: i32) -> f32 {
+    f32::from_bits(integer as u32)
+}
+
+/// Some blocks of four tokens.
+#[derive(Clone, Copy)]
+pub(crate) struct Quad<'a> {
+    /// Four times eight columns, four times a block.
+    pub quants: &'a [[[i8; 32]; 4]],
+    /// Scales of each block.
+    pub scales: &'a [[f32; SIDE]],
+    /// Sums of each block's integers, see [`integer`].
+    pub sums: &'a [[f32; SIDE]],
+    /// Sums of each block's first 16 integers.
+    pub halves: &'a [[f32; SIDE]],
+}
+
+impl<'a> TileActs<'a> {
+    /// Blocks `first..first + count` of the tokens from `4 * index` on.
+    #[inline(always)]
+    pub fn quad(&self, index: usize, first: usize, count: usize) -> Quad<'a> {
+        let start = index * self.blocks + first;
+        let range = start..start + count;
+        let quants = self.quants.as_chunks::<32>().0.as_chunks::<4>().0;
+        Quad {
+            quants: &quants[range.clone()],
+            scales: &self.scales.as_chunks().0[range.clone()],
+            sums: &self.sums.as_chunks().0[range.clone()],
+            halves: &self.halves.as_chunks().0[range],
+        }
+    }
+}
+
+/// Fills the twin that [`TileActs`] reads. A block with a value that is not finite gets the scale NaN.
+#[inline(always)]
+pub(crate) fn quantize<S: Simd>(s: S, acts: &mut ActivationsMut) {
+    match acts.tokens() {
+        _ if acts.scales.is_empty() => {}
+        0 => {}
+        1 => quantize_groups::<S, 1>(s, acts),
+        _ => quantize_groups::<S, SIDE>(s, acts),
+    }
+}
+
+/// [`quantize`] with `N` tokens side by side.
+#[inline(always)]
+fn quantize_groups<S: Simd, const N: usize>(s: S, acts: &mut ActivationsMut) {
+    let (tokens, cols) = (acts.tokens(), acts.cols());
+    let blocks = cols / BLOCK;
+    let (sums, halves) = acts.sums.split_at_mut(acts.scales.len());
+    let groups = acts.scales.chunks_exact_mut(N * blocks).zip(sums.chunks_exact_mut(N * blocks));
+    let groups = groups.zip(halves.chunks_exact_mut(N * blocks));
+    let quants = acts.quants.chunks_exact_mut(N * blocks * BLOCK);
+    for (group, (((scales, sums), halves), quants)) in groups.zip(quants).take(tokens.div_ceil(N)).enumerate()
+    {
+        for lane in 0..N {
+            let token = group * N + lane;
+            let numbers = scales.as_chunks_mut::<N>().0.iter_mut().zip(sums.as_chunks_mut::<N>().0);
+            let numbers = numbers.zip(halves.as_chunks_mut::<N>().0);
+            let quants = quants.as_chunks_mut::<8>().0.as_chunks_mut::<N>().0.as_chunks_mut::<4>().0;
+            let blocks = numbers.zip(quants);
+            if token >= tokens {
+                for (((scale, sum), half), octets) in blocks {
+                    (scale[lane], sum[lane], half[lane]) = (0.0, bits(0), bits(0));
+                    octets.iter_mut().for_each(|octet| octet[lane] = [0; 8]);
+                }
+                continue;
+            }
+            let values = acts.values[token * cols..][..cols].as_chunks::<BLOCK>().0;
+            for ((((scale, sum), half), octets), values) in blocks.zip(values) {
+                let quants;
+                (scale[lane], quants) = quantize_block(s, values);
+                let (first, second) = (s.sum_i8(&quants[0]), s.sum_i8(&quants[1]));
+                (sum[lane], half[lane]) = (bits(first + second), bits(first));
+                for (octet, from) in octets.iter_mut().zip(quants.as_flattened().as_chunks::<8>().0) {
+                    octet[lane] = *from;
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,247 @@
+//! Many tokens: prefill.
+//!
+//! The weights of a tile are unpacked for up to 768 columns at a time into a panel on the stack, over which
+//! all tokens pass, four side by side. Sums wait in the output between two panels, so a token's sums are
+//! formed in the same order as alone.
+
+use super::activations::{Quad, SIDE, TileActs, integer};
+use super::formats::{AnyShare, Format, bias, scales, shares};
+use super::gemv::{dot, finish};
+use super::lanes::Lanes;
+use crate::format::{Geometry, TILE_ROWS as ROWS};
+use crate::kernels::matmul::Matrix;
+use crate::kernels::output::Columns;
+
+/// Most blocks of a panel, a whole number of shares.
+pub(crate) const BLOCKS: usize = 24;
+
+/// The unpacked weights of one tile.
+#[repr(align(64))]
+pub(crate) struct Panel {
+    /// Blocks that are filled.
+    pub blocks: usize,
+    /// For each block, the weights of its eight groups of four columns as [`Lanes::keep`] wrote them; an instruction
+    /// set may want each two groups in another order.
+    pub weights: [[[[u8; 64]; 2]; 4]; BLOCKS],
+    /// Scales of each block's segments; an instruction set may want each twice.
+    pub scales: [[[f32; 2 * ROWS]; 2]; BLOCKS],
+    /// Minimums of each block.
+    pub mins: [[f32; ROWS]; BLOCKS],
+}
+
+impl Panel {
+    const EMPTY: Self = Self {
+        blocks: 0,
+        weights: [[[[0; 64]; 2]; 4]; BLOCKS],
+        scales: [[[0.0; 2 * ROWS]; 2]; BLOCKS],
+        mins: [[0.0; ROWS]; BLOCKS],
+    };
+
+    /// Unpacks blocks `first..first + count` of a tile, whole shares from the first on.
+    #[inline(always)]
+    fn fill<S: Lanes, W: Format>(&mut self, s: S, bytes: &[u8], first: usize, count: usize) {
+        let n = W::Share::BLOCKS;
+        self.blocks = count;
+        for (index, share) in shares::<W>(bytes).iter().skip(first / n).take(count.div_ceil(n)).enumerate() {
+            for i in 0..n {
+                // Blocks behind the last, which a last share may have, are filled and never read.
+                let block = index * n + i;
+                let (factors, quants) = (share.factors(), share.quants(i));
+                let bias = bias::<S, W>();
+                let [a, b, c, d] = &mut self.weights[block];
+                s.keep([W::group::<S, 0>(s, quants), W::group::<S, 1>(s, quants)], bias, a);
+                s.keep([W::group::<S, 2>(s, quants), W::group::<S, 3>(s, quants)], bias, b);
+                s.keep([W::group::<S, 4>(s, quants), W::group::<S, 5>(s, quants)], bias, c);
+                s.keep([W::group::<S, 6>(s, quants), W::group::<S, 7>(s, quants)], bias, d);
+                for segment in 0..W::SEGMENTS {
+                    let (scale, min) = scales::<S, W>(s, factors, i, segment);
+                    if let Some(to) = self.scales[block][segment].first_chunk_mut() {
+                        s.store(scale, to);
+                    }
+                    if W::MINS {
+                        s.store(min, &mut self.mins[block]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Unpacks blocks `first..first + count` of a tile's bytes, whole shares from the first on.
+pub(crate) type Fill = unsafe fn(panel: &mut Panel, tile: &[u8], first: usize, count: usize);
+
+/// Adds the products of a panel with four tokens to `out`.
+pub(crate) type Multiply = unsafe fn(panel: &Panel, acts: Quad, out: [&mut [f32; ROWS]; SIDE]);
+
+/// [`Fill`] with the operations of an instruction set.
+#[inline(always)]
+pub(crate) fn fill<W: Format>(s: impl Lanes, panel: &mut Panel, tile: &[u8], first: usize, count: usize) {
+    panel.fill::<_, W>(s, tile, first, count);
+}
+
+/// [`Multiply`] with the operations of an instruction set.
+#[inline(always)]
+pub(crate) fn multiply<W: Format>(s: impl Lanes, panel: &Panel, acts: Quad, out: [&mut [f32; ROWS]; SIDE]) {
+    s.multiply_quad::<W>(panel, acts, out);
+}
+
+/// The rows of one part, for several tokens.
+///
+/// # Safety
+/// The CPU must be able to run both functions.
+pub(crate) unsafe fn many_tokens(
+    fill: Fill,
+    multiply: Multiply,
+    weight: &Matrix,
+    acts: &TileActs,
+    out: &mut Columns,
+) {
+    let rows = out.rows();
+    let whole = Geometry::of(weight.dtype()).map_or(1, |geometry| geometry.factors.blocks());
+    // Panels of about one size, each a whole number of shares.
+    let panels = acts.blocks.div_ceil(BLOCKS).max(1);
+    let size = acts.blocks.div_ceil(panels).next_multiple_of(whole).max(1);
+    let mut panel = Panel::EMPTY;
+    for row in rows.step_by(ROWS) {
+        let Some(bytes) = weight.tile(row) else { return };
+        for first in (0..acts.blocks).step_by(size) {
+            let count = size.min(acts.blocks - first);
+            // SAFETY: the caller's promise.
+            unsafe { fill(&mut panel, bytes, first, count) };
+            for quad in 0..acts.tokens.div_ceil(SIDE) {
+                let token = quad * SIDE;
+                let multiply = |mut out: [&mut [f32; ROWS]; SIDE]| {
+                    if first == 0 {
+                        out.iter_mut().for_each(|sums| **sums = [0.0; ROWS]);
+                    }
+                    // SAFETY: as above.
+                    unsafe { multiply(&panel, acts.quad(quad, first, count), out) }
+                };
+                if let Some(out) = out.block_mut(token, row) {
+                    multiply(out);
+                    continue;
+                }
+                // Tokens or rows that are not there.
+                let mut sums = [[0.0; ROWS]; SIDE];
+                for (lane, sums) in sums.iter_mut().enumerate() {
+                    out.get_rows(token + lane, row, sums);
+                }
+                multiply(sums.each_mut());
+                for (lane, sums) in sums.iter().enumerate() {
+                    out.set_rows(token + lane, row, sums);
+                }
+            }
+        }
+    }
+}
+
+/// [`Lanes::multiply_quad`] for instruction sets whose registers hold it as it is written.
+#[inline(always)]
+pub(crate) fn multiply_quad<S: Lanes, W: Format>(
+    s: S,
+    panel: &Panel,
+    acts: Quad,
+    out: [&mut [f32; ROWS]; SIDE],
+) {
+    let mut sums = [s.splat(0.0); SIDE];
+    for (sums, out) in sums.iter_mut().zip(out.iter()) {
+        *sums = s.load(out);
+    }
+    let weights = panel.weights[..panel.blocks].iter().zip(&panel.scales).zip(&panel.mins);
+    let numbers = acts.scales.iter().zip(acts.sums).zip(acts.halves);
+    for ((((weights, scales), mins), quants), ((scales_a, all), halves)) in
+        weights.zip(acts.quants).zip(numbers)
+    {
+        for (segment, scales) in scales[..W::SEGMENTS].iter().enumerate() {
+            let pairs = 4 / W::SEGMENTS;
+            let mut starts = [0; SIDE];
+            if !S::PANEL_WITHOUT_BIAS && bias::<S, W>() != 0 {
+                for (lane, start) in starts.iter_mut().enumerate() {
+                    let (all, half) = (integer(all[lane]), integer(halves[lane]));
+                    let sum = match (W::SEGMENTS, segment) {
+                        (1, _) => all,
+                        (_, 0) => half,
+                        _ => all - half,
+                    };
+                    *start = -bias::<S, W>() * sum;
+                }
+            }
+            let mut p = starts.map(|start| s.start(start));
+            let pair = |i: usize| segment * pairs + i;
+            for i in 0..pairs {
+                let ([a01, a23], _) = quants[pair(i)].as_chunks::<16>() else { continue };
+                let (a01, a23) = (s.activations(a01), s.activations(a23));
+                let [even, odd] = &weights[pair(i)];
+                let (even, odd) = (s.bytes(even), s.bytes(odd));
+                p[0] = dot::<S, W, 1>(s, dot::<S, W, 0>(s, p[0], even, a01), odd, a01);
+                p[1] = dot::<S, W, 3>(s, dot::<S, W, 2>(s, p[1], even, a01), odd, a01);
+                p[2] = dot::<S, W, 1>(s, dot::<S, W, 0>(s, p[2], even, a23), odd, a23);
+                p[3] = dot::<S, W, 3>(s, dot::<S, W, 2>(s, p[3], even, a23), odd, a23);
+            }
+            let scale = s.load(scales.first_chunk().unwrap_or(&[0.0; ROWS]));
+            for (lane, sums) in sums.iter_mut().enumerate() {
+                let integers = finish::<S, W>(s, p[lane], starts[lane]);
+                *sums = s.fma(integers, s.mul(scale, s.splat(scales_a[lane])), *sums);
+                if W::MINS {
+                    *sums = s.fma(s.load(mins), s.splat(integer(all[lane]) as f32 * scales_a[lane]), *sums);
+                }
+            }
+        }
+    }
+    for (sums, out) in sums.into_iter().zip(out) {
+        s.store(sums, out);
+    }
+}
+
+/// [`Lanes::multiply_quad`] for instruction sets that have no registers for more than one token.
+#[cfg_attr(not(target_arch = "aarch64"), expect(dead_code, reason = "for NEON"))]
+#[inline(always)]
+pub(crate) fn multiply_each<S: Lanes, W: Format>(
+    s: S,
+    panel: &Panel,
+    acts: Quad,
+    out: [&mut [f32; ROWS]; SIDE],
+) {
+    let [a, b, c, d] = out;
+    one_of_four::<S, W, 0>(s, panel, acts, a);
+    one_of_four::<S, W, 1>(s, panel, acts, b);
+    one_of_four::<S, W, 2>(s, panel, acts, c);
+    one_of_four::<S, W, 3>(s, panel, acts, d);
+}
+
+/// Adds the products of a panel whose bias was taken off with token `TOKEN` of four.
+#[inline(always)]
+fn one_of_four<S: Lanes, W: Format, const TOKEN: usize>(
+    s: S,
+    panel: &Panel,
+    acts: Quad,
+    out: &mut [f32; ROWS],
+) {
+    debug_assert!(S::PANEL_WITHOUT_BIAS);
+    let mut sums = s.load(out);
+    let weights = panel.weights[..panel.blocks].iter().zip(&panel.scales).zip(&panel.mins);
+    let numbers = acts.scales.iter().zip(acts.sums);
+    for ((((weights, scales), mins), quants), (scales_a, all)) in weights.zip(acts.quants).zip(numbers) {
+        for (segment, scales) in scales[..W::SEGMENTS].iter().enumerate() {
+            let pairs = 4 / W::SEGMENTS;
+            let mut p = s.start(0);
+            for pair in segment * pairs..(segment + 1) * pairs {
+                let ([a, b], _) = quants[pair].as_chunks::<16>() else { continue };
+                let a = s.activations(if TOKEN < 2 { a } else { b });
+                let [even, odd] = &weights[pair];
+                let (even, odd) = (s.bytes(even), s.bytes(odd));
+                p = if TOKEN.is_multiple_of(2) {
+                    dot::<S, W, 1>(s, dot::<S, W, 0>(s, p, even, a), odd, a)
+                } else {
+                    dot::<S, W, 3>(s, dot::<S, W, 2>(s, p, even, a), odd, a)
+                };
+            }
+            let scale = s.mul(s.load(scales.first_chunk().unwrap_or(&[0.0; ROWS])), s.splat(scales_a[TOKEN]));
+            sums = s.fma(finish::<S, W>(s, p, 0), scale, sums);
+        }
+        if W::MINS {
+            sums = s.fma(s.load(mins), s.splat(integer(all[TOKEN]) as f32 * scales_a[TOKEN]), sums);
+        }
+    }
+    s.store(sums, out);
+}

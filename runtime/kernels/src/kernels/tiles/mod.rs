@@ -1,0 +1,86 @@
+//! Weights laid out ahead of time: sixteen rows side by side.
+//!
+//! A row after row layout, as GGUF has it, makes a kernel add up across a register for every row. In a
+//! tile the lanes of a register are rows: sums stay where they are, one load of activations serves
+//! sixteen rows, and nothing is shuffled. The layout (see [`crate::format`]) suits every instruction set that
+//! multiplies four bytes into a lane, so one pack serves them all.
+//!
+//! Integer sums of a segment (32 weights, or 16 of Q6_K) are exact; what follows is one fused
+//! multiply-add a segment, in the order of the columns, whatever the instruction set, the number of tokens
+//! and the number of threads:
+//!
+//! `out = fma(integers, scale_w * scale_a, out)`, then `out = fma(min_w, sum_a * scale_a, out)`
+//!
+//! Therefore all tables agree bit for bit, and prefill with decode. With row kernels (`super::matmul`) they
+//! agree up to the rounding of `f32` sums: those keep eight sums a row.
+
+mod activations;
+mod formats;
+mod gemm;
+mod gemv;
+mod lanes;
+mod pack;
+mod scalar;
+
+pub(crate) use activations::{Quad, SIDE, TileActs, padded_tokens, quantize};
+pub(crate) use formats::{Format, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
+#[cfg(target_arch = "aarch64")]
+pub(crate) use gemm::multiply_each;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use gemm::multiply_quad;
+pub(crate) use gemm::{Fill, Multiply, Panel, fill, multiply};
+pub(crate) use gemv::one_token;
+pub(crate) use lanes::Lanes;
+pub use pack::put_q8_0;
+pub use pack::{dequantize_tile_row, pack_tiles};
+
+use super::activations::Activations;
+use super::matmul::{ByType, Matrix, RowsKernel};
+use super::output::Columns;
+use crate::format::DType;
+
+/// The kernels of one instruction set, for each quantized type.
+///
+/// Those for many tokens are two: unpacking, and products of what was unpacked, in which types hardly differ. So
+/// instruction sets share the first and types the second, and a library has each once.
+pub(crate) struct TileKernels {
+    /// One token.
+    pub one_token: &'static ByType<RowsKernel>,
+    /// Many tokens: unpacks the weights of a tile.
+    pub fill: &'static ByType<Fill>,
+    /// Many tokens: adds the products of unpacked weights.
+    pub multiply: &'static ByType<Multiply>,
+}
+
+/// The kernels for one type.
+#[derive(Clone, Copy)]
+pub(crate) struct TileKernel {
+    one_token: RowsKernel,
+    fill: Fill,
+    multiply: Multiply,
+}
+
+impl TileKernels {
+    /// The kernels for a type; `None` for floats.
+    pub fn of(&self, dtype: DType) -> Option<TileKernel> {
+        let (one_token, fill) = (self.one_token.of(dtype)?, self.fill.of(dtype)?);
+        Some(TileKernel { one_token, fill, multiply: self.multiply.of(dtype)? })
+    }
+}
+
+impl TileKernel {
+    /// The rows of one part, for all tokens.
+    ///
+    /// # Safety
+    /// The CPU must be able to run the kernels.
+    pub unsafe fn run(self, weight: &Matrix, acts: &Activations, out: &mut Columns) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            if acts.tokens() == 1 {
+                (self.one_token)(weight, acts, out);
+            } else {
+                gemm::many_tokens(self.fill, self.multiply, weight, &acts.tile_acts(), out);
+            }
+        }
+    }
+}
