@@ -1,4 +1,7 @@
 //! PEFT loads the folders that `edgec tune` writes, and computes with them what we compute.
+//!
+//! PyTorch is gigabytes, so this is asked for: `cargo test -p edge-tests --test peft -- --ignored`, with
+//! `EDGE_TEST_PYTHON` naming an interpreter that has peft, torch and transformers.
 
 use std::fs;
 use std::io::Write;
@@ -32,6 +35,7 @@ fn logits(base: &Path, adapter: &Path, backend: &str) -> Vec<f32> {
 }
 
 #[test]
+#[ignore = "needs PEFT and PyTorch: see above"]
 fn peft_says_the_same_with_our_adapters() {
     let Some(mut python) = require_python("peft, torch, transformers") else { return };
     let folder = tempfile::tempdir().unwrap();
