@@ -327,7 +327,10 @@ fn settings_that_make_no_sense() {
     let mut kind = edgec();
     kind.arg("quantize").arg(gguf()).args(["--type", "Q3_X"]);
     place.refused("--type", &mut kind, &["Q3_X", "Q4_K_M"]);
-    Ran::of(edgec().arg("quantize")).assert_refused("nothing given", &["--type", "--out"]);
+    Ran::of(edgec().arg("quantize")).assert_refused("nothing given", &["MODEL", "--out"]);
+    let mut no_type = edgec();
+    no_type.arg("quantize").arg(gguf());
+    place.refused("no type", &mut no_type, &["--type", "--budget-bytes"]);
     Ran::of(edgec().arg("distil")).assert_refused("a misspelt command", &["distil"]);
 }
 
@@ -431,5 +434,5 @@ fn a_full_disk() {
     let mut left: Vec<_> =
         fs::read_dir(&out).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     left.sort();
-    assert_eq!(left, ["layers.json", "metrics.csv", "metrics.jsonl", "recipe.json"]);
+    assert_eq!(left, ["layers.json", "metrics.csv", "metrics.jsonl", "recipe.json", "tensorboard"]);
 }
