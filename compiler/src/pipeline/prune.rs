@@ -112,7 +112,7 @@ impl Run<'_> {
         pruned.model = student::cut(&pruned.model, &chosen.kept)?;
         pruned.kept = chosen.kept.iter().map(|&layer| pruned.kept[layer]).collect();
         let length = self.recipe.train.length;
-        let calibration = self.calibration(inputs, student::MENDING_TOKENS);
+        let calibration = &spread(&inputs.train.ids, student::MENDING_TOKENS, length);
         let observer = &mut *self.observer;
         if widths != Widths::of(&pruned.model.spec) {
             pruned.model =
@@ -165,11 +165,34 @@ impl Run<'_> {
         Ok(layers)
     }
 
-    /// The first `tokens` of the text in whole windows, at least one.
+    /// The first `tokens` of the text in whole windows, at least one: enough to choose layers by.
     fn calibration<'a>(&self, inputs: &'a Inputs, tokens: usize) -> &'a [u32] {
         let length = self.recipe.train.length;
         let wanted = (tokens / length).max(1) * length;
         let ids = &inputs.train.ids;
         &ids[..wanted.min(ids.len() / length * length)]
+    }
+}
+
+/// `tokens` of a text in whole windows, at least one, from everywhere in it: a regression learns what it is shown.
+fn spread(ids: &[u32], tokens: usize, length: usize) -> Vec<u32> {
+    let there = (ids.len() / length).max(1);
+    let wanted = (tokens / length).clamp(1, there);
+    (0..wanted)
+        .flat_map(|window| ids.iter().skip(window * there / wanted * length).take(length))
+        .copied()
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::spread;
+
+    #[test]
+    fn windows_come_from_everywhere() {
+        let ids: Vec<u32> = (0..103).collect();
+        assert_eq!(spread(&ids, 30, 10), [0..10, 30..40, 60..70].into_iter().flatten().collect::<Vec<_>>());
+        assert_eq!(spread(&ids, 1000, 10), (0..100).collect::<Vec<_>>());
+        assert_eq!(spread(&ids, 5, 10), (0..10).collect::<Vec<_>>());
     }
 }

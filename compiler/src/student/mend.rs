@@ -21,7 +21,7 @@ use crate::train::ops::with_values;
 const DAMPING: f64 = 0.02;
 
 /// Tokens that are enough to fit a model of common widths.
-pub const MENDING_TOKENS: usize = 8192;
+pub const MENDING_TOKENS: usize = 16_384;
 
 /// Fits `student`, which has the layers `kept` of `teacher`, to it on the tokens `calibration`, cut into windows of
 /// `length`; what does not fill a window is left out. `progress` is told how many of how many layers are done.
