@@ -30,21 +30,17 @@ impl Run<'_> {
     /// The student before any training: after the first step of pruning, if it has several.
     pub(super) fn student(&mut self, inputs: &Inputs) -> Result<Pruned, Error> {
         let teacher = &inputs.teacher;
-        let layers = match &self.recipe.student {
-            StudentSource::Path(path) => {
-                let mut model = teacher::load(path)?;
-                if let Some(keep) = &inputs.kept_tokens {
-                    model = student::trim(&model, keep)?;
-                }
-                student::check(teacher, &model)?;
-                self.observer.note("student", &describe(&model));
-                return Ok(Pruned { model, kept: vec![] });
+        if let StudentSource::Path(path) = &self.recipe.student {
+            let mut model = teacher::load(path)?;
+            if let Some(keep) = &inputs.kept_tokens {
+                model = student::trim(&model, keep)?;
             }
-            StudentSource::Layers(layers) => *layers,
-            StudentSource::Shrink(share) => student::shrink_to_layers(&teacher.spec, *share)?,
-        };
+            student::check(teacher, &model)?;
+            self.observer.note("student", &describe(&model));
+            return Ok(Pruned { model, kept: vec![] });
+        }
         let whole = Pruned { model: teacher.clone(), kept: (0..teacher.spec.layers).collect() };
-        self.prune(inputs, whole, layers, 1)
+        self.prune(inputs, whole, 1)
     }
 
     /// Trains and prunes again until the student has the size that was asked for.
@@ -54,11 +50,9 @@ impl Run<'_> {
         mut pruned: Pruned,
         folder: &RunFolder,
     ) -> Result<Pruned, Error> {
-        let layers = match &self.recipe.student {
-            StudentSource::Path(_) => return Ok(pruned),
-            StudentSource::Layers(layers) => *layers,
-            StudentSource::Shrink(share) => student::shrink_to_layers(&inputs.teacher.spec, *share)?,
-        };
+        if let StudentSource::Path(_) = &self.recipe.student {
+            return Ok(pruned);
+        }
         for step in 1..self.recipe.prune.steps {
             let path = self.path(&format!("prune-{step}"));
             let student = path.join("student");
@@ -81,19 +75,13 @@ impl Run<'_> {
                 pruned.model = trainer::train_from(teacher, trainee, text, &config, &folder, &mut watch)?;
                 export::hf::write(&pruned.model, &student)?;
             }
-            pruned = self.prune(inputs, pruned, layers, step + 1)?;
+            pruned = self.prune(inputs, pruned, step + 1)?;
         }
         Ok(pruned)
     }
 
-    /// Prunes to the size of `step` on the way to `layers` and the widths that were asked for.
-    fn prune(
-        &mut self,
-        inputs: &Inputs,
-        mut pruned: Pruned,
-        layers: usize,
-        step: usize,
-    ) -> Result<Pruned, Error> {
+    /// Prunes to the size of `step` on the way to the layers and widths that were asked for.
+    fn prune(&mut self, inputs: &Inputs, mut pruned: Pruned, step: usize) -> Result<Pruned, Error> {
         let (spec, asked) = (&inputs.teacher.spec, &self.recipe.prune);
         let whole = Widths::of(spec);
         let between = |from: usize, to: usize| {
@@ -104,6 +92,11 @@ impl Run<'_> {
             ffn: between(whole.ffn, asked.ffn.unwrap_or(whole.ffn)),
             kv_heads: between(whole.kv_heads, asked.kv_heads.unwrap_or(whole.kv_heads)),
             hidden: between(whole.hidden, asked.hidden.unwrap_or(whole.hidden)),
+        };
+        let layers = match &self.recipe.student {
+            StudentSource::Path(_) => spec.layers,
+            StudentSource::Layers(layers) => *layers,
+            StudentSource::Shrink(share) => student::shrink_to_layers(spec, *share)?,
         };
         let keep = between(spec.layers, layers);
         let chosen =

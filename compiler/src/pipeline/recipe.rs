@@ -110,11 +110,6 @@ impl Recipe {
             None => Ok(()),
         }
     }
-
-    /// What errors call the text: its files.
-    pub fn text(&self) -> String {
-        self.data.names(self.eval_data.as_deref())
-    }
 }
 
 impl Data {

@@ -328,7 +328,7 @@ fn inverse_frequencies(rope: &Rope, dims: usize, length: usize, vectors: &Weight
 mod tests {
     use super::*;
     use crate::train::loss::{Objective, Target, loss};
-    use crate::train::ops::check::noise;
+    use crate::train::ops::check::{self, noise};
     use candle_core::{Device, Var};
     use edge_models::{Activation, FAMILIES, LayerSet, RopeScaling};
 
@@ -426,26 +426,8 @@ mod tests {
                 let grad = grads
                     .get(var.as_tensor())
                     .unwrap_or_else(|| panic!("{family}: {role:?} of layer {layer} has no gradient"));
-                let grad = grad.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-                let before = var.as_tensor().copy().unwrap();
-                let values = before.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-                let along = noise(5, values.len());
-                let at = |step: f32| {
-                    let moved: Vec<f32> = values.iter().zip(&along).map(|(x, d)| x + step * d).collect();
-                    var.set(&Tensor::from_vec(moved, before.shape(), &Device::Cpu).unwrap()).unwrap();
-                    evaluate().1.loss
-                };
-                let step = 4e-3;
-                let numeric = (8.0 * (at(step) - at(-step)) - (at(2.0 * step) - at(-2.0 * step)))
-                    / (12.0 * f64::from(step));
-                var.set(&before).unwrap();
-                let exact: f64 = grad.iter().zip(&along).map(|(g, d)| f64::from(*g) * f64::from(*d)).sum();
-                let size = grad.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
-                assert!(size > 0.0, "{family}: {role:?} of layer {layer} has a zero gradient");
-                assert!(
-                    (numeric - exact).abs() < 2e-3 * (1.0 + size) + 1e-2 * exact.abs(),
-                    "{family}: {role:?} of layer {layer}: finite difference {numeric}, backward {exact}"
-                );
+                let what = format!("{family}: {role:?} of layer {layer}");
+                check::slope(var, grad, &what, || evaluate().1.loss);
             }
         }
     }

@@ -11,7 +11,7 @@ use crate::export::gguf::{Mix, export_to_vec};
 use crate::teacher::held_from_gguf;
 use crate::train::fixture::{text, tiny};
 use crate::train::loss::{Objective, Target, loss};
-use crate::train::ops::check::noise;
+use crate::train::ops::check::{self, noise};
 use crate::train::pretrain::initialize;
 use crate::train::trainer::{Progress, StepReport, Text, train};
 use crate::train::{RunFolder, TrainConfig};
@@ -158,26 +158,7 @@ fn every_parameter_has_the_gradient_of_the_loss() {
                 if dora && !name.contains("magnitude") {
                     continue;
                 }
-                let grad = grad.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-                let before = var.as_tensor().copy().unwrap();
-                let values = before.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-                let along = noise(5, values.len());
-                let at = |step: f32| {
-                    let moved: Vec<f32> = values.iter().zip(&along).map(|(x, d)| x + step * d).collect();
-                    var.set(&Tensor::from_vec(moved, before.shape(), &Device::Cpu).unwrap()).unwrap();
-                    evaluate().1.loss
-                };
-                let step = 4e-3;
-                let numeric = (8.0 * (at(step) - at(-step)) - (at(2.0 * step) - at(-2.0 * step)))
-                    / (12.0 * f64::from(step));
-                var.set(&before).unwrap();
-                let exact: f64 = grad.iter().zip(&along).map(|(g, d)| f64::from(*g) * f64::from(*d)).sum();
-                let size = grad.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
-                assert!(size > 0.0, "{family}: {name} has a zero gradient");
-                assert!(
-                    (numeric - exact).abs() < 2e-3 * (1.0 + size) + 1e-2 * exact.abs(),
-                    "{family}: {name}: finite difference {numeric}, backward {exact}"
-                );
+                check::slope(var, grad, &format!("{family}: {name}"), || evaluate().1.loss);
             }
             // No product is made for what is frozen.
             for matrix in base.matrices.values() {

@@ -83,13 +83,7 @@ pub(super) fn row_gradient(
     };
     let target = target as usize;
     let logit = f64::from(s[target]);
-    // Cross-entropy is at temperature 1: only there do both losses share the student's exponentials.
-    let (shared, apart) = if scales.temperature == 1.0 {
-        spare.clear();
-        (scales.hard, None)
-    } else {
-        (0.0, Some(hard(s, target as u32, scales.hard, spare)))
-    };
+    let (shared, apart) = text_part(s, target as u32, scales, spare);
     let (row, normalizer) = match scales.objective.soft.forward_only() {
         Some(weight) => forward(s, t, weight, scales, shared, spare),
         None => mixture(s, t, scales, shared, spare),
@@ -98,8 +92,19 @@ pub(super) fn row_gradient(
     Row { cross_entropy: apart.unwrap_or(normalizer - logit), ..row }
 }
 
+/// Cross-entropy is at temperature 1: only there do both losses share the student's exponentials. Answers the scale of
+/// the target's gradient that is then still to be taken off; elsewhere the cross-entropy, its gradient in `spare`.
+pub(super) fn text_part(s: &[f32], target: u32, scales: &Scales, spare: &mut Vec<f32>) -> (f32, Option<f64>) {
+    if scales.temperature == 1.0 {
+        spare.clear();
+        (scales.hard, None)
+    } else {
+        (0.0, Some(hard(s, target, scales.hard, spare)))
+    }
+}
+
 /// Cross-entropy with the target at temperature 1; its gradient, times `scale`, becomes `out`.
-pub(super) fn hard(s: &[f32], target: u32, scale: f32, out: &mut Vec<f32>) -> f64 {
+fn hard(s: &[f32], target: u32, scale: f32, out: &mut Vec<f32>) -> f64 {
     let (logit, max) = (f64::from(s[target as usize]), max(s));
     out.clear();
     out.extend(s.iter().map(|x| exp(x - max)));

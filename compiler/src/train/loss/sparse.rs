@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::Head;
-use super::dense::{Row, Scales, hard};
+use super::dense::{Row, Scales, text_part};
 use super::divergences::{At, With, formula};
 use super::side::{CHUNK, scored, with_side};
 use super::sums::{exponentiate, max, sum};
@@ -208,12 +208,7 @@ pub(super) fn sparse_gradient(
 ) -> Row {
     let target = target as usize;
     let logit = f64::from(s[target]);
-    let (shared, apart) = if scales.temperature == 1.0 {
-        spare.clear();
-        (scales.hard, None)
-    } else {
-        (0.0, Some(hard(s, target as u32, scales.hard, spare)))
-    };
+    let (shared, apart) = text_part(s, target as u32, scales, spare);
     let (row, normalizer) = match sparsity {
         Sparsity::TopK(_) => bucketed(s, teacher, scales, shared),
         Sparsity::Sampled(_) => sampled(s, teacher, scales, shared),

@@ -113,6 +113,31 @@ pub(crate) mod check {
         Tensor::from_vec(noise(seed, rows * cols), (rows, cols), &Device::Cpu).unwrap()
     }
 
+    /// Compares `grad`, the gradient of the loss that `evaluate` answers, with a finite difference of fourth order
+    /// along a random direction of `var`, which stays as it was; `what` names it.
+    pub fn slope(var: &Var, grad: &Tensor, what: &str, evaluate: impl Fn() -> f64) {
+        let grad = grad.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let before = var.as_tensor().copy().unwrap();
+        let values = before.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let along = noise(5, values.len());
+        let at = |step: f32| {
+            let moved: Vec<f32> = values.iter().zip(&along).map(|(x, d)| x + step * d).collect();
+            var.set(&Tensor::from_vec(moved, before.shape(), &Device::Cpu).unwrap()).unwrap();
+            evaluate()
+        };
+        let step = 4e-3;
+        let numeric =
+            (8.0 * (at(step) - at(-step)) - (at(2.0 * step) - at(-2.0 * step))) / (12.0 * f64::from(step));
+        var.set(&before).unwrap();
+        let exact: f64 = grad.iter().zip(&along).map(|(g, d)| f64::from(*g) * f64::from(*d)).sum();
+        let size = grad.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
+        assert!(size > 0.0, "{what} has a zero gradient");
+        assert!(
+            (numeric - exact).abs() < 2e-3 * (1.0 + size) + 1e-2 * exact.abs(),
+            "{what}: finite difference {numeric}, backward {exact}"
+        );
+    }
+
     /// Compares the gradient of `sum(f(inputs) * weights)` with central differences along random
     /// directions, for every input.
     pub fn gradients(inputs: &[Tensor], f: impl Fn(&[Tensor]) -> Result<Tensor>) {
