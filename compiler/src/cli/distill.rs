@@ -6,6 +6,7 @@ use std::rc::Rc;
 use anyhow::bail;
 use clap::Args;
 use edgec::pipeline::{self, Data, Observer, Recipe, StudentSource, TeacherSource};
+use edgec::student::MENDING_TOKENS;
 use edgec::train::loss::{HiddenTerms, Mixture, Objective, Sparsity};
 use edgec::train::parallel::Communicator;
 use edgec::train::{RunFolder, TrainConfig};
@@ -103,6 +104,10 @@ pub struct Arguments {
     /// --shrink 1 the whole teacher
     #[arg(long, value_name = "TYPE", conflicts_with = "quant")]
     qat: Option<String>,
+    /// Leave the embedding table, and the head if that is the same, as they are [default: true for a student
+    /// that is cut from the teacher at its width]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", conflicts_with = "qat")]
+    freeze_embeddings: Option<bool>,
     /// Seed of everything random
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -142,9 +147,9 @@ struct Prune {
     /// Shrink the student in N steps, each followed by its share of the training
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = count(16), conflicts_with = "student")]
     prune_steps: usize,
-    /// Leave what stays as it is instead of fitting it to make up for dropped layers
-    #[arg(long)]
-    no_mend: bool,
+    /// Tokens on which what stays is fitted, by regression, to make up for dropped layers; 0 leaves it as it is
+    #[arg(long, value_name = "N", default_value_t = MENDING_TOKENS)]
+    mend_tokens: usize,
 }
 
 /// A count from 1 to `most`.
@@ -161,7 +166,7 @@ impl Prune {
             hidden: self.hidden_size,
             vocabulary: self.trim_vocab,
             steps: self.prune_steps,
-            mend: !self.no_mend,
+            mending_tokens: self.mend_tokens,
         }
     }
 }
@@ -190,6 +195,7 @@ impl Arguments {
                 length: self.length,
                 accumulate: self.accumulate,
                 lr: self.lr.unwrap_or(if self.qat.is_some() { QAT_LR } else { TrainConfig::default().lr }),
+                embeddings: !self.freeze_embeddings.unwrap_or(self.cut_at_its_width()),
                 seed: self.seed,
                 objective: Objective {
                     alpha: self.alpha,
@@ -204,6 +210,11 @@ impl Arguments {
                 ..TrainConfig::default()
             },
         }
+    }
+
+    /// Whether the student is the teacher without some of its layers, heads or channels inside.
+    fn cut_at_its_width(&self) -> bool {
+        self.student.is_none() && self.prune.hidden_size.is_none() && self.qat.is_none()
     }
 
     /// The folder that was asked for, or the next free one.

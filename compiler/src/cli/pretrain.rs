@@ -118,7 +118,7 @@ fn pretrain(arguments: &Arguments, processes: Rc<dyn Communicator>) -> anyhow::R
         ..RunFolder::new(&arguments.out, arguments.resume, arguments.checkpoint_every)
     };
     let mut screen = Screen(first.then(|| Progress::start("pretrain")));
-    let model = trainee::full(model, config.decay_embeddings)?;
+    let model = trainee::full(model, &config)?;
     let trained = trainer::train(None, model, text, &config, &folder, &mut screen)?;
     let Some(screen) = screen.0 else { return Ok(()) };
     screen.finish("trained");

@@ -12,6 +12,9 @@ use crate::train::trainer::{self, Teacher, Text};
 use crate::train::{RunFolder, TrainConfig, TrainError, parallel, trainee};
 use crate::{export, teacher};
 
+/// Tokens by which channels and heads are chosen, and to which what stays of them is fitted.
+const NARROWING_TOKENS: usize = 16_384;
+
 /// The choice of layers, as the run's folder keeps it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct Layers {
@@ -70,7 +73,7 @@ impl Run<'_> {
                 let config = TrainConfig { seed, cache: None, ..self.recipe.share() };
                 let folder = RunFolder { path, ..folder.clone() };
                 let mut watch = Watch { stage: "heal", observer: &mut *self.observer };
-                let trainee = trainee::full(pruned.model, config.decay_embeddings)?;
+                let trainee = trainee::full(pruned.model, &config)?;
                 let teacher = Some(Teacher::Model(&inputs.teacher, &pruned.kept));
                 pruned.model = trainer::train_from(teacher, trainee, text, &config, &folder, &mut watch)?;
                 export::hf::write(&pruned.model, &student)?;
@@ -105,20 +108,28 @@ impl Run<'_> {
         pruned.model = student::cut(&pruned.model, &chosen.kept)?;
         pruned.kept = chosen.kept.iter().map(|&layer| pruned.kept[layer]).collect();
         let length = self.recipe.train.length;
-        let calibration = &spread(&inputs.train.ids, student::MENDING_TOKENS, length);
+        let calibration = |tokens| spread(&inputs.train.ids, tokens, length);
         let observer = &mut *self.observer;
         if widths != Widths::of(&pruned.model.spec) {
-            pruned.model =
-                student::narrow(&pruned.model, widths, calibration, length, &mut |done, total| {
+            pruned.model = student::narrow(
+                &pruned.model,
+                widths,
+                &calibration(NARROWING_TOKENS),
+                length,
+                &mut |done, total| {
                     observer.progress("widths", done, total, "");
-                })?;
+                },
+            )?;
         }
-        if self.recipe.prune.mend && pruned.kept.len() < spec.layers && widths.hidden == whole.hidden {
+        if self.recipe.prune.mending_tokens > 0
+            && pruned.kept.len() < spec.layers
+            && widths.hidden == whole.hidden
+        {
             pruned.model = student::mend(
                 &inputs.teacher,
                 &pruned.model,
                 &pruned.kept,
-                calibration,
+                &calibration(self.recipe.prune.mending_tokens),
                 length,
                 &mut |done, total| observer.progress("mend", done, total, ""),
             )?;

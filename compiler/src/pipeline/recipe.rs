@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::Error;
+use crate::student;
 use crate::train::TrainConfig;
 
 /// What a run was asked to do. It is kept in the run's folder and must be the same on resume.
@@ -72,13 +73,20 @@ pub struct Prune {
     pub vocabulary: Option<u32>,
     /// Steps in which the student shrinks; after each it is trained on its share of the tokens.
     pub steps: usize,
-    /// Fit what stays to make up for dropped layers before training.
-    pub mend: bool,
+    /// Tokens on which what stays is fitted to make up for dropped layers before training; 0 leaves it as it is.
+    pub mending_tokens: usize,
 }
 
 impl Default for Prune {
     fn default() -> Self {
-        Self { ffn: None, kv_heads: None, hidden: None, vocabulary: None, steps: 1, mend: true }
+        Self {
+            ffn: None,
+            kv_heads: None,
+            hidden: None,
+            vocabulary: None,
+            steps: 1,
+            mending_tokens: student::MENDING_TOKENS,
+        }
     }
 }
 

@@ -200,7 +200,7 @@ impl Run<'_> {
             let student = train::quantized(untrained, start)?;
             return Ok(trainer::train_from(teacher, student, text, config, folder, &mut watch)?);
         }
-        let student = trainee::full(untrained, config.decay_embeddings)?;
+        let student = trainee::full(untrained, config)?;
         let trained = trainer::train_from(teacher, student, text, config, folder, &mut watch)?;
         Ok(Quantized { model: trained, encoding: mix.into() })
     }

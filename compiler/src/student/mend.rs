@@ -20,8 +20,28 @@ use crate::train::ops::with_values;
 /// that were there.
 const DAMPING: f64 = 0.02;
 
-/// Tokens that are enough to fit a model of common widths.
-pub const MENDING_TOKENS: usize = 16_384;
+/// Tokens on which a model of common widths is well fitted; twice as many change little.
+pub const MENDING_TOKENS: usize = 65_536;
+
+/// Tokens that go through a layer at a time; only their residual streams are kept together.
+const GROUP: usize = 8192;
+
+/// Some windows of the text on their way through both models.
+struct Group {
+    tokens: usize,
+    /// The teacher's residual stream, `[tokens, hidden]`.
+    wanted: Tensor,
+    /// The student's.
+    state: Tensor,
+}
+
+impl Group {
+    /// What goes down again, of its state after attention. Made anew where it is needed: to keep it would take more
+    /// memory than everything else.
+    fn gated(&self, student: &Decoder, layer: usize) -> candle_core::Result<Tensor> {
+        student.gate(layer, &student.ffn_input(layer, &self.state)?)
+    }
+}
 
 /// Fits `student`, which has the layers `kept` of `teacher`, to it on the tokens `calibration`, cut into windows of
 /// `length`; what does not fill a window is left out. `progress` is told how many of how many layers are done.
@@ -44,30 +64,39 @@ pub fn mend(
     let whole = Decoder::new(&teacher.spec, &teacher.weights)?;
     let mut decoder = Decoder::new(&student.spec, &student.weights)?;
     let mut mended = student.clone();
-    let mut wanted = whole.embed(ids)?;
-    let mut state = decoder.embed(ids)?;
+    let mut groups = ids
+        .chunks(GROUP.div_ceil(length) * length)
+        .map(|ids| Ok(Group { tokens: ids.len(), wanted: whole.embed(ids)?, state: decoder.embed(ids)? }))
+        .collect::<candle_core::Result<Vec<_>>>()?;
     let mut walked = 0;
     for layer in 0..kept.len() {
         let end = kept.get(layer + 1).copied().unwrap_or(layers);
-        for layer in walked..end {
-            wanted = whole.block(layer, &wanted, ids.len() / length, length)?;
+        // Behind a norm the matrix does not add to the stream itself.
+        let fits = !student.spec.post_norms && end != kept[layer] + 1;
+        for group in &mut groups {
+            for layer in walked..end {
+                group.wanted = whole.block(layer, &group.wanted, group.tokens / length, length)?;
+            }
+            let mixed = decoder.mix(layer, &decoder.attention_input(layer, &group.state)?, length)?;
+            group.state = decoder.add_attention(layer, &group.state, &mixed)?;
         }
         walked = end;
-        let mixed = decoder.mix(layer, &decoder.attention_input(layer, &state)?, length)?;
-        state = decoder.add_attention(layer, &state, &mixed)?;
-        let gated = decoder.gate(layer, &decoder.ffn_input(layer, &state)?)?;
-        // Behind a norm the matrix does not add to the stream itself.
-        if !student.spec.post_norms && end != kept[layer] + 1 {
+        if fits {
             let weight = decoder.matrix(Role::FfnDown, layer)?.matrix()?;
             let (rows, cols) = weight.dims2()?;
             let mut moments = Moments::new(cols, rows);
-            moments.add(&gated, Some(&(&wanted - &state)?))?;
+            for group in &groups {
+                moments.add(&group.gated(&decoder, layer)?, Some(&(&group.wanted - &group.state)?))?;
+            }
             let columns: Vec<usize> = (0..cols).collect();
             let fitted = regress(&weight, &moments, &columns).ok_or(StudentError::NotFinite)??;
             decoder.replace(Role::FfnDown, layer, Projection::Dense(fitted.clone()))?;
             mended.weights.insert(Role::FfnDown, layer, fitted);
         }
-        state = decoder.add_ffn(layer, &state, &gated)?;
+        for group in &mut groups {
+            let gated = group.gated(&decoder, layer)?;
+            group.state = decoder.add_ffn(layer, &group.state, &gated)?;
+        }
         progress(layer + 1, kept.len());
     }
     Ok(mended)

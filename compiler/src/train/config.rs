@@ -34,6 +34,8 @@ pub struct TrainConfig {
     pub weight_decay: f64,
     /// Weight decay acts on the embedding table too.
     pub decay_embeddings: bool,
+    /// The embedding table is trained, and with it a head that is the same.
+    pub embeddings: bool,
     /// Decay rates of AdamW's moments.
     pub betas: (f64, f64),
     /// AdamW's epsilon.
@@ -68,6 +70,7 @@ impl Default for TrainConfig {
             min_lr: 0.05,
             weight_decay: 0.01,
             decay_embeddings: false,
+            embeddings: true,
             betas: (0.9, 0.95),
             eps: 1e-8,
             clip: 1.0,
@@ -182,7 +185,7 @@ impl TrainConfig {
 
     /// The settings by name, as a checkpoint remembers them.
     pub(super) fn recipe(&self) -> Recipe {
-        let entries: [(&str, String); 23] = [
+        let entries: [(&str, String); 24] = [
             ("tokens", self.tokens.to_string()),
             ("batch", self.batch.to_string()),
             ("length", self.length.to_string()),
@@ -192,6 +195,7 @@ impl TrainConfig {
             ("min_lr", self.min_lr.to_string()),
             ("weight_decay", self.weight_decay.to_string()),
             ("decay_embeddings", self.decay_embeddings.to_string()),
+            ("embeddings", self.embeddings.to_string()),
             ("beta1", self.betas.0.to_string()),
             ("beta2", self.betas.1.to_string()),
             ("eps", self.eps.to_string()),

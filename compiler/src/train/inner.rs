@@ -1,7 +1,7 @@
 //! Which hidden states of a student are compared with which of its teacher's, and through what.
 //!
-//! A student that was cut from its teacher compares each block with the one that it came from, another one
-//! with blocks at even distances. Where the widths differ a matrix that is trained beside the student takes
+//! A student that was cut from its teacher compares each block with the teacher's before the next layer that stayed,
+//! another one with blocks at even distances. Where the widths differ a matrix that is trained beside the student takes
 //! its states to the teacher's width; it is no part of the student.
 
 use std::cell::RefCell;
@@ -50,7 +50,7 @@ impl Inner {
             return Err(TrainError::Setting { setting, found: layer.to_string(), expected });
         }
         let came_from = |layer: usize| match kept.get(layer) {
-            Some(kept) => *kept,
+            Some(_) => kept.get(layer + 1).copied().unwrap_or(teacher.layers) - 1,
             None => ((layer + 1) * teacher.layers / student.layers).max(1) - 1,
         };
         let pairs = terms.chosen(student.layers).map(|layer| {
@@ -183,14 +183,14 @@ mod tests {
     }
 
     #[test]
-    fn blocks_are_compared_with_those_they_came_from() {
+    fn blocks_are_compared_with_what_the_next_layer_expects() {
         let terms: HiddenTerms = "mse".parse().unwrap();
         let pairs = |student, teacher, kept: &[usize]| {
             let inner = Inner::new(&terms, &spec(student, 16), &spec(teacher, 16), kept, 0).unwrap().unwrap();
             assert_eq!(inner.parameters().count(), 0);
             inner.describe()
         };
-        assert_eq!(pairs(3, 8, &[0, 2, 7]), "0:0 1:2 2:7");
+        assert_eq!(pairs(3, 8, &[0, 2, 7]), "0:1 1:6 2:7");
         assert_eq!(pairs(3, 9, &[]), "0:2 1:5 2:8");
         assert_eq!(pairs(4, 2, &[]), "0:0 1:0 2:0 3:1");
         assert!(Inner::new(&HiddenTerms::default(), &spec(3, 16), &spec(8, 16), &[], 0).unwrap().is_none());

@@ -7,6 +7,7 @@ use candle_core::Var;
 use edge_models::{NameBuf, Role};
 
 use super::checkpoint::Recipe;
+use super::config::TrainConfig;
 use super::error::TrainError;
 use super::graph::Decoder;
 use super::optimizer::Parameter;
@@ -45,14 +46,14 @@ impl<R> Trainee<R> {
     }
 }
 
-/// Every weight of `model` is trained, and the result is the model; weight decay acts on the matrices, on the
-/// embedding table only with `decay_embeddings`.
+/// Every weight of `model` is trained, the embedding table only if `config` says so, and the result is the model;
+/// weight decay acts on the matrices.
 ///
 /// # Errors
 /// The weights are not those of the model's specification.
-pub fn full(model: Model, decay_embeddings: bool) -> Result<Trainee<Model>, TrainError> {
+pub fn full(model: Model, config: &TrainConfig) -> Result<Trainee<Model>, TrainError> {
     let recipe = Recipe::from([("student".to_owned(), fingerprint(&model)?)]);
-    let (model, parameters) = into_parameters(model, decay_embeddings)?;
+    let (model, parameters) = into_parameters(model, config)?;
     let decoder = Decoder::new(&model.spec, &model.weights)?;
     Ok(Trainee::new(decoder, parameters, recipe, move || Ok(detached(model))))
 }
@@ -61,11 +62,11 @@ pub fn full(model: Model, decay_embeddings: bool) -> Result<Trainee<Model>, Trai
 ///
 /// The returned model holds the same variables. Divisors of the rotary frequencies are constants of the
 /// architecture and stay as they are.
-fn into_parameters(mut model: Model, decay_embeddings: bool) -> Result<(Model, Vec<Parameter>), TrainError> {
+fn into_parameters(mut model: Model, config: &TrainConfig) -> Result<(Model, Vec<Parameter>), TrainError> {
     let mut weights = Weights::default();
     let mut parameters = Vec::new();
     for (role, layer, tensor) in model.weights.iter() {
-        if role.is_rope_table() {
+        if role.is_rope_table() || (role == Role::TokenEmbedding && !config.embeddings) {
             weights.insert(role, layer, tensor.clone());
             continue;
         }
@@ -78,7 +79,7 @@ fn into_parameters(mut model: Model, decay_embeddings: bool) -> Result<(Model, V
         // would then change the caller's model.
         let var = Var::from_tensor(&tensor.detach())?;
         weights.insert(role, layer, var.as_tensor().clone());
-        let decay = !role.is_vector() && (role != Role::TokenEmbedding || decay_embeddings);
+        let decay = !role.is_vector() && (role != Role::TokenEmbedding || config.decay_embeddings);
         parameters.push(Parameter { name, var, decay });
     }
     model.weights = weights;

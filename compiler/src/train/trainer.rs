@@ -85,7 +85,7 @@ pub fn distill(
 ) -> Result<Model, TrainError> {
     crate::student::check(teacher, &student)?;
     config.validate()?;
-    let student = trainee::full(student, config.decay_embeddings)?;
+    let student = trainee::full(student, config)?;
     match cache::fill(teacher, text, config, folder, progress)? {
         Some(cache) => train_from(Some(Teacher::Cache(&cache)), student, text, config, folder, progress),
         None => train(Some(teacher), student, text, config, folder, progress),
