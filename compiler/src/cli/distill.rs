@@ -82,7 +82,7 @@ pub struct Arguments {
     /// Ask the teacher once, keep top-k=N or sampled=N tokens a position in a file, and train from it
     #[arg(long, value_name = "FORM")]
     cache_teacher: Option<Sparsity>,
-    /// Peak learning rate [default: 6e-4, with --qat 2e-5]
+    /// Peak learning rate [default: 4e-4, with --qat 2e-5]
     #[arg(long)]
     lr: Option<f64>,
     /// Sequences in a forward pass
