@@ -5,8 +5,8 @@ use std::rc::Rc;
 
 use anyhow::bail;
 use clap::Args;
-use edgec::pipeline::{self, Data, Observer, Recipe, StudentSource, TeacherSource};
-use edgec::train::loss::{HiddenTerms, Mixture, Objective, Sparsity};
+use edgec::pipeline::{self, Data, Observer, Recipe, SoftSource, StudentSource, TeacherSource};
+use edgec::train::loss::{HiddenTerms, Mixture, Objective, Sparsity, ULD};
 use edgec::train::parallel::Communicator;
 use edgec::train::{RunFolder, TrainConfig};
 
@@ -19,15 +19,23 @@ const QAT_LR: f64 = 2e-5;
 
 #[derive(Args)]
 pub struct Arguments {
-    /// GGUF file or Hugging Face folder [default: a small teacher inside this program]
+    /// GGUF file or Hugging Face folder [default: a small teacher inside this program; with --student and --data none:
+    /// what the data says is learned]
     #[arg(long)]
     teacher: Option<PathBuf>,
     /// An adapter to merge into the teacher first: PEFT's folder, a folder of `edgec tune`, or a GGUF LoRA
     #[arg(long)]
     teacher_adapter: Option<PathBuf>,
-    /// A smaller model of the same vocabulary to train, instead of one cut from the teacher
+    /// A smaller model to train, instead of one cut from the teacher; of the same vocabulary, or see --align
     #[arg(long, conflicts_with_all = ["shrink", "layers"])]
     student: Option<PathBuf>,
+    /// The student has another vocabulary: compare tokens that spell the same, learn the others as text
+    #[arg(long, requires = "student")]
+    align: bool,
+    /// Whose probabilities to learn: teacher, or data (what `edgec synth` wrote with --top-logprobs) [default: data where
+    /// it has any]
+    #[arg(long, value_name = "FROM", value_parser = soft_source)]
+    soft_targets: Option<SoftSource>,
     /// Share of the teacher's layers that the student keeps [default: 0.5]
     #[arg(long, conflicts_with = "layers")]
     shrink: Option<f64>,
@@ -54,9 +62,10 @@ pub struct Arguments {
     /// Tokens to train on
     #[arg(long, default_value_t = 122_880)]
     tokens: u64,
-    /// Divergence from the teacher: fkl, rkl, jsd, skl, srkl, tvd, or a mixture: fkl=0.7,tvd=0.3
-    #[arg(long, default_value_t)]
-    loss: Mixture,
+    /// Divergence from the teacher: fkl, rkl, jsd, skl, srkl, tvd, or a mixture: fkl=0.7,tvd=0.3; uld for a student of
+    /// another vocabulary: probabilities by rank
+    #[arg(long, default_value = "fkl", value_parser = loss)]
+    loss: Loss,
     /// Share of the teacher in the middle of jsd, 0 (fkl) to 1 (rkl)
     #[arg(long, default_value_t = Objective::default().beta)]
     beta: f64,
@@ -147,6 +156,28 @@ struct Prune {
     no_mend: bool,
 }
 
+/// The soft loss.
+#[derive(Clone, Copy)]
+enum Loss {
+    Divergence(Mixture),
+    Universal,
+}
+
+fn loss(text: &str) -> Result<Loss, String> {
+    match text {
+        ULD => Ok(Loss::Universal),
+        text => text.parse().map(Loss::Divergence).map_err(|error: String| format!("{error}, or {ULD}")),
+    }
+}
+
+fn soft_source(name: &str) -> Result<SoftSource, &'static str> {
+    match name {
+        "teacher" => Ok(SoftSource::Teacher),
+        "data" => Ok(SoftSource::Data),
+        _ => Err("expected teacher or data"),
+    }
+}
+
 /// A count from 1 to `most`.
 fn count(most: usize) -> impl clap::builder::TypedValueParser<Value = usize> {
     use clap::builder::TypedValueParser;
@@ -169,7 +200,11 @@ impl Prune {
 impl Arguments {
     fn recipe(&self) -> Recipe {
         Recipe {
-            teacher: self.teacher.clone().map_or(TeacherSource::Embedded, TeacherSource::Path),
+            teacher: match &self.teacher {
+                Some(path) => Some(TeacherSource::Path(path.clone())),
+                None if self.student.is_some() && !self.data.is_empty() => None,
+                None => Some(TeacherSource::Embedded),
+            },
             teacher_adapter: self.teacher_adapter.clone(),
             student: match (&self.student, self.layers) {
                 (Some(path), _) => StudentSource::Path(path.clone()),
@@ -177,6 +212,7 @@ impl Arguments {
                 (None, None) => StudentSource::Shrink(self.shrink.unwrap_or(0.5)),
             },
             data: if self.data.is_empty() { Data::Embedded } else { Data::Files(self.data.clone()) },
+            soft_targets: self.soft_targets,
             eval_data: self.eval_data.clone(),
             prune: self.prune.recipe(),
             mask_prompts: self.mask_prompts,
@@ -194,12 +230,17 @@ impl Arguments {
                 objective: Objective {
                     alpha: self.alpha,
                     temperature: self.temperature,
-                    soft: self.loss,
+                    soft: match self.loss {
+                        Loss::Divergence(mixture) => mixture,
+                        Loss::Universal => Mixture::default(),
+                    },
+                    universal: matches!(self.loss, Loss::Universal),
                     beta: self.beta,
                     skew: self.skew,
                 },
                 hidden: self.hidden.unwrap_or_default().at(&self.hidden_layers),
                 cache: self.cache_teacher,
+                align: self.align,
                 on_policy: self.on_policy,
                 ..TrainConfig::default()
             },

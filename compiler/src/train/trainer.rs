@@ -420,6 +420,9 @@ fn scorer<'a>(
         Some(Teacher::Said(_)) if config.hidden.any() => {
             return nobody("hidden-state term", config.hidden.to_string());
         }
+        Some(Teacher::Said(_)) if config.cache.is_some() || config.other_vocabulary() => {
+            return nobody("a cache of the teacher, --align or uld", "asked for".into());
+        }
         Some(Teacher::Said(soft)) => {
             // Of the tail only the sum is known, which no temperature can be applied to.
             if !soft.is_empty() && config.objective.temperature != 1.0 {
