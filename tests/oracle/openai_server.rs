@@ -89,6 +89,7 @@ fn rows_of_a_server_that_was_killed_are_distilled() {
     let options =
         ["--seed-data", text, "--passage", "200", "--count", &rows_wanted, "--endpoint", "completions"];
     let options = [&options[..], &["--max-tokens", "48", "--temperature", "0.7", "--seed", "1"]].concat();
+    let options = [&options[..], &["--top-logprobs", "8"]].concat();
     let mut command = synth(&server.url, &out, &[&options[..], &["--retries", "1"]].concat());
     let client = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let started = Instant::now();
@@ -122,7 +123,12 @@ fn rows_of_a_server_that_was_killed_are_distilled() {
         .args(["--mask-prompts", "--target", "x86_64-linux", "--teacher"])
         .arg(teacher().join("model.gguf"));
     distill.arg("--data").arg(&out).args(["--eval-data", text, "--out"]).arg(folder.path().join("run"));
-    run(&mut distill);
+    let ran = Ran::of(&mut distill);
+    assert!(ran.success, "{}", ran.err);
+    // Another vocabulary than the server's: where both cut alike, its probabilities are learned.
+    let said = ran.err.lines().find(|line| line.contains("have probabilities that came with them")).unwrap();
+    let counts: Vec<usize> = said.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+    assert!(counts[0] > 0 && counts[0] < counts[1], "{said}");
     assert!(folder.path().join("run/student.gguf").exists());
 }
 

@@ -6,6 +6,7 @@
 //! Nothing here knows how a stage is done.
 
 mod folder;
+pub mod ledger;
 mod manifest;
 mod prune;
 mod recipe;

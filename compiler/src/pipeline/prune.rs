@@ -31,7 +31,7 @@ impl Run<'_> {
     /// The student before any training: after the first step of pruning, if it has several.
     pub(super) fn student(&mut self, inputs: &Inputs) -> Result<Pruned, Error> {
         if let Some(given) = &inputs.given {
-            let mut model = given.model.clone();
+            let mut model = given.clone();
             if let Some(keep) = &inputs.kept_tokens {
                 model = student::trim(&model, keep)?;
             }

@@ -118,14 +118,18 @@ impl Recipe {
             return refuse("a student is cut from a teacher, and there is none");
         }
         if self.train.other_vocabulary() && !(given && teacher) {
-            return refuse("--align and --loss uld compare a --teacher with a --student of another vocabulary");
+            return refuse(
+                "--align and --loss uld compare a --teacher with a --student of another vocabulary",
+            );
         }
         match (self.soft_targets, teacher) {
             (Some(SoftSource::Teacher), false) => refuse("--soft-targets teacher: there is no --teacher"),
             (Some(SoftSource::Data), _) if self.train.other_vocabulary() => {
                 refuse("--soft-targets data: --align and --loss uld ask the teacher")
             }
-            (_, false) if self.teacher_adapter.is_some() => refuse("--teacher-adapter: there is no --teacher"),
+            (_, false) if self.teacher_adapter.is_some() => {
+                refuse("--teacher-adapter: there is no --teacher")
+            }
             (_, false) if self.prune.vocabulary.is_some() => {
                 refuse("--trim-vocab trims a teacher too, and there is none")
             }

@@ -36,7 +36,6 @@ pub(super) struct Run<'a> {
     pub(super) observer: &'a mut dyn Observer,
 }
 
-
 /// Does what `recipe` asks in `folder`, which must be new or empty, or hold a run to resume.
 ///
 /// Of several processes only the first one touches the folder and has an answer; the others train with it.
@@ -110,11 +109,11 @@ impl Run<'_> {
             Lesson::Model => cache::fill(inputs.teacher()?, inputs.text(), config, folder, &mut watch)?,
             _ => None,
         };
-        if lesson == Lesson::Data || cache.is_some() {
-            // All that it has to say is on the disk.
-            inputs.forget_teacher();
+        if lesson != Lesson::Model || cache.is_some() {
+            // All that it has to say is on the disk, or said by another.
+            inputs.forget_reader();
         }
-        let interpreter = if lesson == Lesson::Foreign { Some(inputs.interpreter()?) } else { None };
+        let interpreter = inputs.interpreter()?;
         let teacher = Some(match (lesson, &cache, &interpreter) {
             (Lesson::Data, ..) => Teacher::Said(&inputs.train.soft),
             (_, Some(cache), _) => Teacher::Cache(cache),
@@ -136,7 +135,7 @@ impl Run<'_> {
         let sample = Sample {
             ids: &inputs.train.ids[..inputs.train.ids.len().min(ROUNDING_TOKENS)],
             length: self.recipe.train.length,
-            bos: inputs.reader().tokenizer.bos_to_add(),
+            bos: inputs.reader.tokenizer.bos_to_add(),
         };
         let observer = &mut *self.observer;
         Ok(round_model(student, mix.into(), sample, Rounding::default(), &mut |done, total, message| {
@@ -235,7 +234,7 @@ impl Run<'_> {
             context: self.recipe.train.length,
             windows: Some(EVAL_WINDOWS),
             score: Score::All,
-            bos: inputs.reader().tokenizer.bos_to_add(),
+            bos: inputs.reader.tokenizer.bos_to_add(),
         };
         let models = [&inputs.beside().1.file, trained, shipped, packed];
         let pairs = [(2, Some(0)), (1, Some(0)), (2, Some(1)), (3, Some(1))];

@@ -26,19 +26,21 @@ pub(super) struct Speaker {
 }
 
 impl Speaker {
-    fn load(path: &Path) -> Result<Self, Error> {
-        let file = profile::open(path)?;
-        Ok(Self { model: teacher::load(path)?, tokenizer: HostTokenizer::of(&file)?, file })
+    fn of(model: Model, file: ModelFile) -> Result<Self, Error> {
+        Ok(Self { model, tokenizer: HostTokenizer::of(&file)?, file })
     }
 }
 
 /// Everything that the stages after loading need.
 pub(super) struct Inputs {
-    teacher: Option<Speaker>,
+    /// Who has the student's vocabulary: its teacher, or the student itself as it was given.
+    pub reader: Speaker,
+    /// Whether that is the teacher.
+    taught_by_reader: bool,
+    /// A teacher of another vocabulary.
+    foreign: Option<Speaker>,
     /// A student that is not cut from the teacher.
-    pub given: Option<Speaker>,
-    /// The teacher has a vocabulary of its own.
-    foreign: bool,
+    pub given: Option<Model>,
     pub train: Corpus,
     pub eval: Vec<u32>,
     pub hashes: Vec<(String, String)>,
@@ -63,61 +65,50 @@ impl Inputs {
     /// # Errors
     /// There is none, which a recipe that was checked does not ask for.
     pub fn teacher(&self) -> Result<&Model, Error> {
-        let teacher = self.teacher.as_ref().ok_or_else(|| Error::Student("there is no teacher".into()))?;
-        Ok(&teacher.model)
-    }
-
-    /// Gives its weights back; what it looks like stays.
-    pub fn forget_teacher(&mut self) {
-        if let Some(teacher) = &mut self.teacher {
-            teacher.model.weights = Weights::default();
+        match &self.foreign {
+            Some(teacher) => Ok(&teacher.model),
+            None if self.taught_by_reader => Ok(&self.reader.model),
+            None => Err(Error::Student("there is no teacher".into())),
         }
     }
 
-    /// Whose vocabulary the student has.
-    pub fn reader(&self) -> &Speaker {
-        reader(&self.teacher, &self.given, self.foreign).expect("a recipe has a teacher or a student")
+    /// Gives back the weights of who reads the text; what it looks like stays.
+    pub fn forget_reader(&mut self) {
+        self.reader.model.weights = Weights::default();
+        self.given = None;
     }
 
-    /// What the student is judged beside: its teacher, or itself before where that has another vocabulary or is
-    /// far away.
+    /// What the student is judged beside: its teacher, or itself before its training where that has another
+    /// vocabulary or is far away. Called by its name.
     pub fn beside(&self) -> (&'static str, &Speaker) {
-        match &self.teacher {
-            Some(teacher) if !self.foreign => ("teacher", teacher),
-            _ => ("student before", self.reader()),
-        }
+        (if self.taught_by_reader { "teacher" } else { "student before" }, &self.reader)
     }
 
     /// What the run is called by.
     pub fn title(&self) -> String {
-        self.teacher.as_ref().unwrap_or_else(|| self.reader()).model.name.clone()
+        self.foreign.as_ref().unwrap_or(&self.reader).model.name.clone()
     }
 
     pub fn text(&self) -> Text<'_> {
         Text { ids: &self.train.ids, scored: &self.train.scored }
     }
 
-    /// Between the student's vocabulary and the teacher's.
+    /// Between the student's vocabulary and the teacher's, if that is another one.
     ///
     /// # Errors
     /// A refusal of a tokenizer.
-    pub fn interpreter(&self) -> Result<Interpreter<'_>, Error> {
-        let vocab = self.teacher()?.spec.vocab;
-        let teacher = self.teacher.as_ref().map_or(&self.reader().tokenizer, |teacher| &teacher.tokenizer);
-        Ok(Interpreter::new(&self.reader().tokenizer, teacher, vocab)?)
+    pub fn interpreter(&self) -> Result<Option<Interpreter<'_>>, Error> {
+        let Some(Speaker { model, tokenizer, .. }) = &self.foreign else { return Ok(None) };
+        Ok(Some(Interpreter::new(&self.reader.tokenizer, tokenizer, model.spec.vocab)?))
     }
 }
 
-/// Whose tokenizer reads the text.
-fn reader<'a>(
-    teacher: &'a Option<Speaker>,
-    given: &'a Option<Speaker>,
-    foreign: bool,
-) -> Option<&'a Speaker> {
-    match given {
-        Some(given) if foreign || teacher.is_none() => Some(given),
-        _ => teacher.as_ref(),
-    }
+/// Refuses a student whose vocabulary is not its teacher's, and says what may be done.
+fn check(teacher: &Model, student: &Model) -> Result<(), Error> {
+    student::check(teacher, student).map_err(|error| {
+        let ways = "--align compares tokens that spell the same, --loss uld those of any vocabulary";
+        Error::Student(format!("{error}; {ways}"))
+    })
 }
 
 impl Run<'_> {
@@ -131,40 +122,40 @@ impl Run<'_> {
                 None
             }
         };
-        let given = match &recipe.student {
-            StudentSource::Path(path) => {
-                hashes.extend(hash_model(path)?);
-                Some(Speaker::load(path)?)
+        let foreign = recipe.train.other_vocabulary();
+        let mut given = None;
+        let mut reader = None;
+        if let StudentSource::Path(path) = &recipe.student {
+            hashes.extend(hash_model(path)?);
+            let model = teacher::load(path)?;
+            match &teacher {
+                Some(teacher) if !foreign => check(&teacher.model, &model)?,
+                _ => reader = Some(Speaker::of(model.clone(), profile::open(path)?)?),
             }
-            _ => None,
-        };
+            given = Some(model);
+        }
         let wanted = Wanted {
             data: &recipe.data,
             eval_data: recipe.eval_data.as_deref(),
             mask_prompts: recipe.mask_prompts,
             length: recipe.train.length,
         };
-        let foreign = recipe.train.other_vocabulary();
-        if let (Some(teacher), Some(given), false) = (&teacher, &given, foreign) {
-            student::check(&teacher.model, &given.model).map_err(|error| {
-                let ways = "--align compares tokens that spell the same, --loss uld those of any vocabulary";
-                Error::Student(format!("{error}; {ways}"))
-            })?;
-        }
         let mut kept_tokens = None;
         if let (Some(least), Some(teacher)) = (recipe.prune.vocabulary, &mut teacher) {
             let corpus = text::corpus(&wanted, &teacher.tokenizer)?;
             kept_tokens = Some(self.trim(teacher, &corpus, least)?);
         }
-        let Some(reader) = reader(&teacher, &given, foreign) else {
-            return Err(Error::Student("there is neither a teacher nor a student".into()));
+        let (reader, foreign, taught_by_reader) = match (reader, teacher) {
+            (Some(student), teacher) => (student, teacher, false),
+            (None, Some(teacher)) => (teacher, None, true),
+            (None, None) => return Err(Error::Student("there is neither a teacher nor a student".into())),
         };
         let (train, eval) = text::read(&wanted, &reader.tokenizer, &mut hashes, self.observer)?;
         self.observer.note(
             "text",
             &format!("{} tokens to distill on, {} held out to judge on", train.ids.len(), eval.len()),
         );
-        Ok(Inputs { teacher, given, foreign, train, eval, hashes, kept_tokens })
+        Ok(Inputs { reader, taught_by_reader, foreign, given, train, eval, hashes, kept_tokens })
     }
 
     fn teacher(
@@ -192,7 +183,7 @@ impl Run<'_> {
             self.observer.note("teacher", &format!("adapter {} is merged into it", adapter.path.display()));
         }
         self.observer.note("teacher", &describe(&model));
-        Ok(Speaker { tokenizer: HostTokenizer::of(&file)?, model, file })
+        Speaker::of(model, file)
     }
 
     /// Trims the teacher's vocabulary to what `corpus` uses at least `least` times; answers the tokens that stay.
@@ -216,10 +207,8 @@ impl Run<'_> {
     /// Whether probabilities that came with the text are learned, or the text alone, and not what a teacher says.
     pub(super) fn learns_from_data(&self, inputs: &Inputs) -> bool {
         let train = &self.recipe.train;
-        let asks = train.other_vocabulary()
-            || train.cache.is_some()
-            || train.hidden.any()
-            || train.on_policy > 0.0;
+        let asks =
+            train.other_vocabulary() || train.cache.is_some() || train.hidden.any() || train.on_policy > 0.0;
         match self.recipe.soft_targets {
             Some(source) => source == SoftSource::Data,
             None => self.recipe.teacher.is_none() || (!asks && !inputs.train.soft.is_empty()),
@@ -243,19 +232,20 @@ impl Run<'_> {
             let why = "the teacher is asked instead of the probabilities that came with the text";
             self.observer.note("teacher", why);
         }
-        if !inputs.foreign {
-            return Ok(Lesson::Model);
-        }
-        let interpreter = inputs.interpreter()?;
+        let Some(interpreter) = inputs.interpreter()? else { return Ok(Lesson::Model) };
         let common = interpreter.common(&train.ids, self.recipe.train.length, COMPARED_WINDOWS)?;
         let universal = self.recipe.train.objective.universal;
         let (compared, how) = match universal {
-            true => (common.grouped, "between boundaries that both have, whose probabilities are compared by rank"),
+            true => (
+                common.grouped,
+                "between boundaries that both have, whose probabilities are compared by rank",
+            ),
             false => (common.alike, "the same token on both sides; the others are learned as text"),
         };
         let share = 100.0 * compared as f64 / common.targets.max(1) as f64;
         let names = interpreter.in_common();
-        self.observer.note("vocabulary", &format!("{names} tokens in common, {share:.1} % of the text is {how}"));
+        self.observer
+            .note("vocabulary", &format!("{names} tokens in common, {share:.1} % of the text is {how}"));
         let refuse = |message: &str| Err(TrainError::Vocabularies(message.into()).into());
         if !universal && names == 0 {
             return refuse("no token of one is a token of the other, expected most; --loss uld needs none");

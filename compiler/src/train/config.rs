@@ -167,7 +167,11 @@ impl TrainConfig {
             return refuse("alpha", self.objective.alpha.to_string(), expected);
         }
         if self.align && self.objective.universal {
-            return refuse("loss", "uld".into(), "a divergence between tokens that are aligned, or uld alone");
+            return refuse(
+                "loss",
+                "uld".into(),
+                "a divergence between tokens that are aligned, or uld alone",
+            );
         }
         if self.other_vocabulary() && self.hidden.any() {
             let expected = "none with --align or uld, where positions differ";

@@ -12,9 +12,7 @@ use candle_core::Tensor;
 
 use super::error::TrainError;
 use super::graph::Decoder;
-use super::loss::{
-    Group, Head, IGNORE, LONGEST_GROUP, NOT_SHARED, SparseTargets, Universal, translated,
-};
+use super::loss::{Group, Head, IGNORE, LONGEST_GROUP, NOT_SHARED, SparseTargets, Universal, translated};
 use super::windows::Batch;
 use crate::text::soft::Pieces;
 use crate::text::{HostTokenizer, TextError};
@@ -127,7 +125,10 @@ impl<'a> Interpreter<'a> {
                 Spelling::Bytes(bytes) => {
                     run.extend_from_slice(bytes);
                     // The space that SentencePiece puts before a text is none of it.
-                    let phantom = begins && self.student_prefix && run.len() == bytes.len() && run.first() == Some(&b' ');
+                    let phantom = begins
+                        && self.student_prefix
+                        && run.len() == bytes.len()
+                        && run.first() == Some(&b' ');
                     if phantom {
                         run.remove(0);
                     }
@@ -266,7 +267,11 @@ impl<'i> Speech<'i> {
         }
         let Interpreter { tokenizer, teacher, .. } = self.interpreter;
         let prefix = begins && tokenizer.view().adds_space_prefix();
-        let ids = if prefix { tokenizer.encode_bytes(run, false, false)? } else { tokenizer.encode_behind(run, false)? };
+        let ids = if prefix {
+            tokenizer.encode_bytes(run, false, false)?
+        } else {
+            tokenizer.encode_behind(run, false)?
+        };
         let text = if prefix { [b" ", run].concat() } else { run.to_vec() };
         let mut at = Some(0);
         for &id in &ids {
@@ -320,3 +325,6 @@ impl<'i> Speech<'i> {
         Spoken { ids: self.ids, pairs }
     }
 }
+
+#[cfg(test)]
+mod tests;

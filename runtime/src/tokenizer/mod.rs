@@ -192,13 +192,7 @@ impl<'a> Tokenizer<'a> {
         self.encode_plain(rest, begins, scratch, ids)
     }
 
-    fn encode_plain(
-        &self,
-        text: &[u8],
-        begins: bool,
-        scratch: &mut [u32],
-        ids: &mut Ids<'_>,
-    ) -> Result<()> {
+    fn encode_plain(&self, text: &[u8], begins: bool, scratch: &mut [u32], ids: &mut Ids<'_>) -> Result<()> {
         match &self.model {
             Model::ByteLevel(model) => model.encode(&self.vocab, text, scratch, ids),
             Model::SentencePiece(model) => model.encode(&self.vocab, text, begins, scratch, ids),

@@ -160,7 +160,14 @@ pub struct Objective {
 impl Default for Objective {
     /// The forward KL divergence alone, at temperature 1.
     fn default() -> Self {
-        Self { alpha: 1.0, temperature: 1.0, soft: Mixture::default(), universal: false, beta: 0.5, skew: 0.1 }
+        Self {
+            alpha: 1.0,
+            temperature: 1.0,
+            soft: Mixture::default(),
+            universal: false,
+            beta: 0.5,
+            skew: 0.1,
+        }
     }
 }
 

@@ -60,11 +60,18 @@ pub(super) fn check_groups(
     teacher: &Side<'_>,
 ) -> Result<()> {
     if targets.next.len() != teacher.rows || text.len() != student.rows {
-        bail!("loss: {} and {} targets for {} and {} rows", text.len(), targets.next.len(), student.rows, teacher.rows);
+        bail!(
+            "loss: {} and {} targets for {} and {} rows",
+            text.len(),
+            targets.next.len(),
+            student.rows,
+            teacher.rows
+        );
     }
     let mut free = 0;
     for group in &targets.groups {
-        let whole = |range: &Range<usize>, rows| (1..=LONGEST_GROUP).contains(&range.len()) && range.end <= rows;
+        let whole =
+            |range: &Range<usize>, rows| (1..=LONGEST_GROUP).contains(&range.len()) && range.end <= rows;
         let learned = |rows: &Range<usize>| text[rows.clone()].iter().all(|target| *target != IGNORE);
         let known = |rows: &Range<usize>| {
             targets.next[rows.clone()].iter().all(|token| (*token as usize) < teacher.vocab)
@@ -151,4 +158,179 @@ fn chain(logits: &mut [f32], vocab: usize, rows: &[(usize, u32)], cool: f32) -> 
         }
     }
     product
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use candle_core::Var;
+
+    use super::super::side::CHUNK;
+    use super::super::{Objective, Target, loss};
+    use super::*;
+    use crate::train::ops::check;
+
+    const VOCAB: usize = 23;
+    const TEXT: [u32; 6] = [3, 7, IGNORE, 16, 5, 20];
+
+    fn objective(alpha: f64, temperature: f64) -> Objective {
+        Objective { alpha, temperature, universal: true, ..Objective::default() }
+    }
+
+    /// Rows 0 and 1 beside teacher's 0; row 3 beside 1 to 3; row 4 beside 4; row 5 is text, row 2 nothing.
+    fn targets(vocab: usize) -> Universal {
+        let group = |student, teacher| Group { student, teacher };
+        Universal {
+            hidden: check::matrix(3, 6, 5),
+            head: Head { weight: check::matrix(4, vocab, 5), soft_cap: 0.0 },
+            next: vec![1, 2, 9, 4, 0, 8],
+            groups: vec![group(0..2, 0..1), group(3..4, 1..4), group(4..5, 4..5)],
+        }
+    }
+
+    /// Probabilities in f64, from the definition.
+    fn softmax(hidden: &[f64], head: &[Vec<f64>], temperature: f64) -> Vec<f64> {
+        let logits: Vec<f64> = head
+            .iter()
+            .map(|row| row.iter().zip(hidden).map(|(w, x)| w * x).sum::<f64>() / temperature)
+            .collect();
+        let sum: f64 = logits.iter().map(|x| x.exp()).sum();
+        logits.iter().map(|x| x.exp() / sum).collect()
+    }
+
+    fn rows(tensor: &Tensor) -> Vec<Vec<f64>> {
+        let rows = tensor.to_vec2::<f32>().unwrap();
+        rows.iter().map(|row| row.iter().map(|x| f64::from(*x)).collect()).collect()
+    }
+
+    fn merged(probabilities: &[Vec<f64>], next: &[u32], rows: &Range<usize>) -> Vec<f64> {
+        let others: f64 = rows.clone().skip(1).map(|row| probabilities[row][next[row] as usize]).product();
+        let mut sorted: Vec<f64> = probabilities[rows.start].iter().map(|p| p * others).collect();
+        sorted.sort_by(|a, b| b.total_cmp(a));
+        sorted
+    }
+
+    fn defined(hidden: &[Vec<f64>], head: &[Vec<f64>], targets: &Universal, objective: &Objective) -> f64 {
+        let Objective { alpha, temperature, .. } = *objective;
+        let at = |temperature| -> Vec<Vec<f64>> {
+            hidden.iter().map(|row| softmax(row, head, temperature)).collect()
+        };
+        let (q, plain) = (at(temperature), at(1.0));
+        let (theirs, weight) = (rows(&targets.hidden), rows(&targets.head.weight));
+        let p: Vec<Vec<f64>> = theirs.iter().map(|row| softmax(row, &weight, temperature)).collect();
+        let text = |row: usize| -plain[row][TEXT[row] as usize].ln();
+        let mut sum = text(5);
+        for group in &targets.groups {
+            let (own, said) = (merged(&q, &TEXT, &group.student), merged(&p, &targets.next, &group.teacher));
+            let distance: f64 = (0..own.len().max(said.len()))
+                .map(|rank| (own.get(rank).unwrap_or(&0.0) - said.get(rank).unwrap_or(&0.0)).abs())
+                .sum();
+            sum += alpha * temperature * temperature * distance;
+            sum += (1.0 - alpha) * group.student.clone().map(text).sum::<f64>();
+        }
+        sum / 5.0
+    }
+
+    /// Value and gradients beside the definition and its finite differences, with a teacher of fewer, as many and
+    /// more tokens.
+    #[test]
+    fn gradients_are_slopes_of_the_definition() {
+        let (hidden, weight) = (check::matrix(1, 6, 8), check::matrix(2, VOCAB, 8));
+        for vocab in [11, VOCAB, 40] {
+            let targets = Arc::new(targets(vocab));
+            for objective in [objective(1.0, 1.0), objective(0.6, 1.0), objective(0.8, 2.0)] {
+                let (x, w) = (Var::from_tensor(&hidden).unwrap(), Var::from_tensor(&weight).unwrap());
+                let head = Head { weight: w.as_tensor().clone(), soft_cap: 0.0 };
+                let (value, parts) =
+                    loss(&x, &head, Target::Universal(&targets), &TEXT, &objective, 1.0).unwrap();
+                let expected = defined(&rows(&hidden), &rows(&weight), &targets, &objective);
+                assert!((parts.loss - expected).abs() < 1e-5, "{vocab}: {} {expected}", parts.loss);
+                let store = value.backward().unwrap();
+                for (var, first) in [(&x, true), (&w, false)] {
+                    let found = rows(store.get(var).unwrap());
+                    for (row, values) in found.iter().enumerate() {
+                        for (col, found) in values.iter().enumerate() {
+                            let moved = |step: f64| {
+                                let (mut hidden, mut weight) = (rows(&hidden), rows(&weight));
+                                if first {
+                                    hidden[row][col] += step
+                                } else {
+                                    weight[row][col] += step
+                                }
+                                defined(&hidden, &weight, &targets, &objective)
+                            };
+                            let slope = (moved(1e-6) - moved(-1e-6)) / 2e-6;
+                            assert!(
+                                (found - slope).abs() < 2e-5,
+                                "{vocab} {objective:?} [{row}, {col}]: {found}, slope {slope}"
+                            );
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// The same model, cut the same way, is no distance away; where nothing is grouped there is only the text.
+    #[test]
+    fn the_same_distribution_is_no_distance() {
+        let (hidden, weight) = (check::matrix(1, 6, 8), check::matrix(2, VOCAB, 8));
+        let head = Head { weight, soft_cap: 0.0 };
+        let alone = |row: usize| Group { student: row..row + 1, teacher: row..row + 1 };
+        let of = |groups: Vec<Group>, alpha| {
+            let next = TEXT.iter().map(|&token| if token == IGNORE { 0 } else { token }).collect();
+            let targets = Universal { hidden: hidden.clone(), head: head.clone(), next, groups };
+            loss(&hidden, &head, Target::Universal(&targets.into()), &TEXT, &objective(alpha, 1.0), 1.0)
+                .unwrap()
+                .1
+        };
+        assert!(of([0, 1, 3, 4, 5].map(alone).to_vec(), 1.0).loss < 1e-6);
+        let text = of(vec![], 1.0);
+        assert_eq!(text.loss, text.cross_entropy);
+        assert!(text.loss > 1.0);
+    }
+
+    #[test]
+    fn groups_are_never_torn_between_chunks() {
+        let rows = 2 * CHUNK + 9;
+        let (hidden, head) =
+            (check::matrix(1, rows, 4), Head { weight: check::matrix(2, 9, 4), soft_cap: 0.0 });
+        let text: Vec<u32> = (0..rows as u32).map(|row| row % 9).collect();
+        let group = |at: usize| Group { student: at * 3..at * 3 + 3, teacher: at * 3..at * 3 + 3 };
+        let groups: Vec<_> = (0..rows / 3).map(group).collect();
+        let whole = |groups: Vec<Group>| {
+            let targets =
+                Universal { hidden: hidden.clone(), head: head.clone(), next: text.clone(), groups };
+            loss(&hidden, &head, Target::Universal(&targets.into()), &text, &objective(1.0, 1.0), 1.0)
+                .unwrap()
+                .1
+        };
+        assert!(whole(groups.clone()).loss < 0.05, "only the rows behind the last group are text");
+        // Each group by itself, on the whole batch.
+        let text_alone = whole(vec![]).loss;
+        let lonely: f64 = groups.iter().map(|group| text_alone - whole(vec![group.clone()]).loss).sum();
+        let left = text_alone - whole(groups).loss;
+        assert!((lonely - left).abs() < 1e-3, "{lonely} {left}");
+    }
+
+    #[test]
+    fn what_are_no_groups_is_refused() {
+        let (hidden, weight) = (check::matrix(1, 6, 8), check::matrix(2, VOCAB, 8));
+        let refused = |change: &dyn Fn(&mut Universal)| {
+            let mut targets = targets(VOCAB);
+            change(&mut targets);
+            let head = Head { weight: weight.clone(), soft_cap: 0.0 };
+            loss(&hidden, &head, Target::Universal(&targets.into()), &TEXT, &objective(1.0, 1.0), 1.0)
+                .is_err()
+        };
+        assert!(!refused(&|_| ()));
+        assert!(refused(&|targets| targets.groups.swap(0, 1)));
+        assert!(refused(&|targets| targets.groups[0].student = 1..3), "row 2 is not learned");
+        assert!(refused(&|targets| targets.groups[0].student = 0..0));
+        assert!(refused(&|targets| targets.groups[2].student = 4..7));
+        assert!(refused(&|targets| targets.groups[2].teacher = 5..7));
+        assert!(refused(&|targets| targets.next[1] = VOCAB as u32));
+        assert!(refused(&|targets| targets.next.truncate(5)));
+    }
 }
