@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use anyhow::bail;
 use clap::Args;
-use edgec::pipeline::{self, Data, Observer, Recipe, SoftSource, StudentSource, TeacherSource};
+use edgec::pipeline::{self, Observer, Recipe, SoftSource, StudentSource, TeacherSource};
 use edgec::train::loss::{HiddenTerms, Mixture, Objective, Sparsity, ULD};
 use edgec::train::parallel::Communicator;
 use edgec::train::{RunFolder, TrainConfig};
@@ -13,6 +13,7 @@ use edgec::train::{RunFolder, TrainConfig};
 use super::output;
 use super::processes::together;
 use super::progress::{Progress, note};
+use super::training::Training;
 
 /// Peak learning rate of quantization-aware training: what is nearly right moves little.
 const QAT_LR: f64 = 2e-5;
@@ -44,24 +45,14 @@ pub struct Arguments {
     layers: Option<usize>,
     #[command(flatten)]
     prune: Prune,
-    /// Text to distill on, .txt or .jsonl; may be given again [default: text inside this program]
-    #[arg(long)]
-    data: Vec<PathBuf>,
-    /// Text to judge on [default: the end of the data is held out]
-    #[arg(long)]
-    eval_data: Option<PathBuf>,
-    /// Learn completions and the assistant's turns only
-    #[arg(long)]
-    mask_prompts: bool,
+    #[command(flatten)]
+    training: Training,
     /// Device to build for; `edgec targets` lists them
     #[arg(long, default_value = edge_targets::DEFAULT)]
     target: String,
     /// Folder of the run [default: runs/<target>, or the next free number]
     #[arg(long)]
     out: Option<PathBuf>,
-    /// Tokens to train on
-    #[arg(long, default_value_t = 122_880)]
-    tokens: u64,
     /// Divergence from the teacher: fkl, rkl, jsd, skl, srkl, tvd, or a mixture: fkl=0.7,tvd=0.3; uld for a student of
     /// another vocabulary: probabilities by rank
     #[arg(long, default_value = "fkl", value_parser = loss)]
@@ -93,15 +84,6 @@ pub struct Arguments {
     /// Peak learning rate [default: 6e-4, with --qat 2e-5]
     #[arg(long)]
     lr: Option<f64>,
-    /// Sequences in a forward pass
-    #[arg(long, default_value_t = TrainConfig::default().batch)]
-    batch: usize,
-    /// Tokens in a sequence
-    #[arg(long, default_value_t = TrainConfig::default().length)]
-    length: usize,
-    /// Forward passes in an optimizer step
-    #[arg(long, default_value_t = 1)]
-    accumulate: usize,
     /// Tokens on which the layers to keep are chosen
     #[arg(long, default_value_t = 512)]
     calibration: usize,
@@ -112,12 +94,6 @@ pub struct Arguments {
     /// --shrink 1 the whole teacher
     #[arg(long, value_name = "TYPE", conflicts_with = "quant")]
     qat: Option<String>,
-    /// Seed of everything random
-    #[arg(long, default_value_t = 0)]
-    seed: u64,
-    /// Steps between checkpoints; every two minutes there is one anyway
-    #[arg(long, value_name = "STEPS", value_parser = clap::value_parser!(u64).range(1..))]
-    checkpoint_every: Option<u64>,
     /// Keep fewer activations and compute them again: less memory, more time, the same result
     #[arg(long)]
     checkpoint_activations: bool,
@@ -202,7 +178,7 @@ impl Arguments {
         Recipe {
             teacher: match &self.teacher {
                 Some(path) => Some(TeacherSource::Path(path.clone())),
-                None if self.student.is_some() && !self.data.is_empty() => None,
+                None if self.student.is_some() && !self.training.data.is_empty() => None,
                 None => Some(TeacherSource::Embedded),
             },
             teacher_adapter: self.teacher_adapter.clone(),
@@ -211,22 +187,17 @@ impl Arguments {
                 (None, Some(layers)) => StudentSource::Layers(layers),
                 (None, None) => StudentSource::Shrink(self.shrink.unwrap_or(0.5)),
             },
-            data: if self.data.is_empty() { Data::Embedded } else { Data::Files(self.data.clone()) },
+            data: self.training.text(),
             soft_targets: self.soft_targets,
-            eval_data: self.eval_data.clone(),
+            eval_data: self.training.eval_data.clone(),
             prune: self.prune.recipe(),
-            mask_prompts: self.mask_prompts,
+            mask_prompts: self.training.mask_prompts,
             target: self.target.clone(),
             quant: self.qat.clone().unwrap_or_else(|| self.quant.clone()),
             qat: self.qat.is_some(),
             calibration: self.calibration,
             train: TrainConfig {
-                tokens: self.tokens,
-                batch: self.batch,
-                length: self.length,
-                accumulate: self.accumulate,
                 lr: self.lr.unwrap_or(if self.qat.is_some() { QAT_LR } else { TrainConfig::default().lr }),
-                seed: self.seed,
                 objective: Objective {
                     alpha: self.alpha,
                     temperature: self.temperature,
@@ -242,7 +213,7 @@ impl Arguments {
                 cache: self.cache_teacher,
                 align: self.align,
                 on_policy: self.on_policy,
-                ..TrainConfig::default()
+                ..self.training.config()
             },
         }
     }
@@ -278,7 +249,7 @@ fn distill(arguments: &Arguments, processes: Rc<dyn Communicator>) -> anyhow::Re
     let run = RunFolder {
         processes,
         checkpoint_activations: arguments.checkpoint_activations,
-        ..RunFolder::new(&folder, arguments.resume, arguments.checkpoint_every)
+        ..RunFolder::new(&folder, arguments.resume, arguments.training.checkpoint_every)
     };
     let Some(manifest) = pipeline::distill(&arguments.recipe(), &run, &mut screen)? else { return Ok(()) };
     screen.end();

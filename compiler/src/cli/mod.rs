@@ -22,6 +22,7 @@ mod recipe;
 mod synth;
 mod targets;
 mod tokenize;
+mod training;
 mod tune;
 
 use std::path::{Path, PathBuf};

@@ -67,9 +67,18 @@ impl<'a> Interpreter<'a> {
         let teacher = Pieces::new(tokenizer)?;
         let own = Pieces::new(student)?;
         let (view, theirs) = (student.view(), tokenizer.view());
-        let roles = [(view.bos(), theirs.bos()), (view.eos(), theirs.eos())];
+        // Where one token is both, it ends texts.
+        let roles = [(view.eos(), theirs.eos()), (view.bos(), theirs.bos())];
         let mut spellings = Vec::with_capacity(view.len());
         let mut shared = vec![NOT_SHARED; vocab];
+        for (id, counterpart) in roles.iter().filter_map(|(id, theirs)| Some(((*id)?, (*theirs)?))) {
+            if own.find(&teacher.spelled(counterpart)?.0).is_none()
+                && let Some(slot) = shared.get_mut(counterpart as usize)
+                && *slot == NOT_SHARED
+            {
+                *slot = id;
+            }
+        }
         for id in 0..view.len() as u32 {
             let (bytes, plain) = own.spelled(id)?;
             let named = teacher.find(&bytes);
