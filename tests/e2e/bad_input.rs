@@ -347,7 +347,30 @@ fn students_with_other_tokens() {
     place.refused("swapped tokens", command.arg("--student").arg(&student), &["vocabulary", "`!`", "`\"`"]);
     let golden = workspace().join("tests/golden/models/llama-tied");
     let mut command = distill(&gguf(), text());
-    place.refused("another size", command.arg("--student").arg(golden), &["vocabulary", "256", "512"]);
+    place.refused(
+        "another size",
+        command.arg("--student").arg(golden),
+        &["vocabulary", "256", "512", "--align"],
+    );
+    let given = |options: &[&str]| {
+        let mut command = distill(&gguf(), text());
+        command.args(options);
+        command
+    };
+    let own = gguf();
+    let own = own.to_str().unwrap();
+    let cached = ["--student", own, "--align", "--cache-teacher", "top-k=5"];
+    place.refused("a cache", &mut given(&cached), &["the teacher's cache", "--align"]);
+    let hidden = ["--student", own, "--loss", "uld", "--hidden", "mse=1"];
+    place.refused("hidden states", &mut given(&hidden), &["hidden-state term", "uld"]);
+    place.refused("both", &mut given(&["--student", own, "--loss", "uld", "--align"]), &["loss is uld"]);
+    place.refused("uld of a cut", &mut given(&["--loss", "uld"]), &["--student"]);
+    let mut nobody = edgec();
+    nobody.args(["distill", "--loss", "uld", "--student", own, "--data"]).arg(text());
+    place.refused("nobody to align with", &mut nobody, &["--teacher"]);
+    let mut nobody = edgec();
+    nobody.args(["distill", "--soft-targets", "teacher", "--student", own, "--data"]).arg(text());
+    place.refused("nobody to ask", &mut nobody, &["--soft-targets", "no --teacher"]);
     let mut command = distill(&gguf(), text());
     place.refused("no model", command.arg("--student").arg(place.path("no")), &["no", "No such file"]);
 }

@@ -139,6 +139,33 @@ fn the_student_speaks(out: &Path) {
     assert_eq!(inspected["bytes"], manifest["summary"]["student"]["file_bytes"]);
 }
 
+/// A student whose vocabulary is not its teacher's, by tokens that spell the same and by rank.
+#[test]
+fn a_student_of_another_vocabulary_is_distilled() {
+    let folder = tempfile::tempdir().unwrap();
+    let student = folder.path().join("student");
+    let mut pretrain = edgec();
+    pretrain.args(["pretrain", "--name", "other", "--layers", "1", "--hidden", "64", "--heads", "2"]);
+    pretrain.args(["--kv-heads", "1", "--ffn", "64", "--vocab", "384", "--length", "64", "--batch", "4"]);
+    run(pretrain.args(["--tokens", "4096", "--data"]).arg(text()).arg("--out").arg(&student));
+    for (name, flags) in [("aligned", &["--align"][..]), ("ranked", &["--loss", "uld", "--alpha", "0.5"])] {
+        let out = folder.path().join(name);
+        let mut command = edgec();
+        command.args(["distill", "--length", "64", "--batch", "4", "--tokens", "12288", "--lr", "2e-3"]);
+        command.args(flags).args(["--target", "x86_64-linux", "--teacher"]).arg(teacher().join("model.gguf"));
+        command.arg("--student").arg(student.join("student")).arg("--data").arg(text());
+        let ran = Ran::of(command.arg("--eval-data").arg(text()).arg("--out").arg(&out));
+        assert!(ran.success, "{name}: {}", ran.err);
+        assert!(ran.err.contains("tokens in common"), "{name}: {}", ran.err);
+        let summary = &json(&out.join("manifest.json"))["summary"];
+        assert_eq!(summary["teacher"]["name"], "student before");
+        let [before, after] =
+            ["teacher", "trained"].map(|model| summary[model]["quality"]["ppl"].as_f64().unwrap());
+        assert!(after < 0.9 * before, "{name}: perplexity {before}, then {after}");
+        the_student_speaks(&out);
+    }
+}
+
 /// Without `--teacher` and `--data` the program uses what is inside it, and says so.
 #[test]
 fn a_first_run_needs_no_input() {

@@ -5,26 +5,16 @@
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::net::TcpListener;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use edge_tests::{Ran, edgec, require_python, run, skip, target_folder, teacher, text, workspace};
+use edge_tests::{Ran, edgec, require_python, require_smollm2, run, teacher, text, workspace};
 use edgec::text::corpus;
 use edgec::text::{ChatTemplate, HostTokenizer};
 use serde_json::{Value, json};
 
 const ROWS: usize = 6;
-
-fn model() -> Option<PathBuf> {
-    let default = || target_folder().join("models/SmolLM2-135M-Instruct.Q4_1.gguf");
-    let path = std::env::var_os("EDGE_TEST_SMOLLM2").map_or_else(default, PathBuf::from);
-    if !path.is_file() {
-        skip(&format!("{} (tests/fetch-models.sh fetches it)", path.display()));
-        return None;
-    }
-    Some(path)
-}
 
 /// The server as a process, which dies with this.
 struct Server {
@@ -79,7 +69,7 @@ fn rows(path: &Path) -> Vec<Value> {
 
 #[test]
 fn rows_of_a_server_that_was_killed_are_distilled() {
-    let Some(model) = model() else { return };
+    let Some(model) = require_smollm2() else { return };
     let port = free_port();
     let Some(server) = Server::start(&model, port) else { return };
     let folder = tempfile::tempdir().unwrap();
@@ -89,6 +79,7 @@ fn rows_of_a_server_that_was_killed_are_distilled() {
     let options =
         ["--seed-data", text, "--passage", "200", "--count", &rows_wanted, "--endpoint", "completions"];
     let options = [&options[..], &["--max-tokens", "48", "--temperature", "0.7", "--seed", "1"]].concat();
+    let options = [&options[..], &["--top-logprobs", "8"]].concat();
     let mut command = synth(&server.url, &out, &[&options[..], &["--retries", "1"]].concat());
     let client = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let started = Instant::now();
@@ -122,7 +113,12 @@ fn rows_of_a_server_that_was_killed_are_distilled() {
         .args(["--mask-prompts", "--target", "x86_64-linux", "--teacher"])
         .arg(teacher().join("model.gguf"));
     distill.arg("--data").arg(&out).args(["--eval-data", text, "--out"]).arg(folder.path().join("run"));
-    run(&mut distill);
+    let ran = Ran::of(&mut distill);
+    assert!(ran.success, "{}", ran.err);
+    // Another vocabulary than the server's: where both cut alike, its probabilities are learned.
+    let said = ran.err.lines().find(|line| line.contains("have probabilities that came with them")).unwrap();
+    let counts: Vec<usize> = said.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+    assert!(counts[0] > 0 && counts[0] < counts[1], "{said}");
     assert!(folder.path().join("run/student.gguf").exists());
 }
 
@@ -146,7 +142,7 @@ fn own_logprobs(model: &Path, folder: &Path, ids: &[u32]) -> Vec<f32> {
 #[test]
 fn probabilities_of_a_server_are_those_of_the_model() {
     const TOKENS: usize = 32;
-    let Some(model) = model() else { return };
+    let Some(model) = require_smollm2() else { return };
     let Some(server) = Server::start(&model, free_port()) else { return };
     let folder = tempfile::tempdir().unwrap();
     let (prompts, out) = (folder.path().join("prompts.txt"), folder.path().join("rows.jsonl"));

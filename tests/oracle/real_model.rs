@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use edge_runtime::kernels::Kernels;
-use edge_tests::{Ran, build, edgec, run, skip, target_folder, workspace};
+use edge_tests::{Ran, build, edgec, require_smollm2, run, target_folder, workspace};
 
 /// Perplexity of llama.cpp (xllamacpp 2026.10.11549, each prediction asked of its server) on the same eight windows of 512
 /// tokens, the second half of each scored.
@@ -21,16 +21,6 @@ const CONTINUATIONS: [(&str, &str); 2] = [
         ", the city of New Haven was a thriving metropolis, with towering skyscrapers and bustling",
     ),
 ];
-
-fn model() -> Option<PathBuf> {
-    let default = || target_folder().join("models/SmolLM2-135M-Instruct.Q4_1.gguf");
-    let path = std::env::var_os("EDGE_TEST_SMOLLM2").map_or_else(default, PathBuf::from);
-    if !path.is_file() {
-        skip(&format!("{} (tests/fetch-models.sh fetches it)", path.display()));
-        return None;
-    }
-    Some(path)
-}
 
 /// Gemma's perplexity in llama-perplexity (October 2026) over the first sixteen windows of the text.
 const GEMMA_PERPLEXITY: f64 = 19.359;
@@ -91,7 +81,7 @@ fn tokenize(model: &Path, folder: &Path, text: &str) -> Vec<u32> {
 #[test]
 fn it_continues_as_llama_cpp_does() {
     const CLOSE: f32 = 0.2;
-    let Some(model) = model() else { return };
+    let Some(model) = require_smollm2() else { return };
     let folder = tempfile::tempdir().unwrap();
     for (prompt, continuation) in CONTINUATIONS {
         let start = tokenize(&model, folder.path(), prompt).len();
@@ -126,7 +116,7 @@ fn perplexity(model: &Path, kv: &str) -> f64 {
 
 #[test]
 fn its_perplexity_is_that_of_llama_cpp_and_a_smaller_cache_hardly_moves_it() {
-    let Some(model) = model() else { return };
+    let Some(model) = require_smollm2() else { return };
     let ppl = perplexity(&model, "auto");
     println!("perplexity {ppl:.4}, llama.cpp {LLAMA_CPP_PERPLEXITY}");
     assert!((ppl / LLAMA_CPP_PERPLEXITY - 1.0).abs() < 0.005, "{ppl}, llama.cpp {LLAMA_CPP_PERPLEXITY}");
@@ -137,7 +127,7 @@ fn its_perplexity_is_that_of_llama_cpp_and_a_smaller_cache_hardly_moves_it() {
 
 #[test]
 fn its_q4_0_pack_is_as_sure_as_the_file() {
-    let Some(model) = model() else { return };
+    let Some(model) = require_smollm2() else { return };
     let folder = tempfile::tempdir().unwrap();
     let (gguf, pack) = (folder.path().join("q4_0.gguf"), folder.path().join("q4_0.edgepack"));
     run(edgec().arg("quantize").arg(&model).args(["--type", "Q4_0", "--out"]).arg(&gguf));
@@ -150,7 +140,7 @@ fn its_q4_0_pack_is_as_sure_as_the_file() {
 #[test]
 fn a_device_asks_it_as_the_chat_template_does() {
     const QUESTION: &str = "What is the capital of France?";
-    let Some(model) = model() else { return };
+    let Some(model) = require_smollm2() else { return };
     let folder = tempfile::tempdir().unwrap();
     edgec::bundle::write_chat(&edgec::profile::open(&model).unwrap(), folder.path()).unwrap();
     let mut device = Command::new(build("edge-run", None).join("edge-run"));

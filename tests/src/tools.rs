@@ -44,6 +44,18 @@ pub fn require_mpi() -> bool {
     wants_mpi() && require_tool("mpirun")
 }
 
+/// SmolLM2-135M-Instruct in Q4_1: the file that `EDGE_TEST_SMOLLM2` names, or the one that was fetched; if it is not
+/// there, the check is skipped as [`skip`] says.
+pub fn require_smollm2() -> Option<PathBuf> {
+    let fetched = || target_folder().join("models/SmolLM2-135M-Instruct.Q4_1.gguf");
+    let path = std::env::var_os("EDGE_TEST_SMOLLM2").map_or_else(fetched, PathBuf::from);
+    if !path.is_file() {
+        skip(&format!("{} (tests/fetch-models.sh fetches it)", path.display()));
+        return None;
+    }
+    Some(path)
+}
+
 /// The root of the workspace.
 pub fn workspace() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize().expect("the workspace")

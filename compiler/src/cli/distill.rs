@@ -5,30 +5,39 @@ use std::rc::Rc;
 
 use anyhow::bail;
 use clap::Args;
-use edgec::pipeline::{self, Data, Observer, Recipe, StudentSource, TeacherSource};
+use edgec::pipeline::{self, Observer, Recipe, SoftSource, StudentSource, TeacherSource};
 use edgec::student::MENDING_TOKENS;
-use edgec::train::loss::{HiddenTerms, Mixture, Objective, Sparsity};
+use edgec::train::loss::{HiddenTerms, Mixture, Objective, Sparsity, ULD};
 use edgec::train::parallel::Communicator;
 use edgec::train::{RunFolder, TrainConfig};
 
 use super::output;
 use super::processes::together;
 use super::progress::{Progress, note};
+use super::training::Training;
 
 /// Peak learning rate of quantization-aware training: what is nearly right moves little.
 const QAT_LR: f64 = 2e-5;
 
 #[derive(Args)]
 pub struct Arguments {
-    /// GGUF file or Hugging Face folder [default: a small teacher inside this program]
+    /// GGUF file or Hugging Face folder [default: a small teacher inside this program; with --student and --data none:
+    /// what the data says is learned]
     #[arg(long)]
     teacher: Option<PathBuf>,
     /// An adapter to merge into the teacher first: PEFT's folder, a folder of `edgec tune`, or a GGUF LoRA
     #[arg(long)]
     teacher_adapter: Option<PathBuf>,
-    /// A smaller model of the same vocabulary to train, instead of one cut from the teacher
+    /// A smaller model to train, instead of one cut from the teacher; of the same vocabulary, or see --align
     #[arg(long, conflicts_with_all = ["shrink", "layers"])]
     student: Option<PathBuf>,
+    /// The student has another vocabulary: compare tokens that spell the same, learn the others as text
+    #[arg(long, requires = "student")]
+    align: bool,
+    /// Whose probabilities to learn: teacher, or data (what `edgec synth` wrote with --top-logprobs) [default: data where
+    /// it has any]
+    #[arg(long, value_name = "FROM", value_parser = soft_source)]
+    soft_targets: Option<SoftSource>,
     /// Share of the teacher's layers that the student keeps [default: 0.5]
     #[arg(long, conflicts_with = "layers")]
     shrink: Option<f64>,
@@ -37,27 +46,18 @@ pub struct Arguments {
     layers: Option<usize>,
     #[command(flatten)]
     prune: Prune,
-    /// Text to distill on, .txt or .jsonl; may be given again [default: text inside this program]
-    #[arg(long)]
-    data: Vec<PathBuf>,
-    /// Text to judge on [default: the end of the data is held out]
-    #[arg(long)]
-    eval_data: Option<PathBuf>,
-    /// Learn completions and the assistant's turns only
-    #[arg(long)]
-    mask_prompts: bool,
+    #[command(flatten)]
+    training: Training,
     /// Device to build for; `edgec targets` lists them
     #[arg(long, default_value = edge_targets::DEFAULT)]
     target: String,
     /// Folder of the run [default: runs/<target>, or the next free number]
     #[arg(long)]
     out: Option<PathBuf>,
-    /// Tokens to train on
-    #[arg(long, default_value_t = 122_880)]
-    tokens: u64,
-    /// Divergence from the teacher: fkl, rkl, jsd, skl, srkl, tvd, or a mixture: fkl=0.7,tvd=0.3
-    #[arg(long, default_value_t)]
-    loss: Mixture,
+    /// Divergence from the teacher: fkl, rkl, jsd, skl, srkl, tvd, or a mixture: fkl=0.7,tvd=0.3; uld for a student of
+    /// another vocabulary: probabilities by rank
+    #[arg(long, default_value = "fkl", value_parser = loss)]
+    loss: Loss,
     /// Share of the teacher in the middle of jsd, 0 (fkl) to 1 (rkl)
     #[arg(long, default_value_t = Objective::default().beta)]
     beta: f64,
@@ -85,15 +85,6 @@ pub struct Arguments {
     /// Peak learning rate [default: 4e-4, with --qat 2e-5]
     #[arg(long)]
     lr: Option<f64>,
-    /// Sequences in a forward pass
-    #[arg(long, default_value_t = TrainConfig::default().batch)]
-    batch: usize,
-    /// Tokens in a sequence
-    #[arg(long, default_value_t = TrainConfig::default().length)]
-    length: usize,
-    /// Forward passes in an optimizer step
-    #[arg(long, default_value_t = 1)]
-    accumulate: usize,
     /// Tokens on which the layers to keep are chosen
     #[arg(long, default_value_t = 512)]
     calibration: usize,
@@ -108,12 +99,6 @@ pub struct Arguments {
     /// that is cut from the teacher at its width]
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", conflicts_with = "qat")]
     freeze_embeddings: Option<bool>,
-    /// Seed of everything random
-    #[arg(long, default_value_t = 0)]
-    seed: u64,
-    /// Steps between checkpoints; every two minutes there is one anyway
-    #[arg(long, value_name = "STEPS", value_parser = clap::value_parser!(u64).range(1..))]
-    checkpoint_every: Option<u64>,
     /// Keep fewer activations and compute them again: less memory, more time, the same result
     #[arg(long)]
     checkpoint_activations: bool,
@@ -152,6 +137,28 @@ struct Prune {
     mend_tokens: usize,
 }
 
+/// The soft loss.
+#[derive(Clone, Copy)]
+enum Loss {
+    Divergence(Mixture),
+    Universal,
+}
+
+fn loss(text: &str) -> Result<Loss, String> {
+    match text {
+        ULD => Ok(Loss::Universal),
+        text => text.parse().map(Loss::Divergence).map_err(|error: String| format!("{error}, or {ULD}")),
+    }
+}
+
+fn soft_source(name: &str) -> Result<SoftSource, &'static str> {
+    match name {
+        "teacher" => Ok(SoftSource::Teacher),
+        "data" => Ok(SoftSource::Data),
+        _ => Err("expected teacher or data"),
+    }
+}
+
 /// A count from 1 to `most`.
 fn count(most: usize) -> impl clap::builder::TypedValueParser<Value = usize> {
     use clap::builder::TypedValueParser;
@@ -174,40 +181,45 @@ impl Prune {
 impl Arguments {
     fn recipe(&self) -> Recipe {
         Recipe {
-            teacher: self.teacher.clone().map_or(TeacherSource::Embedded, TeacherSource::Path),
+            teacher: match &self.teacher {
+                Some(path) => Some(TeacherSource::Path(path.clone())),
+                None if self.student.is_some() && !self.training.data.is_empty() => None,
+                None => Some(TeacherSource::Embedded),
+            },
             teacher_adapter: self.teacher_adapter.clone(),
             student: match (&self.student, self.layers) {
                 (Some(path), _) => StudentSource::Path(path.clone()),
                 (None, Some(layers)) => StudentSource::Layers(layers),
                 (None, None) => StudentSource::Shrink(self.shrink.unwrap_or(0.5)),
             },
-            data: if self.data.is_empty() { Data::Embedded } else { Data::Files(self.data.clone()) },
-            eval_data: self.eval_data.clone(),
+            data: self.training.text(),
+            soft_targets: self.soft_targets,
+            eval_data: self.training.eval_data.clone(),
             prune: self.prune.recipe(),
-            mask_prompts: self.mask_prompts,
+            mask_prompts: self.training.mask_prompts,
             target: self.target.clone(),
             quant: self.qat.clone().unwrap_or_else(|| self.quant.clone()),
             qat: self.qat.is_some(),
             calibration: self.calibration,
             train: TrainConfig {
-                tokens: self.tokens,
-                batch: self.batch,
-                length: self.length,
-                accumulate: self.accumulate,
                 lr: self.lr.unwrap_or(if self.qat.is_some() { QAT_LR } else { TrainConfig::default().lr }),
                 embeddings: !self.freeze_embeddings.unwrap_or(self.cut_at_its_width()),
-                seed: self.seed,
                 objective: Objective {
                     alpha: self.alpha,
                     temperature: self.temperature,
-                    soft: self.loss,
+                    soft: match self.loss {
+                        Loss::Divergence(mixture) => mixture,
+                        Loss::Universal => Mixture::default(),
+                    },
+                    universal: matches!(self.loss, Loss::Universal),
                     beta: self.beta,
                     skew: self.skew,
                 },
                 hidden: self.hidden.unwrap_or_default().at(&self.hidden_layers),
                 cache: self.cache_teacher,
+                align: self.align,
                 on_policy: self.on_policy,
-                ..TrainConfig::default()
+                ..self.training.config()
             },
         }
     }
@@ -248,7 +260,7 @@ fn distill(arguments: &Arguments, processes: Rc<dyn Communicator>) -> anyhow::Re
     let run = RunFolder {
         processes,
         checkpoint_activations: arguments.checkpoint_activations,
-        ..RunFolder::new(&folder, arguments.resume, arguments.checkpoint_every)
+        ..RunFolder::new(&folder, arguments.resume, arguments.training.checkpoint_every)
     };
     let Some(manifest) = pipeline::distill(&arguments.recipe(), &run, &mut screen)? else { return Ok(()) };
     screen.end();

@@ -13,6 +13,7 @@ mod logits;
 mod merge;
 mod output;
 mod pack;
+mod pipeline;
 mod pretrain;
 mod processes;
 mod progress;
@@ -21,6 +22,7 @@ mod recipe;
 mod synth;
 mod targets;
 mod tokenize;
+mod training;
 mod tune;
 
 use std::path::{Path, PathBuf};
@@ -46,6 +48,8 @@ enum Command {
     Synth(synth::Arguments),
     /// Train a LoRA, rsLoRA, DoRA or QLoRA adapter beside a model.
     Tune(tune::Arguments),
+    /// Run a chain of commands, each on what the one before made: synth, tune, distill, quantize, bundle.
+    Pipeline(pipeline::Arguments),
     /// Put adapters into the weights of their model.
     Merge(merge::Arguments),
     /// Write a model as GGUF in another tensor type.
@@ -124,10 +128,15 @@ impl EngineArguments {
 /// Parses the command line and runs the command.
 pub fn run() -> anyhow::Result<()> {
     let cli: Cli = recipe::parse(std::env::args_os().collect()).unwrap_or_else(|error| refuse(&error));
-    match cli.command {
+    execute(cli.command)
+}
+
+fn execute(command: Command) -> anyhow::Result<()> {
+    match command {
         Command::Distill(arguments) => distill::run(&arguments),
         Command::Synth(arguments) => synth::run(arguments),
         Command::Tune(arguments) => tune::run(&arguments),
+        Command::Pipeline(arguments) => pipeline::run(&arguments),
         Command::Merge(arguments) => merge::run(&arguments),
         Command::Quantize(arguments) => quantize::run(&arguments),
         Command::Export(arguments) => export::run(&arguments),

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use clap::error::ErrorKind;
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Command, CommandFactory, Parser};
+use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 /// Longest recipe that is read, in bytes.
@@ -53,23 +54,52 @@ fn expand<C: CommandFactory>(
 
 /// The flags that a recipe stands for, without those that the command line decides.
 fn flags(command: &Command, given: &ArgMatches, path: &Path) -> Result<Vec<OsString>, String> {
+    let text = read(path)?;
+    let table = table(&text, path)?;
+    let on_line = |arg: &Arg| given.value_source(arg.get_id().as_str()) == Some(ValueSource::CommandLine);
+    let decided = |arg: &Arg| {
+        on_line(arg)
+            || command.get_arg_conflicts_with(arg).into_iter().any(on_line)
+            || command.get_arguments().filter(|other| on_line(other)).any(|other| {
+                command.get_arg_conflicts_with(other).iter().any(|conflict| conflict.get_id() == arg.get_id())
+            })
+    };
+    section(command, table.get_ref(), &text, path, inside, decided)
+}
+
+/// The text of a recipe.
+pub fn read(path: &Path) -> Result<String, String> {
     let refuse = |what: &dyn std::fmt::Display| format!("{}: {what}", path.display());
     let length = std::fs::metadata(path).map_err(|error| refuse(&error))?.len();
     if length > MAX_BYTES {
         return Err(refuse(&format!("{length} bytes, expected at most {MAX_BYTES} for a recipe")));
     }
-    let text = std::fs::read_to_string(path).map_err(|error| refuse(&error))?;
-    let table = DeTable::parse(&text).map_err(|error| {
-        let line = error.span().map_or(1, |span| line(&text, &span));
+    std::fs::read_to_string(path).map_err(|error| refuse(&error))
+}
+
+/// What a recipe's text says.
+pub fn table<'t>(text: &'t str, path: &Path) -> Result<Spanned<DeTable<'t>>, String> {
+    DeTable::parse(text).map_err(|error| {
+        let line = error.span().map_or(1, |span| line(text, &span));
         format!("{}:{line}: {}", path.display(), error.message())
-    })?;
-    let on_line = |arg: &Arg| given.value_source(arg.get_id().as_str()) == Some(ValueSource::CommandLine);
+    })
+}
+
+/// The flags that the keys of a table stand for: those of `command` that are `inside`, without what was `decided`
+/// elsewhere. An argument without a flag has its name as key.
+pub fn section(
+    command: &Command,
+    table: &DeTable<'_>,
+    text: &str,
+    path: &Path,
+    inside: impl Fn(&Arg) -> bool,
+    decided: impl Fn(&Arg) -> bool,
+) -> Result<Vec<OsString>, String> {
     let mut flags = Vec::new();
-    for (key, value) in table.get_ref() {
+    for (key, value) in table {
         let name = key.get_ref().as_ref();
-        let place = format!("{}:{}", path.display(), line(&text, &key.span()));
-        let Some(arg) = command.get_arguments().find(|arg| arg.get_long() == Some(name) && inside(arg))
-        else {
+        let place = place(path, text, &key.span());
+        let Some(arg) = command.get_arguments().find(|arg| key_of(arg) == name && inside(arg)) else {
             return Err(format!("{place}: `{name}` is no flag of `{}`", command.get_name()));
         };
         let values = values(value.get_ref(), &text[value.span()]).ok_or_else(|| {
@@ -78,12 +108,7 @@ fn flags(command: &Command, given: &ArgMatches, path: &Path) -> Result<Vec<OsStr
                 value.get_ref().type_str()
             )
         })?;
-        let decided = on_line(arg)
-            || command.get_arg_conflicts_with(arg).into_iter().any(on_line)
-            || command.get_arguments().filter(|other| on_line(other)).any(|other| {
-                command.get_arg_conflicts_with(other).iter().any(|conflict| conflict.get_id() == arg.get_id())
-            });
-        if decided {
+        if decided(arg) {
             continue;
         }
         match arg.get_action() {
@@ -97,6 +122,7 @@ fn flags(command: &Command, given: &ArgMatches, path: &Path) -> Result<Vec<OsStr
                     ));
                 }
             },
+            _ if arg.is_positional() => flags.extend(values.iter().map(Into::into)),
             ArgAction::Append => flags.extend(values.iter().map(|value| format!("--{name}={value}").into())),
             _ => flags.push(format!("--{name}={}", values.join(",")).into()),
         }
@@ -104,8 +130,18 @@ fn flags(command: &Command, given: &ArgMatches, path: &Path) -> Result<Vec<OsStr
     Ok(flags)
 }
 
+/// What a flag is called in a recipe: its long name; an argument without one its own.
+pub fn key_of(arg: &Arg) -> &str {
+    arg.get_long().unwrap_or(arg.get_id().as_str())
+}
+
+/// Where in a recipe something is.
+pub fn place(path: &Path, text: &str, span: &Range<usize>) -> String {
+    format!("{}:{}", path.display(), line(text, span))
+}
+
 /// Whether a flag can stand in a recipe.
-fn inside(arg: &Arg) -> bool {
+pub fn inside(arg: &Arg) -> bool {
     !OUTSIDE.contains(&arg.get_id().as_str())
 }
 

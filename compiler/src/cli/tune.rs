@@ -5,25 +5,19 @@ use std::path::PathBuf;
 use anyhow::bail;
 use clap::Args;
 use edgec::adapter::Settings;
-use edgec::pipeline::{self, Data, TeacherSource, TuneRecipe};
+use edgec::pipeline::{self, TeacherSource, TuneRecipe};
 use edgec::train::{RunFolder, TrainConfig};
 
 use super::distill::Screen;
 use super::output;
+use super::training::Training;
 
 #[derive(Args)]
 pub struct Arguments {
     /// GGUF file, Hugging Face folder or run's folder [default: a small model inside this program]
     model: Option<PathBuf>,
-    /// Text to learn from, .txt or .jsonl; may be given again [default: text inside this program]
-    #[arg(long)]
-    data: Vec<PathBuf>,
-    /// Text to judge on [default: the end of the data is held out]
-    #[arg(long)]
-    eval_data: Option<PathBuf>,
-    /// Learn completions and the assistant's turns only
-    #[arg(long)]
-    mask_prompts: bool,
+    #[command(flatten)]
+    training: Training,
     /// Folder of the run
     #[arg(long)]
     out: PathBuf,
@@ -54,30 +48,12 @@ pub struct Arguments {
     /// QLoRA: hold the base in blocks (Q4_0, Q8_0, Q4_K, ...); a GGUF that is quantized already is held as it is
     #[arg(long, value_name = "TYPE")]
     base_quant: Option<String>,
-    /// Tokens to train on
-    #[arg(long, default_value_t = 122_880)]
-    tokens: u64,
     /// Peak learning rate
     #[arg(long, default_value_t = 1e-3)]
     lr: f64,
     /// Decoupled weight decay of A and B
     #[arg(long, default_value_t = 0.0)]
     weight_decay: f64,
-    /// Sequences in a forward pass
-    #[arg(long, default_value_t = TrainConfig::default().batch)]
-    batch: usize,
-    /// Tokens in a sequence
-    #[arg(long, default_value_t = TrainConfig::default().length)]
-    length: usize,
-    /// Forward passes in an optimizer step
-    #[arg(long, default_value_t = 1)]
-    accumulate: usize,
-    /// Seed of everything random
-    #[arg(long, default_value_t = 0)]
-    seed: u64,
-    /// Steps between checkpoints; every two minutes there is one anyway
-    #[arg(long, value_name = "STEPS", value_parser = clap::value_parser!(u64).range(1..))]
-    checkpoint_every: Option<u64>,
     /// Go on with the run in --out
     #[arg(long)]
     resume: bool,
@@ -102,9 +78,9 @@ impl Arguments {
     fn recipe(&self) -> TuneRecipe {
         TuneRecipe {
             model: self.model.clone().map_or(TeacherSource::Embedded, TeacherSource::Path),
-            data: if self.data.is_empty() { Data::Embedded } else { Data::Files(self.data.clone()) },
-            eval_data: self.eval_data.clone(),
-            mask_prompts: self.mask_prompts,
+            data: self.training.text(),
+            eval_data: self.training.eval_data.clone(),
+            mask_prompts: self.training.mask_prompts,
             targets: self.targets.clone(),
             adapter: Settings {
                 rank: self.rank,
@@ -120,26 +96,17 @@ impl Arguments {
                 "Q4_K" | "Q5_K" => format!("{name}_M"),
                 _ => name,
             }),
-            train: TrainConfig {
-                tokens: self.tokens,
-                batch: self.batch,
-                length: self.length,
-                accumulate: self.accumulate,
-                lr: self.lr,
-                weight_decay: self.weight_decay,
-                seed: self.seed,
-                ..TrainConfig::default()
-            },
+            train: TrainConfig { lr: self.lr, weight_decay: self.weight_decay, ..self.training.config() },
         }
     }
 }
 
 pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
-    if let Some(model) = arguments.model.as_ref().filter(|_| arguments.data.is_empty()) {
+    if let Some(model) = arguments.model.as_ref().filter(|_| arguments.training.data.is_empty()) {
         bail!("--data is missing: text for {} to learn from", model.display());
     }
     super::processes::alone("tune")?;
-    let run = RunFolder::new(&arguments.out, arguments.resume, arguments.checkpoint_every);
+    let run = RunFolder::new(&arguments.out, arguments.resume, arguments.training.checkpoint_every);
     let mut screen = Screen::default();
     let tuned = pipeline::tune(&arguments.recipe(), &run, &mut screen)?;
     screen.end();

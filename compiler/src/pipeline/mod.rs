@@ -6,15 +6,17 @@
 //! Nothing here knows how a stage is done.
 
 mod folder;
+pub mod ledger;
 mod manifest;
 mod prune;
 mod recipe;
 mod stages;
+mod teaching;
 mod text;
 mod tune;
 
 pub use manifest::{Artifact, Manifest};
-pub use recipe::{Data, Prune, Recipe, StudentSource, TeacherSource};
+pub use recipe::{Data, Prune, Recipe, SoftSource, StudentSource, TeacherSource};
 pub use stages::distill;
 pub use tune::{TuneRecipe, Tuned, tune};
 

@@ -4,7 +4,8 @@ use std::fs;
 
 use serde::{Deserialize, Serialize};
 
-use super::stages::{Inputs, Run, Watch, describe};
+use super::stages::{Run, Watch, describe};
+use super::teaching::Inputs;
 use super::{Error, StudentSource};
 use crate::model::Model;
 use crate::student::{self, Widths};
@@ -32,16 +33,15 @@ pub(super) struct Pruned {
 impl Run<'_> {
     /// The student before any training: after the first step of pruning, if it has several.
     pub(super) fn student(&mut self, inputs: &Inputs) -> Result<Pruned, Error> {
-        let teacher = &inputs.teacher;
-        if let StudentSource::Path(path) = &self.recipe.student {
-            let mut model = teacher::load(path)?;
+        if let Some(given) = &inputs.given {
+            let mut model = given.clone();
             if let Some(keep) = &inputs.kept_tokens {
                 model = student::trim(&model, keep)?;
             }
-            student::check(teacher, &model)?;
             self.observer.note("student", &describe(&model));
             return Ok(Pruned { model, kept: vec![] });
         }
+        let teacher = inputs.teacher()?;
         let whole = Pruned { model: teacher.clone(), kept: (0..teacher.spec.layers).collect() };
         self.prune(inputs, whole, 1)
     }
@@ -72,9 +72,12 @@ impl Run<'_> {
                 // A cache is of one run's windows; it is for the last step.
                 let config = TrainConfig { seed, cache: None, ..self.recipe.share() };
                 let folder = RunFolder { path, ..folder.clone() };
-                let mut watch = Watch { stage: "heal", observer: &mut *self.observer };
                 let trainee = trainee::full(pruned.model, &config)?;
-                let teacher = Some(Teacher::Model(&inputs.teacher, &pruned.kept));
+                let teacher = Some(match self.learns_from_data(inputs) {
+                    true => Teacher::Said(&inputs.train.soft),
+                    false => Teacher::Model(inputs.teacher()?, &pruned.kept),
+                });
+                let mut watch = Watch { stage: "heal", observer: &mut *self.observer };
                 pruned.model = trainer::train_from(teacher, trainee, text, &config, &folder, &mut watch)?;
                 export::hf::write(&pruned.model, &student)?;
             }
@@ -85,7 +88,7 @@ impl Run<'_> {
 
     /// Prunes to the size of `step` on the way to the layers and widths that were asked for.
     fn prune(&mut self, inputs: &Inputs, mut pruned: Pruned, step: usize) -> Result<Pruned, Error> {
-        let (spec, asked) = (&inputs.teacher.spec, &self.recipe.prune);
+        let (spec, asked) = (&inputs.teacher()?.spec, &self.recipe.prune);
         let whole = Widths::of(spec);
         let between = |from: usize, to: usize| {
             // What does not fit a step comes first, while there is most to spare.
@@ -126,7 +129,7 @@ impl Run<'_> {
             && widths.hidden == whole.hidden
         {
             pruned.model = student::mend(
-                &inputs.teacher,
+                inputs.teacher()?,
                 &pruned.model,
                 &pruned.kept,
                 &calibration(self.recipe.prune.mending_tokens),

@@ -11,8 +11,8 @@ use crate::train::TrainConfig;
 /// What a run was asked to do. It is kept in the run's folder and must be the same on resume.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Recipe {
-    /// Where the teacher comes from.
-    pub teacher: TeacherSource,
+    /// Where the teacher comes from; `None` learns what the data says alone (black-box distillation).
+    pub teacher: Option<TeacherSource>,
     /// An adapter that is merged into the teacher first.
     #[serde(default)]
     pub teacher_adapter: Option<PathBuf>,
@@ -20,6 +20,9 @@ pub struct Recipe {
     pub student: StudentSource,
     /// Text to distill on.
     pub data: Data,
+    /// Whose probabilities are learned; `None` takes those of the data where it has any, else the teacher's.
+    #[serde(default)]
+    pub soft_targets: Option<SoftSource>,
     /// Text to judge on; `None` holds out the end of `data`.
     pub eval_data: Option<PathBuf>,
     /// What is cut off besides layers, and how.
@@ -56,8 +59,17 @@ pub enum StudentSource {
     Shrink(f64),
     /// Cut from the teacher, with this many layers.
     Layers(usize),
-    /// Another model of the same vocabulary.
+    /// Another model, of the teacher's vocabulary or, aligned, of another one.
     Path(PathBuf),
+}
+
+/// Whose probabilities a student learns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SoftSource {
+    /// The teacher's.
+    Teacher,
+    /// Those that came with the text; where none did, the text itself.
+    Data,
 }
 
 /// What is cut off a student besides layers, and how. Widths that are not given are the teacher's.
@@ -106,6 +118,36 @@ impl Recipe {
         TrainConfig { tokens, ..self.train }
     }
 
+    /// Refuses a teacher that cannot teach this student.
+    pub(super) fn check_teacher(&self) -> Result<(), Error> {
+        let refuse = |message: &str| Err(Error::Student(message.into()));
+        let (given, teacher) = (matches!(self.student, StudentSource::Path(_)), self.teacher.is_some());
+        if !given && !teacher {
+            return refuse("a student is cut from a teacher, and there is none");
+        }
+        if self.train.other_vocabulary() && !(given && teacher) {
+            return refuse(
+                "--align and --loss uld compare a --teacher with a --student of another vocabulary",
+            );
+        }
+        match (self.soft_targets, teacher) {
+            (Some(SoftSource::Teacher), false) => refuse("--soft-targets teacher: there is no --teacher"),
+            (Some(SoftSource::Data), _) if self.train.other_vocabulary() => {
+                refuse("--soft-targets data: --align and --loss uld ask the teacher")
+            }
+            (_, false) if self.teacher_adapter.is_some() => {
+                refuse("--teacher-adapter: there is no --teacher")
+            }
+            (_, false) if self.prune.vocabulary.is_some() => {
+                refuse("--trim-vocab trims a teacher too, and there is none")
+            }
+            _ if self.train.other_vocabulary() && self.prune.vocabulary.is_some() => {
+                refuse("--trim-vocab is for a teacher and a student of one vocabulary")
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Refuses what several processes cannot do together.
     pub(super) fn fits(&self, processes: usize) -> Result<(), Error> {
         let alone = [
@@ -138,10 +180,11 @@ mod tests {
     #[test]
     fn what_several_processes_cannot_do_is_refused() {
         let plain = || Recipe {
-            teacher: TeacherSource::Embedded,
+            teacher: Some(TeacherSource::Embedded),
             teacher_adapter: None,
             student: StudentSource::Layers(1),
             data: Data::Embedded,
+            soft_targets: None,
             eval_data: None,
             prune: Prune::default(),
             mask_prompts: false,

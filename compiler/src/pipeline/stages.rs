@@ -9,23 +9,21 @@ use serde::Serialize;
 
 use super::manifest::{Artifact, Manifest, sha256};
 use super::prune::Pruned;
-use super::text::{self, EVAL_WINDOWS, Wanted};
-use super::{Error, Observer, Recipe, TeacherSource, folder};
+use super::teaching::{Inputs, Lesson};
+use super::text::EVAL_WINDOWS;
+use super::{Error, Observer, Recipe, folder};
 use crate::export::gguf::Mix;
-use crate::model::{Model, Weights};
+use crate::model::Model;
 use crate::pack::{self, PACK_FILE};
 use crate::profile::eval::{Config, Outcome, Score, evaluate_all};
 use crate::profile::{self, ModelFile, Settings, bench};
 use crate::quantize::Encoding;
 use crate::quantize::calibrate::{RoundedModel, Rounding, Sample, round_model};
 use crate::report::{self, ModelRow, Summary};
-use crate::student::StudentError;
-use crate::text::HostTokenizer;
-use crate::text::corpus::Corpus;
 use crate::train::parallel::Communicator;
-use crate::train::trainer::{Progress, StepReport, Teacher, Text, fingerprint};
+use crate::train::trainer::{Progress, StepReport, Teacher, fingerprint};
 use crate::train::{self, Quantized, RunFolder, cache, trainee, trainer};
-use crate::{adapter, bundle, demo, export, student, teacher};
+use crate::{bundle, export, teacher};
 
 /// Tokens on which a student is rounded before it is trained behind its blocks.
 const ROUNDING_TOKENS: usize = 16_384;
@@ -36,25 +34,6 @@ pub(super) struct Run<'a> {
     pub(super) folder: &'a Path,
     pub(super) processes: &'a dyn Communicator,
     pub(super) observer: &'a mut dyn Observer,
-}
-
-/// Everything that the stages after loading need.
-pub(super) struct Inputs {
-    pub(super) teacher: Model,
-    teacher_file: ModelFile,
-    tokenizer: HostTokenizer,
-    pub(super) train: Corpus,
-    eval: Vec<u32>,
-    hashes: Vec<(String, String)>,
-    /// The tokens that stayed of a trimmed vocabulary.
-    pub(super) kept_tokens: Option<Vec<u32>>,
-}
-
-/// A teacher and what reads text for it.
-struct Speaker {
-    model: Model,
-    file: ModelFile,
-    tokenizer: HostTokenizer,
 }
 
 /// Does what `recipe` asks in `folder`, which must be new or empty, or hold a run to resume.
@@ -72,6 +51,7 @@ pub fn distill(
     let target = Target::by_name(&recipe.target).map_err(|error| Error::Student(error.to_string()))?;
     let mix: Mix = recipe.quant.parse().map_err(|error| Error::Student(format!("--quant: {error}")))?;
     recipe.train.validate()?;
+    recipe.check_teacher()?;
     let RunFolder { path, resume, processes, .. } = folder;
     recipe.fits(processes.size())?;
     let mut run = Run { recipe, folder: path, processes: &**processes, observer };
@@ -112,68 +92,6 @@ impl Run<'_> {
         folder::write_json(self.folder, name, value)
     }
 
-    fn load(&mut self) -> Result<Inputs, Error> {
-        let recipe = self.recipe;
-        let (mut model, mut file, mut hashes) = match &recipe.teacher {
-            TeacherSource::Embedded => {
-                let file = demo::teacher();
-                let model = teacher::from_gguf(&file.parse().map_err(profile::Error::from)?, file.path())?;
-                self.observer.note("teacher", "none given: the small embedded one");
-                (model, file, vec![])
-            }
-            TeacherSource::Path(path) => {
-                let hashes = hash_model(path)?;
-                (teacher::load(path)?, profile::open(path)?, hashes)
-            }
-        };
-        if let Some(path) = &recipe.teacher_adapter {
-            let adapter = adapter::read(path, &model.spec)?;
-            adapter::merge(&mut model, &adapter, 1.0)?;
-            hashes.extend(hash_model(&adapter.path)?);
-            file = profile::lay_out(&model, file.path())?;
-            self.observer.note("teacher", &format!("adapter {} is merged into it", adapter.path.display()));
-        }
-        self.observer.note("teacher", &describe(&model));
-        let tokenizer = HostTokenizer::of(&file)?;
-        let mut speaker = Speaker { model, file, tokenizer };
-        let wanted = Wanted {
-            data: &recipe.data,
-            eval_data: recipe.eval_data.as_deref(),
-            mask_prompts: recipe.mask_prompts,
-            length: recipe.train.length,
-        };
-        let mut kept_tokens = None;
-        if let Some(least) = recipe.prune.vocabulary {
-            let corpus = text::corpus(&wanted, &speaker.tokenizer)?;
-            kept_tokens = Some(self.trim(&mut speaker, &corpus, least)?);
-        }
-        let Speaker { model: teacher, file: teacher_file, tokenizer } = speaker;
-        let (train, eval) = text::read(&wanted, &tokenizer, &mut hashes, self.observer)?;
-        self.observer.note(
-            "text",
-            &format!("{} tokens to distill on, {} held out to judge on", train.ids.len(), eval.len()),
-        );
-        Ok(Inputs { teacher, teacher_file, tokenizer, train, eval, hashes, kept_tokens })
-    }
-
-    /// Trims the teacher's vocabulary to what `corpus` uses at least `least` times; answers the tokens that stay.
-    fn trim(&mut self, speaker: &mut Speaker, corpus: &Corpus, least: u32) -> Result<Vec<u32>, Error> {
-        let vocabulary = speaker.model.vocabulary.as_ref();
-        let vocabulary = vocabulary.ok_or_else(|| StudentError::Trim("the teacher has none".into()))?;
-        let keep = student::tokens_to_keep(vocabulary, &corpus.ids, least)?;
-        let before = speaker.model.spec.vocab;
-        speaker.model = student::trim(&speaker.model, &keep)?;
-        speaker.file = profile::lay_out(&speaker.model, Path::new("(teacher with a trimmed vocabulary)"))?;
-        speaker.tokenizer = HostTokenizer::of(&speaker.file)?;
-        let spoken = corpus.ids.iter().filter(|id| keep.binary_search(id).is_ok()).count();
-        let share = 100.0 * spoken as f64 / corpus.ids.len().max(1) as f64;
-        self.observer.note(
-            "vocabulary",
-            &format!("{} of {before} tokens stay: those of {share:.2} % of the text", keep.len()),
-        );
-        Ok(keep)
-    }
-
     /// The trained student and what its file is to hold.
     fn train(
         &mut self,
@@ -185,17 +103,24 @@ impl Run<'_> {
     ) -> Result<Quantized, Error> {
         let config = &self.recipe.share();
         let start = if self.recipe.qat { Some(self.round(inputs, &untrained, mix)?) } else { None };
-        let text = Text { ids: &inputs.train.ids, scored: &inputs.train.scored };
+        let lesson = self.lesson(inputs)?;
         let mut watch = Watch { stage: "distill", observer: &mut *self.observer };
-        let cache = cache::fill(&inputs.teacher, text, config, folder, &mut watch)?;
-        let teacher = Some(match &cache {
-            Some(cache) => {
-                // All that it has to say is on the disk.
-                inputs.teacher.weights = Weights::default();
-                Teacher::Cache(cache)
-            }
-            None => Teacher::Model(&inputs.teacher, kept),
+        let cache = match lesson {
+            Lesson::Model => cache::fill(inputs.teacher()?, inputs.text(), config, folder, &mut watch)?,
+            _ => None,
+        };
+        if lesson != Lesson::Model || cache.is_some() {
+            // All that it has to say is on the disk, or said by another.
+            inputs.forget_reader();
+        }
+        let interpreter = inputs.interpreter()?;
+        let teacher = Some(match (lesson, &cache, &interpreter) {
+            (Lesson::Data, ..) => Teacher::Said(&inputs.train.soft),
+            (_, Some(cache), _) => Teacher::Cache(cache),
+            (_, _, Some(interpreter)) => Teacher::Foreign(inputs.teacher()?, interpreter),
+            (..) => Teacher::Model(inputs.teacher()?, kept),
         });
+        let text = inputs.text();
         if let Some(start) = start {
             let student = train::quantized(untrained, start)?;
             return Ok(trainer::train_from(teacher, student, text, config, folder, &mut watch)?);
@@ -210,7 +135,7 @@ impl Run<'_> {
         let sample = Sample {
             ids: &inputs.train.ids[..inputs.train.ids.len().min(ROUNDING_TOKENS)],
             length: self.recipe.train.length,
-            bos: inputs.tokenizer.bos_to_add(),
+            bos: inputs.reader.tokenizer.bos_to_add(),
         };
         let observer = &mut *self.observer;
         Ok(round_model(student, mix.into(), sample, Rounding::default(), &mut |done, total, message| {
@@ -239,7 +164,7 @@ impl Run<'_> {
         kept_layers: Vec<usize>,
         library: &bundle::BundleReport,
     ) -> Result<Manifest, Error> {
-        let teacher = &inputs.teacher_file;
+        let (name, beside) = inputs.beside();
         let trained_file = profile::lay_out(trained, Path::new("student (f32)"))?;
         let shipped = profile::open(&self.path("student.gguf"))?;
         let packed = profile::open(&self.path(PACK_FILE))?;
@@ -256,9 +181,9 @@ impl Run<'_> {
             .map_err(|source| Error::Io { path: self.path("student"), source })?
             .len();
         let summary = Summary {
-            title: inputs.teacher.name.clone(),
+            title: inputs.title(),
             target: self.recipe.target.clone(),
-            teacher: self.row("teacher", &inputs.teacher, teacher, of_teacher)?,
+            teacher: self.row(name, &beside.model, &beside.file, of_teacher)?,
             trained: self.row("student, f32", trained, &trained_file, trained_quality)?,
             student: self.row(&format!("student, {}", self.recipe.quant), trained, &shipped, quality)?,
             library_bytes: library.shared_bytes,
@@ -309,9 +234,9 @@ impl Run<'_> {
             context: self.recipe.train.length,
             windows: Some(EVAL_WINDOWS),
             score: Score::All,
-            bos: inputs.tokenizer.bos_to_add(),
+            bos: inputs.reader.tokenizer.bos_to_add(),
         };
-        let models = [&inputs.teacher_file, trained, shipped, packed];
+        let models = [&inputs.beside().1.file, trained, shipped, packed];
         let pairs = [(2, Some(0)), (1, Some(0)), (2, Some(1)), (3, Some(1))];
         let observer = &mut *self.observer;
         let mut tell = |done, total, ppl| {

@@ -33,7 +33,7 @@ pub struct Summary {
     pub title: String,
     /// Name of the target.
     pub target: String,
-    /// The teacher, as given.
+    /// The teacher, as given; the student before its training where there is none of its vocabulary.
     pub teacher: ModelRow,
     /// The trained weights, before quantization.
     pub trained: ModelRow,
@@ -122,14 +122,15 @@ impl Summary {
         let optional = |value: Option<f64>, scale: f64, digits: usize| {
             value.map_or_else(|| "-".to_owned(), |value| format!("{:.digits$}", value * scale))
         };
+        let beside = &self.teacher.name;
         vec![
             line("parameters (M)", &|m| format!("{:.2}", m.parameters as f64 / 1e6)),
             line("layers", &|m| m.layers.to_string()),
             line("file (MiB)", &|m| mib(m.file_bytes)),
             line("arena (MiB)", &|m| mib(m.arena_bytes)),
             line("perplexity", &|m| format!("{:.2}", m.quality.ppl)),
-            line("KL from teacher (nats/token)", &|m| optional(m.quality.kl, 1.0, 3)),
-            line("agreement with teacher (%)", &|m| optional(m.quality.top1_agreement, 100.0, 1)),
+            line(&format!("KL from {beside} (nats/token)"), &|m| optional(m.quality.kl, 1.0, 3)),
+            line(&format!("agreement with {beside} (%)"), &|m| optional(m.quality.top1_agreement, 100.0, 1)),
             line(&format!("prefill {} (tok/s)", self.teacher.prompt), &|m| format!("{:.0}", m.prefill_ts)),
             line("first token p50 (ms)", &|m| format!("{:.2}", m.first_token_ms[0])),
             line("first token p95 (ms)", &|m| format!("{:.2}", m.first_token_ms[1])),
@@ -162,6 +163,7 @@ pub fn write(
         lines => summary.lines(),
         models => summary.models().map(|model| model.name.clone()),
         recipe,
+        soft => recipe.train.objective.loss(),
         kept_layers,
         library_kib => format!("{:.1}", summary.library_bytes as f64 / 1024.0),
         tokens => rows.last().map_or(0, |row| row.tokens),

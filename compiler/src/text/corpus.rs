@@ -186,7 +186,11 @@ impl Reader<'_> {
                 let said = Said::read(finish_reason.as_ref(), logprobs)?;
                 corpus.push(&self.tokenizer.encode(&prompt, true, false)?, !self.mask);
                 let start = corpus.ids.len();
-                corpus.push(&self.tokenizer.encode(&completion, false, false)?, true);
+                let ids = match prompt.is_empty() {
+                    true => self.tokenizer.encode(&completion, false, false)?,
+                    false => self.tokenizer.encode_behind(completion.as_bytes(), false)?,
+                };
+                corpus.push(&ids, true);
                 self.add_soft(corpus, start, &completion, 0..completion.len(), &said.tokens)?;
                 corpus.end_document(self.tokenizer, !said.cut);
             }
@@ -213,7 +217,11 @@ impl Reader<'_> {
         let mut done = 0;
         let mut push = |corpus: &mut Corpus, end: usize, scored: bool| -> Result<(), TextError> {
             if end > done {
-                corpus.push(&self.tokenizer.encode(&whole[done..end], done == 0, true)?, scored);
+                let ids = match done {
+                    0 => self.tokenizer.encode(&whole[..end], true, true)?,
+                    _ => self.tokenizer.encode_behind(&whole.as_bytes()[done..end], true)?,
+                };
+                corpus.push(&ids, scored);
                 done = end;
             }
             Ok(())

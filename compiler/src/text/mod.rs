@@ -131,12 +131,28 @@ impl HostTokenizer {
     /// # Errors
     /// As [`HostTokenizer::encode`].
     pub fn encode_bytes(&self, text: &[u8], bos: bool, special: bool) -> Result<Vec<u32>, TextError> {
+        let options = Encode { add_bos: bos, parse_special: special };
+        Self::grow(text, |scratch, ids| self.view().encode(text, options, scratch, ids))
+    }
+
+    /// Ids of a text that goes on behind another: no BOS, and no space that SentencePiece puts before a text.
+    ///
+    /// # Errors
+    /// As [`HostTokenizer::encode`].
+    pub fn encode_behind(&self, text: &[u8], special: bool) -> Result<Vec<u32>, TextError> {
+        Self::grow(text, |scratch, ids| self.view().encode_behind(text, special, scratch, ids))
+    }
+
+    /// The ids that `encode` writes for `text`, given scratch and room for them.
+    fn grow(
+        text: &[u8],
+        encode: impl Fn(&mut [u32], &mut [u32]) -> edge_runtime::Result<usize>,
+    ) -> Result<Vec<u32>, TextError> {
         let mut ids = vec![0; Tokenizer::most_ids(text.len())];
         // Scratch serves one word at a time: few texts have one of more than this.
         let mut scratch = vec![0; Tokenizer::scratch_words(text.len().min(1 << 12))];
-        let options = Encode { add_bos: bos, parse_special: special };
         loop {
-            match self.view().encode(text, options, &mut scratch, &mut ids) {
+            match encode(&mut scratch, &mut ids) {
                 Ok(count) => {
                     ids.truncate(count);
                     return Ok(ids);

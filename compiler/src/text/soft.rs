@@ -160,8 +160,16 @@ impl<'a> Pieces<'a> {
         Ok(pieces)
     }
 
+    /// The token that stands for these bytes, or a control token of this name.
+    pub fn find(&self, bytes: &[u8]) -> Option<u32> {
+        self.ids.get(bytes).copied()
+    }
+
     /// The bytes that a token stands for and true, or the name of one that stands for nothing and false.
-    fn spelled(&self, id: u32) -> Result<(Vec<u8>, bool), TextError> {
+    ///
+    /// # Errors
+    /// A token beyond the vocabulary.
+    pub fn spelled(&self, id: u32) -> Result<(Vec<u8>, bool), TextError> {
         let view = self.tokenizer.view();
         let raw = view.raw_text(id).unwrap_or_default();
         let mut bytes = vec![0; raw.len()];
@@ -273,7 +281,7 @@ fn known(token: &TokenLogprobs) -> Result<Option<Alternatives<'_>>, String> {
 fn own(pieces: &Pieces<'_>, known: &[(&[u8], f32)], bytes: &[u8], chosen: u32) -> Vec<(u32, f32)> {
     let mut found: Vec<(u32, f32)> = Vec::with_capacity(known.len());
     for &(piece, logprob) in known.iter().filter(|entry| entry.1.is_finite()) {
-        let id = if piece == bytes { Some(chosen) } else { pieces.ids.get(piece).copied() };
+        let id = if piece == bytes { Some(chosen) } else { pieces.find(piece) };
         match id.map(|id| (id, found.iter_mut().find(|entry| entry.0 == id))) {
             Some((_, Some(same))) => {
                 same.1 = (f64::from(same.1).exp() + f64::from(logprob).exp()).ln().min(0.0) as f32;

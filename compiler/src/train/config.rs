@@ -52,6 +52,9 @@ pub struct TrainConfig {
     /// What is kept of the teacher's distributions, where it is asked once and not in every step.
     #[serde(default)]
     pub cache: Option<Sparsity>,
+    /// The teacher has a vocabulary of its own: tokens are compared that spell the same.
+    #[serde(default)]
+    pub align: bool,
     /// Share of the windows that the student writes itself but for their beginning, 0 to 1.
     #[serde(default)]
     pub on_policy: f64,
@@ -78,6 +81,7 @@ impl Default for TrainConfig {
             objective: Objective::default(),
             hidden: HiddenTerms::default(),
             cache: None,
+            align: false,
             on_policy: 0.0,
         }
     }
@@ -92,6 +96,11 @@ impl TrainConfig {
     /// Optimizer steps of the run.
     pub fn steps(&self) -> u64 {
         self.tokens.div_ceil(self.tokens_per_step().max(1))
+    }
+
+    /// The teacher may have any vocabulary.
+    pub fn other_vocabulary(&self) -> bool {
+        self.align || self.objective.universal
     }
 
     /// What the optimizer is asked.
@@ -160,7 +169,22 @@ impl TrainConfig {
             let expected = "1 with text that the student writes, which is no example for it";
             return refuse("alpha", self.objective.alpha.to_string(), expected);
         }
+        if self.align && self.objective.universal {
+            return refuse(
+                "loss",
+                "uld".into(),
+                "a divergence between tokens that are aligned, or uld alone",
+            );
+        }
+        if self.other_vocabulary() && self.hidden.any() {
+            let expected = "none with --align or uld, where positions differ";
+            return refuse("hidden-state term", self.hidden.to_string(), expected);
+        }
         match self.cache {
+            Some(_) if self.other_vocabulary() => {
+                let expected = "none with --align or uld, for which the teacher is asked in every step";
+                refuse("the teacher's cache", "asked for".into(), expected)
+            }
             Some(_) if self.on_policy > 0.0 => {
                 let expected = "0 with a cache of the teacher, which has not seen what the student writes";
                 refuse("share on policy", self.on_policy.to_string(), expected)
@@ -203,11 +227,12 @@ impl TrainConfig {
             ("seed", self.seed.to_string()),
             ("alpha", self.objective.alpha.to_string()),
             ("temperature", self.objective.temperature.to_string()),
-            ("loss", self.objective.soft.to_string()),
+            ("loss", self.objective.loss()),
             ("beta", self.objective.beta.to_string()),
             ("skew", self.objective.skew.to_string()),
             ("hidden", self.hidden.to_string()),
             ("hidden_layers", format!("{:?}", self.hidden.numbers())),
+            ("align", self.align.to_string()),
             ("on_policy", self.on_policy.to_string()),
             ("cache", self.cache.map_or("none".into(), |cache| cache.to_string())),
         ];

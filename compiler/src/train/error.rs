@@ -105,6 +105,12 @@ pub enum TrainError {
     /// The teacher's cache could not be written or read.
     #[error(transparent)]
     Cache(#[from] CacheError),
+    /// A teacher of another vocabulary and its student have nothing to be compared by.
+    #[error("teacher and student have different vocabularies: {0}")]
+    Vocabularies(String),
+    /// A tokenizer refused.
+    #[error(transparent)]
+    Text(#[from] crate::text::TextError),
     /// A metrics file could not be written.
     #[error("metrics in {}: {source}", folder.display())]
     Metrics {

@@ -96,6 +96,7 @@ impl CustomOp1 for Seed {
 
 #[cfg(test)]
 mod tests {
+    use super::super::config::TrainConfig;
     use super::super::fixture::{text, tiny};
     use super::super::gradients::Gradients;
     use super::super::loss::{Objective, Target, loss};
@@ -122,7 +123,7 @@ mod tests {
 
     #[test]
     fn gradients_have_the_same_bits() {
-        let mut trainee = full(tiny(3, 1), false).unwrap();
+        let mut trainee = full(tiny(3, 1), &TrainConfig::default()).unwrap();
         let kept = bits(&trainee.decoder, &trainee.parameters);
         assert!(kept.1.iter().all(|sum| sum.iter().any(|bits| *bits != 0)));
         trainee.decoder.recompute(true);
@@ -153,7 +154,7 @@ mod tests {
 
     #[test]
     fn without_buffers_the_backward_pass_refuses() {
-        let mut trainee = full(tiny(1, 1), false).unwrap();
+        let mut trainee = full(tiny(1, 1), &TrainConfig::default()).unwrap();
         trainee.decoder.recompute(true);
         let loss = trainee.decoder.hidden(&[1, 2], 1, 2).unwrap().sum_all().unwrap();
         assert!(loss.backward().unwrap_err().to_string().contains("nowhere to go"));

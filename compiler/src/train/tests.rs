@@ -104,6 +104,19 @@ fn distillation_brings_the_student_nearer() {
 }
 
 #[test]
+fn frozen_embeddings_stay_and_everything_else_moves() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = TrainConfig { embeddings: false, ..config(2) };
+    let (model, ..) = run(&config, folder.path(), false, &mut |_| ControlFlow::Continue(())).unwrap();
+    let before = student::cut(&tiny(4, 1), &[0, 3]).unwrap();
+    for (role, layer, tensor) in model.weights.iter() {
+        let old = before.weights.get(role, layer).unwrap();
+        let moved = (tensor - old).unwrap().abs().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap();
+        assert_eq!(moved > 0.0, role != edge_models::Role::TokenEmbedding, "{role:?} {layer}: {moved}");
+    }
+}
+
+#[test]
 fn a_resumed_run_ends_bit_identical() {
     let straight = tempfile::tempdir().unwrap();
     let killed = tempfile::tempdir().unwrap();
@@ -431,7 +444,7 @@ fn a_language_model_learns_from_text_alone() {
         TrainConfig { tokens: 150 * 8 * 16, batch: 8, length: 16, lr: 1e-2, ..TrainConfig::default() };
     let text = Text { ids: &ids, scored: &scored };
     let folder = RunFolder::new(folder.path(), false, None);
-    train(None, full(model, false).unwrap(), text, &config, &folder, &mut watch).unwrap();
+    train(None, full(model, &config).unwrap(), text, &config, &folder, &mut watch).unwrap();
     let (first, last) = (watch.losses[0], watch.losses[149]);
     // Fresh weights know nothing; the walk's entropy is about 1.3 nats.
     assert!((first - 61f64.ln()).abs() < 0.05, "{first}");
@@ -448,7 +461,7 @@ fn bad_input_is_refused_before_anything_is_written() {
     let mut fails = |ids: &[u32], config: TrainConfig, expected: &str| {
         let scored = vec![true; ids.len()];
         let text = Text { ids, scored: &scored };
-        let model = full(tiny(1, 1), false).unwrap();
+        let model = full(tiny(1, 1), &TrainConfig::default()).unwrap();
         let error = train(None, model, text, &config, &run_folder, &mut watch).unwrap_err().to_string();
         assert!(error.contains(expected), "{error}");
     };

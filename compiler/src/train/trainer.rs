@@ -19,17 +19,21 @@ use super::error::TrainError;
 use super::gradients::{self, Gradients};
 use super::graph::Decoder;
 use super::inner::Inner;
+use super::interpreter::Interpreter;
 use super::loss::{self, LossParts, Target};
 use super::metrics::{Metrics, Row};
 use super::ops::with_values;
 use super::optimizer::AdamW;
 use super::parallel;
 use super::policy::Policy;
+use super::said;
 use super::schedule::Schedule;
 use super::start::begin;
 use super::trainee::{self, Trainee};
 use super::windows::{Batch, Windows};
 use crate::model::Model;
+use crate::pack;
+use crate::text::soft::SoftTargets;
 
 /// A mean square error of hidden states, beside the teacher's mean square, beyond which training is lost.
 const LARGEST_STATES: f64 = 1e4;
@@ -60,13 +64,17 @@ pub trait Progress {
 }
 
 /// Who says what the student is to say.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub enum Teacher<'a> {
     /// A model that is asked in every step; its layers from which the student's came, empty if they came from
     /// elsewhere.
     Model(&'a Model, &'a [usize]),
     /// What a model said before.
     Cache(&'a Cache),
+    /// What came with the text; where nothing did, the text itself.
+    Said(&'a SoftTargets),
+    /// A model of another vocabulary, and who knows both.
+    Foreign(&'a Model, &'a Interpreter<'a>),
 }
 
 /// Trains `student` to say what `teacher` says on the tokens `ids`.
@@ -144,6 +152,8 @@ enum Scorer<'a> {
     Text,
     Model(Box<Decoder>),
     Cache(&'a Cache),
+    Said(&'a SoftTargets),
+    Foreign(Box<Decoder>, &'a Interpreter<'a>),
 }
 
 /// A run under way.
@@ -304,6 +314,19 @@ impl<'a> Trainer<'a> {
                 let kept = Arc::new(cache.read(starts, targets)?);
                 return Ok(fused(&plain()?, Target::Sparse(&kept))?);
             }
+            (Scorer::Said(soft), _) => {
+                let said = Arc::new(said::targets(soft, batch, self.config.length));
+                return Ok(fused(&plain()?, Target::Sparse(&said))?);
+            }
+            (Scorer::Foreign(teacher, interpreter), _) if objective.universal => {
+                let groups = interpreter.group(teacher, batch, self.config.length)?;
+                return Ok(fused(&plain()?, Target::Universal(&groups))?);
+            }
+            (Scorer::Foreign(teacher, interpreter), _) => {
+                let (length, temperature) = (self.config.length, objective.temperature);
+                let translated = interpreter.translate(teacher, batch, length, temperature)?;
+                return Ok(fused(&plain()?, Target::Sparse(&translated))?);
+            }
             (Scorer::Model(teacher), None) => {
                 let hidden = teacher.hidden(inputs, shape.0, shape.1)?;
                 return Ok(fused(&plain()?, Target::Teacher(&hidden, &teacher.head()?))?);
@@ -391,6 +414,28 @@ fn scorer<'a>(
         }
         None if config.hidden.any() => return nobody("hidden-state term", config.hidden.to_string()),
         None => ("none".into(), Scorer::Text, None),
+        Some(Teacher::Said(_)) if config.on_policy > 0.0 => {
+            return nobody("share on policy", config.on_policy.to_string());
+        }
+        Some(Teacher::Said(_)) if config.hidden.any() => {
+            return nobody("hidden-state term", config.hidden.to_string());
+        }
+        Some(Teacher::Said(_)) if config.cache.is_some() || config.other_vocabulary() => {
+            return nobody("a cache of the teacher, --align or uld", "asked for".into());
+        }
+        Some(Teacher::Said(soft)) => {
+            // Of the tail only the sum is known, which no temperature can be applied to.
+            if !soft.is_empty() && config.objective.temperature != 1.0 {
+                let found = config.objective.temperature.to_string();
+                let expected = "1 with probabilities that came with the text";
+                return Err(TrainError::Setting { setting: "temperature", found, expected });
+            }
+            (format!("said {}", said::fingerprint(soft)), Scorer::Said(soft), None)
+        }
+        Some(Teacher::Foreign(model, interpreter)) => {
+            let decoder = Decoder::new(&model.spec, &model.weights)?;
+            (format!("foreign {}", fingerprint(model)?), Scorer::Foreign(decoder.into(), interpreter), None)
+        }
         Some(Teacher::Cache(cache)) => (cache.key().teacher.clone(), Scorer::Cache(cache), None),
         Some(Teacher::Model(model, kept)) => {
             let inner = Inner::new(&config.hidden, student, &model.spec, kept, config.seed)?;
@@ -430,14 +475,14 @@ pub fn fingerprint(model: &Model) -> Result<String, TrainError> {
             Ok(())
         })?;
     }
-    Ok(hex(hash))
+    Ok(pack::hex(&hash.finalize()))
 }
 
 pub(super) fn text_fingerprint(text: Text<'_>) -> String {
     let mut hash = Sha256::new();
     hash_words(&mut hash, text.ids.iter().copied());
     hash_words(&mut hash, text.scored.iter().map(|&scored| u32::from(scored)));
-    hex(hash)
+    pack::hex(&hash.finalize())
 }
 
 fn hash_words(hash: &mut Sha256, words: impl Iterator<Item = u32>) {
@@ -450,8 +495,4 @@ fn hash_words(hash: &mut Sha256, words: impl Iterator<Item = u32>) {
         }
     }
     hash.update(&bytes);
-}
-
-fn hex(hash: Sha256) -> String {
-    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }

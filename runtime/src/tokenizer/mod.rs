@@ -148,24 +148,54 @@ impl<'a> Tokenizer<'a> {
         {
             ids.push(bos);
         }
-        let specials = special::Finder::new(&self.vocab, options.parse_special);
+        self.encode_fragments(text, options.parse_special, true, scratch, &mut ids)?;
+        ids.finish()
+    }
+
+    /// [`Self::encode`] for a text that goes on behind another: no BOS, and no space before it. What stands behind a
+    /// special token is encoded as ever.
+    ///
+    /// # Errors
+    /// As [`Self::encode`].
+    pub fn encode_behind(
+        &self,
+        text: &[u8],
+        parse_special: bool,
+        scratch: &mut [u32],
+        out: &mut [u32],
+    ) -> Result<usize> {
+        let mut ids = Ids { out, count: 0 };
+        self.encode_fragments(text, parse_special, false, scratch, &mut ids)?;
+        ids.finish()
+    }
+
+    /// Appends the tokens of `text`; `begins` says that nothing but BOS stands before it.
+    fn encode_fragments(
+        &self,
+        text: &[u8],
+        parse_special: bool,
+        mut begins: bool,
+        scratch: &mut [u32],
+        ids: &mut Ids<'_>,
+    ) -> Result<()> {
+        let specials = special::Finder::new(&self.vocab, parse_special);
         let mut rest = text;
         while let Some(found) = specials.find(rest) {
-            self.encode_plain(&rest[..found.start], scratch, &mut ids)?;
+            self.encode_plain(&rest[..found.start], begins, scratch, ids)?;
+            begins = true;
             ids.push(found.token);
             rest = &rest[found.start + found.len..];
             if let Model::SentencePiece(model) = &self.model {
                 rest = model.behind_special(self.vocab.text(found.token), rest);
             }
         }
-        self.encode_plain(rest, scratch, &mut ids)?;
-        ids.finish()
+        self.encode_plain(rest, begins, scratch, ids)
     }
 
-    fn encode_plain(&self, text: &[u8], scratch: &mut [u32], ids: &mut Ids<'_>) -> Result<()> {
+    fn encode_plain(&self, text: &[u8], begins: bool, scratch: &mut [u32], ids: &mut Ids<'_>) -> Result<()> {
         match &self.model {
             Model::ByteLevel(model) => model.encode(&self.vocab, text, scratch, ids),
-            Model::SentencePiece(model) => model.encode(&self.vocab, text, scratch, ids),
+            Model::SentencePiece(model) => model.encode(&self.vocab, text, begins, scratch, ids),
         }
     }
 

@@ -105,17 +105,18 @@ impl<'a> SentencePiece<'a> {
         self.bytes[usize::from(byte)]
     }
 
-    /// Appends the tokens of a text without special tokens that stands at the beginning or behind a special
-    /// token.
+    /// Appends the tokens of a text without special tokens; `begins` says that it stands at the beginning or behind
+    /// a special token, where a space is put before it.
     pub(super) fn encode(
         &self,
         vocab: &Vocab<'_>,
         text: &[u8],
+        begins: bool,
         scratch: &mut [u32],
         ids: &mut Ids<'_>,
     ) -> Result<()> {
         let pieces = Pieces { model: self, vocab };
-        let mut prefix = self.add_space_prefix;
+        let mut prefix = self.add_space_prefix && begins;
         let mut rest = text;
         while !rest.is_empty() {
             let (word, tail) = rest.split_at(self.word(rest));

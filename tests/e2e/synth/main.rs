@@ -350,7 +350,38 @@ fn passages_become_rows_with_probabilities_that_are_distilled() {
         .args(["--mask-prompts", "--target", "x86_64-linux", "--teacher"])
         .arg(teacher().join("model.gguf"));
     distill.arg("--data").arg(out(folder.path())).arg("--eval-data").arg(text());
-    let ran = Ran::of(distill.arg("--out").arg(folder.path().join("run")));
+    let run = folder.path().join("run");
+    let ran = Ran::of(distill.arg("--out").arg(&run));
     assert!(ran.success, "{}", ran.err);
-    assert!(folder.path().join("run/student.gguf").exists());
+    assert!(ran.err.contains("tokens have probabilities that came with them"), "{}", ran.err);
+    assert!(run.join("student.gguf").exists());
+
+    // Without a teacher the rows are all that there is to learn from.
+    let mut distill = edgec();
+    distill.args(["distill", "--length", "32", "--batch", "2", "--tokens", "2048", "--mask-prompts"]);
+    distill.args(["--target", "x86_64-linux", "--student"]).arg(run.join("student"));
+    distill.arg("--data").arg(out(folder.path())).arg("--eval-data").arg(text());
+    let alone = folder.path().join("alone");
+    let ran = Ran::of(distill.arg("--out").arg(&alone));
+    assert!(ran.success, "{}", ran.err);
+    assert!(ran.err.contains("none: what the data says is learned"), "{}", ran.err);
+    let said = ran.err.lines().find(|line| line.contains("have probabilities that came with them")).unwrap();
+    let counts: Vec<usize> = said.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+    assert!(counts[0] > 100 && counts[0] <= counts[1], "{said}");
+    assert!(ran.out.contains("student before") && !ran.out.contains("KL from teacher"), "{}", ran.out);
+    let losses: Vec<f64> = fs::read_to_string(alone.join("metrics.jsonl"))
+        .unwrap()
+        .lines()
+        .map(|row| serde_json::from_str::<Value>(row).unwrap()["loss"].as_f64().unwrap())
+        .collect();
+    let mean = |losses: &[f64]| losses.iter().sum::<f64>() / losses.len() as f64;
+    let (first, last) = (mean(&losses[..8]), mean(&losses[losses.len() - 8..]));
+    assert!(last < first - 0.2, "{first} {last}");
+
+    // Of the sum of all other tokens no other temperature is known.
+    let mut warm = edgec();
+    warm.args(["distill", "--length", "32", "--temperature", "2", "--student"]).arg(run.join("student"));
+    warm.arg("--data").arg(out(folder.path())).arg("--eval-data").arg(text());
+    let refused = Ran::of(warm.arg("--out").arg(folder.path().join("warm")));
+    refused.assert_refused("temperature", &["temperature is 2", "probabilities that came with the text"]);
 }

@@ -204,3 +204,41 @@ fn the_end_of_a_cut_answer_is_not_learned() {
     assert_eq!(learned(&corpus).1, "We the peo");
     assert!(!corpus.scored.last().unwrap());
 }
+
+/// Behind a prompt SentencePiece puts no space: prompt and completion are the text that they are together, and a
+/// server's tokens are found in it.
+#[test]
+fn a_completion_goes_on_after_its_prompt() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/tokenizers/ggml-vocab-llama-spm.gguf");
+    let tokenizer = HostTokenizer::open(path.as_ref()).unwrap();
+    let load = |prompt: &str, completion: &str| {
+        let folder = tempfile::tempdir().unwrap();
+        let rows = folder.path().join("rows.jsonl");
+        let pieces = Pieces::new(&tokenizer).unwrap();
+        let said: Vec<_> = tokenizer
+            .encode_behind(completion.as_bytes(), false)
+            .unwrap()
+            .iter()
+            .map(|&id| token(&pieces.spelled(id).unwrap().0, -0.5, &[]))
+            .collect();
+        let row = json!({"prompt": prompt, "completion": completion, "logprobs": said});
+        fs::write(&rows, row.to_string()).unwrap();
+        corpus::load(&[rows], &tokenizer, None, true).unwrap()
+    };
+    for (prompt, completion) in
+        [("The capital of France is", " Paris, and it"), ("Say: na", "ïve xylophones"), ("", "It is so")]
+    {
+        let corpus = load(prompt, completion);
+        let mut whole = tokenizer.encode(&format!("{prompt}{completion}"), true, false).unwrap();
+        whole.extend(tokenizer.eos());
+        let text = |ids: &[u32]| tokenizer.decode(ids).unwrap();
+        assert_eq!(text(&corpus.ids), format!("{prompt}{completion}"), "{:?}", corpus.ids);
+        if prompt.ends_with("is") || prompt.is_empty() {
+            assert_eq!(corpus.ids, whole);
+        }
+        let scored = corpus.scored.iter().filter(|scored| **scored).count() - 1;
+        if !prompt.is_empty() {
+            assert_eq!(corpus.soft.len(), scored, "every token of {completion} has its probabilities");
+        }
+    }
+}

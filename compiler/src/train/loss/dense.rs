@@ -28,6 +28,8 @@ pub(super) struct Scales {
     pub soft: f32,
     /// Of `q_1 - target`.
     pub hard: f32,
+    /// The same where there is nothing but the text.
+    pub text: f32,
 }
 
 /// Compares one row of logits with the teacher's; both are spent.
@@ -77,7 +79,7 @@ pub(super) fn row_gradient(
     spare: &mut Vec<f32>,
 ) -> Row {
     let Some(t) = teacher else {
-        let cross_entropy = hard(s, target, scales.hard, spare);
+        let cross_entropy = hard(s, target, scales.text, spare);
         s.copy_from_slice(spare);
         return Row { cross_entropy, ..Row::default() };
     };
@@ -104,7 +106,7 @@ pub(super) fn text_part(s: &[f32], target: u32, scales: &Scales, spare: &mut Vec
 }
 
 /// Cross-entropy with the target at temperature 1; its gradient, times `scale`, becomes `out`.
-fn hard(s: &[f32], target: u32, scale: f32, out: &mut Vec<f32>) -> f64 {
+pub(super) fn hard(s: &[f32], target: u32, scale: f32, out: &mut Vec<f32>) -> f64 {
     let (logit, max) = (f64::from(s[target as usize]), max(s));
     out.clear();
     out.extend(s.iter().map(|x| exp(x - max)));

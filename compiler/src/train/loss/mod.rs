@@ -16,6 +16,8 @@ mod op;
 mod side;
 mod sparse;
 mod sums;
+mod translated;
+mod universal;
 
 #[cfg(test)]
 mod tests;
@@ -24,9 +26,11 @@ use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
 pub use hidden::{HiddenTerms, hidden_loss};
-pub use objective::{Kind, Mixture, Objective};
+pub use objective::{Kind, Mixture, Objective, ULD};
 pub use op::{Target, loss};
 pub use sparse::{SparseRow, SparseTargets, Sparsity};
+pub use translated::{NOT_SHARED, translated};
+pub use universal::{Group, LONGEST_GROUP, Universal};
 
 use super::ops::linear;
 use dense::{Row, statistics};

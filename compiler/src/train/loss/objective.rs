@@ -149,6 +149,8 @@ pub struct Objective {
     pub temperature: f64,
     /// Divergences from the teacher, at the temperature.
     pub soft: Mixture,
+    /// Compare probabilities by rank instead ([`Universal`](super::Universal)), between any vocabularies.
+    pub universal: bool,
     /// The teacher's share in the middle of [`Kind::JensenShannon`], 0 to 1.
     pub beta: f64,
     /// Share of `p` in [`Kind::Skewed`] and of `q` in [`Kind::SkewedReverse`], 0 to below 1.
@@ -158,7 +160,24 @@ pub struct Objective {
 impl Default for Objective {
     /// The forward KL divergence alone, at temperature 1.
     fn default() -> Self {
-        Self { alpha: 1.0, temperature: 1.0, soft: Mixture::default(), beta: 0.5, skew: 0.1 }
+        Self {
+            alpha: 1.0,
+            temperature: 1.0,
+            soft: Mixture::default(),
+            universal: false,
+            beta: 0.5,
+            skew: 0.1,
+        }
+    }
+}
+
+/// What users call the loss by rank.
+pub const ULD: &str = "uld";
+
+impl Objective {
+    /// What users call the soft loss.
+    pub fn loss(&self) -> String {
+        if self.universal { ULD.to_owned() } else { self.soft.to_string() }
     }
 }
 

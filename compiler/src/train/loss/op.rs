@@ -11,6 +11,7 @@ use super::dense::{Row, Scales, row_gradient};
 use super::objective::Objective;
 use super::side::{CHUNK, Side, scored, with_side};
 use super::sparse::{SparseTargets, sparse_gradient};
+use super::universal::{Universal, check_groups, group_gradient};
 use super::{Head, LossParts};
 use crate::train::gradients::into_buffer;
 use crate::train::ops::{Matrix, gemm, rows_cols, slope, tensor, values, with_values};
@@ -22,8 +23,10 @@ pub enum Target<'a> {
     Text,
     /// What a teacher with these final hidden states and this head says, and the text.
     Teacher(&'a Tensor, &'a Head),
-    /// What was kept of a teacher's distributions, and the text.
+    /// What was kept of a teacher's distributions, and the text; where nothing was, the text alone.
     Sparse(&'a Arc<SparseTargets>),
+    /// Sorted probabilities of a teacher of any vocabulary, and the text; outside of groups the text alone.
+    Universal(&'a Arc<Universal>),
 }
 
 /// A [`Target`] that an operation can keep.
@@ -31,6 +34,7 @@ enum Owned {
     Text,
     Teacher(Tensor, Head),
     Sparse(Arc<SparseTargets>),
+    Universal(Arc<Universal>),
 }
 
 impl From<Target<'_>> for Owned {
@@ -39,6 +43,7 @@ impl From<Target<'_>> for Owned {
             Target::Text => Self::Text,
             Target::Teacher(hidden, head) => Self::Teacher(hidden.clone(), head.clone()),
             Target::Sparse(rows) => Self::Sparse(rows.clone()),
+            Target::Universal(targets) => Self::Universal(targets.clone()),
         }
     }
 }
@@ -48,6 +53,34 @@ enum Beside<'a> {
     Text,
     Teacher(&'a Side<'a>),
     Sparse(&'a SparseTargets),
+    Universal(&'a Universal, &'a Side<'a>),
+}
+
+impl Beside<'_> {
+    /// Whether there is more than the text to be learned from a row of the batch.
+    fn says(&self, row: usize) -> bool {
+        match self {
+            Self::Text => false,
+            Self::Teacher(_) => true,
+            Self::Sparse(targets) => !targets.rows[row].is_text(),
+            Self::Universal(targets, _) => targets.group_of(row).is_some(),
+        }
+    }
+
+    /// Parts of the scored rows whose logits exist together: groups are never torn.
+    fn chunks<'r>(&self, scored: &'r [(usize, u32)]) -> Vec<&'r [(usize, u32)]> {
+        let Self::Universal(targets, _) = self else { return scored.chunks(CHUNK).collect() };
+        let mut chunks = Vec::new();
+        let mut rest = scored;
+        while rest.len() > CHUNK {
+            let first = targets.group_of(rest[CHUNK].0).map_or(rest[CHUNK].0, |group| group.student.start);
+            let (chunk, tail) = rest.split_at(rest.partition_point(|(row, _)| *row < first));
+            chunks.push(chunk);
+            rest = tail;
+        }
+        chunks.push(rest);
+        chunks
+    }
 }
 
 /// The loss, times `scale`, as a scalar to run backward from, and its parts (without `scale`).
@@ -108,6 +141,10 @@ impl HeadLoss {
                 check_sparse(targets, student)?;
                 self.forward_beside(student, &Beside::Sparse(targets))
             }
+            Owned::Universal(targets) => with_side(&targets.hidden, &targets.head, |teacher| {
+                check_groups(targets, &self.targets, student, teacher)?;
+                self.forward_beside(student, &Beside::Universal(targets, teacher))
+            }),
         }
     }
 
@@ -118,25 +155,23 @@ impl HeadLoss {
     ) -> Result<(LossParts, Vec<f32>, Vec<f32>)> {
         let (vocab, width) = (student.vocab, student.width);
         let scored = scored(&self.targets, student.rows, vocab)?;
-        let (temperature, alpha) = match teacher {
-            Beside::Text => (1.0, 0.0),
-            _ => (self.objective.temperature, self.objective.alpha),
-        };
+        let Objective { temperature, alpha, .. } = self.objective;
         let per_token = self.scale / scored.len().max(1) as f64;
         let scales = Scales {
             objective: self.objective,
             temperature: temperature as f32,
             soft: (per_token * alpha * temperature) as f32,
             hard: (per_token * (1.0 - alpha)) as f32,
+            text: per_token as f32,
         };
-        let mut sums = Row::default();
+        let (mut loss, mut sums) = (0.0, Row::default());
         let mut dhidden = vec![0.0; student.rows * width];
         let mut dhead = vec![0.0; if self.trains_head { vocab * width } else { 0 }];
         let size = CHUNK.min(scored.len()) * vocab;
         let mut s_buffer = vec![0.0; size];
         let mut t_buffer = vec![0.0; if matches!(teacher, Beside::Teacher(_)) { size } else { 0 }];
         let mut before = Vec::new();
-        for chunk in scored.chunks(CHUNK) {
+        for chunk in teacher.chunks(&scored) {
             let s = &mut s_buffer[..chunk.len() * vocab];
             student.logits(chunk, s);
             if student.soft_cap > 0.0 {
@@ -144,9 +179,12 @@ impl HeadLoss {
                 before.extend_from_slice(s);
             }
             // Added in order: the result does not depend on the threads.
-            for row in gradients(s, vocab, chunk, teacher, &mut t_buffer, &scales) {
+            for (row, (number, _)) in
+                gradients(s, vocab, chunk, teacher, &mut t_buffer, &scales).iter().zip(chunk)
+            {
+                let alpha = if teacher.says(*number) { alpha } else { 0.0 };
+                loss += alpha * temperature * temperature * row.soft + (1.0 - alpha) * row.cross_entropy;
                 sums.kl += row.kl;
-                sums.soft += row.soft;
                 sums.cross_entropy += row.cross_entropy;
             }
             if student.soft_cap > 0.0 {
@@ -167,9 +205,12 @@ impl HeadLoss {
             }
         }
         let count = scored.len().max(1) as f64;
-        let (soft, cross_entropy) = (sums.soft / count, sums.cross_entropy / count);
-        let loss = alpha * temperature * temperature * soft + (1.0 - alpha) * cross_entropy;
-        let parts = LossParts { loss, kl: sums.kl / count, cross_entropy, tokens: scored.len() };
+        let parts = LossParts {
+            loss: loss / count,
+            kl: sums.kl / count,
+            cross_entropy: sums.cross_entropy / count,
+            tokens: scored.len(),
+        };
         Ok((parts, dhidden, dhead))
     }
 }
@@ -198,11 +239,40 @@ fn gradients(
                 .collect()
         }
         Beside::Sparse(SparseTargets { sparsity, rows: kept }) => rows
-            .map_init(Vec::new, |spare, (s, (row, target))| {
-                sparse_gradient(s, &kept[*row], *sparsity, *target, scales, spare)
+            .map_init(Vec::new, |spare, (s, (row, target))| match &kept[*row] {
+                kept if kept.is_text() => row_gradient(s, None, *target, scales, spare),
+                kept => sparse_gradient(s, kept, *sparsity, *target, scales, spare),
             })
             .collect(),
+        Beside::Universal(targets, teacher) => {
+            let rows: Vec<_> = split(s, vocab, chunk, targets)
+                .into_par_iter()
+                .map(|(s, rows)| match targets.group_of(rows[0].0) {
+                    None => vec![row_gradient(s, None, rows[0].1, scales, &mut Vec::new())],
+                    Some(group) => group_gradient(s, rows, group, targets, teacher, scales),
+                })
+                .collect();
+            rows.concat()
+        }
     }
+}
+
+/// The logits of each group, and of each row outside of groups.
+fn split<'s, 'r>(
+    mut s: &'s mut [f32],
+    vocab: usize,
+    mut chunk: &'r [(usize, u32)],
+    targets: &Universal,
+) -> Vec<(&'s mut [f32], &'r [(usize, u32)])> {
+    let mut parts = Vec::new();
+    while let Some((row, _)) = chunk.first() {
+        let count = targets.group_of(*row).map_or(1, |group| group.student.len());
+        let (logits, tail) = s.split_at_mut(count * vocab);
+        let (rows, rest) = chunk.split_at(count);
+        parts.push((logits, rows));
+        (s, chunk) = (tail, rest);
+    }
+    parts
 }
 
 fn check_sparse(targets: &SparseTargets, student: &Side<'_>) -> Result<()> {

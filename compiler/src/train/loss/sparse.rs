@@ -91,12 +91,32 @@ pub struct SparseRow {
     pub rest: f32,
 }
 
+impl SparseRow {
+    /// A row of nothing: the text alone is learned.
+    pub fn is_text(&self) -> bool {
+        self.ids.is_empty()
+    }
+
+    /// The row of some tokens with their probabilities, in any order, each once; what they leave of 1 is the bucket's.
+    pub fn bucketed(mut known: Vec<(u32, f32)>) -> Self {
+        known.sort_unstable_by_key(|(id, _)| *id);
+        let sum: f64 = known.iter().map(|(_, p)| f64::from(*p)).sum();
+        // Rounded logarithms may sum to a little more than 1.
+        let scale = 1.0 / sum.max(1.0);
+        Self {
+            ids: known.iter().map(|(id, _)| *id).collect(),
+            probabilities: known.iter().map(|(_, p)| (f64::from(*p) * scale) as f32).collect(),
+            rest: (1.0 - sum).max(0.0) as f32,
+        }
+    }
+}
+
 /// Sparse targets for the rows of a batch.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SparseTargets {
     /// What was kept.
     pub sparsity: Sparsity,
-    /// One for each row; those that are not scored may be empty.
+    /// One for each row; of an empty one the text alone is learned.
     pub rows: Vec<SparseRow>,
 }
 
