@@ -209,7 +209,7 @@ impl TrainConfig {
 
     /// The settings by name, as a checkpoint remembers them.
     pub(super) fn recipe(&self) -> Recipe {
-        let entries: [(&str, String); 24] = [
+        let entries: [(&str, String); 25] = [
             ("tokens", self.tokens.to_string()),
             ("batch", self.batch.to_string()),
             ("length", self.length.to_string()),
