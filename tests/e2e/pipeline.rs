@@ -1,17 +1,14 @@
 //! The whole way in one recipe, from a server's text to a bundle: killed half-way it goes on, changed it does again
 //! what has changed and all that follows, and nothing else.
 
-#[path = "synth/server.rs"]
-mod server;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant, SystemTime};
 
+use edge_tests::server::{Asked, Reply, Server};
 use edge_tests::{Ran, edgec, run, text, workspace};
 use serde_json::{Value, json};
-use server::{Asked, Reply, Server};
 
 /// The example of the repository with a few keys of it set otherwise, so that a test can run it.
 fn recipe(folder: &Path, changes: &[(&str, &str)]) -> PathBuf {

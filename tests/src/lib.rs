@@ -1,6 +1,7 @@
 //! What the tests of the whole toolchain share. The tests themselves live in the folders beside `src`.
 
 mod edgec;
+pub mod server;
 mod tiny;
 mod tools;
 

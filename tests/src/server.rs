@@ -13,9 +13,13 @@ use serde_json::{Value, json};
 /// A request as it came.
 #[derive(Clone, Debug)]
 pub struct Asked {
+    /// When.
     pub at: Instant,
+    /// What was asked for.
     pub path: String,
+    /// The header of that name.
     pub authorization: Option<String>,
+    /// What was sent.
     pub body: Value,
     /// How often the same body had come before.
     pub before: usize,
@@ -40,6 +44,7 @@ pub enum Reply {
 }
 
 impl Reply {
+    /// A whole answer of a document.
     pub fn json(status: u16, body: &Value) -> Self {
         Self::Whole(status, "", body.to_string().into_bytes())
     }
@@ -50,6 +55,7 @@ impl Reply {
     }
 }
 
+/// The document of an answer in a chat, of 5 tokens to a prompt of 10.
 pub fn chat(text: &str, reason: &str) -> Value {
     let message = json!({"role": "assistant", "content": text});
     json!({
@@ -70,6 +76,7 @@ static CASES: Mutex<Option<HashMap<String, Arc<Case>>>> = Mutex::new(None);
 /// The requests of one test.
 pub struct Server {
     case: Arc<Case>,
+    /// Root of its interface.
     pub url: String,
 }
 

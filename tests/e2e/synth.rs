@@ -1,8 +1,6 @@
 //! `edgec synth` against a server that does everything that servers do wrong: what passes is asked again,
 //! what does not is said at once, and whoever is killed, each answer is in the file once.
 
-mod server;
-
 use std::collections::HashSet;
 use std::fs;
 use std::net::TcpListener;
@@ -11,9 +9,9 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use edge_tests::server::{Asked, Reply, Server, chat};
 use edge_tests::{Ran, edgec, teacher, text};
 use serde_json::{Value, json};
-use server::{Asked, Reply, Server, chat};
 
 const KEY: &str = "sk-not-to-be-seen-0123456789";
 
