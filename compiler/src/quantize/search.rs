@@ -17,7 +17,7 @@ pub(crate) fn round(value: f32) -> f32 {
 }
 
 /// The sum of `term(i)` for `i < N`, in eight interleaved partial sums.
-fn sum<const N: usize>(term: impl Fn(usize) -> f32) -> f32 {
+pub(super) fn sum<const N: usize>(term: impl Fn(usize) -> f32) -> f32 {
     let mut lanes = [0.0f32; 8];
     for base in (0..N).step_by(8) {
         for (lane, total) in lanes.iter_mut().enumerate() {
@@ -64,7 +64,7 @@ pub(super) fn squared_error<const N: usize>(
 }
 
 /// `0, -1, 1, -2, 2, ...` up to `last` on both sides.
-fn outwards(last: i32) -> impl Iterator<Item = i32> {
+pub(super) fn outwards(last: i32) -> impl Iterator<Item = i32> {
     (0..=2 * last).map(|i| if i % 2 == 0 { i / 2 } else { -(i + 1) / 2 })
 }
 
