@@ -4,7 +4,7 @@ use edge_runtime::format::{f16_to_f32, f32_to_f16};
 use edge_runtime::kernels::IQ4_NL_VALUES;
 
 use super::grid::Spacing;
-use super::search::{extreme, inverse, outwards, squared_error, sum};
+use super::search::{by_magnitude, extreme, inverse, outwards, squared_error, sum};
 
 /// The ends of the range.
 const LOW: f32 = IQ4_NL_VALUES[0] as f32;
@@ -15,9 +15,9 @@ fn to_grid(x: &[f32; 32], inverse: f32) -> [f32; 32] {
     x.map(|x| Spacing::Chosen.nearest((x * inverse).clamp(LOW, HIGH)))
 }
 
-/// `x ~ scale * q`. Without importance elements weigh by their square, as in ggml.
+/// `x ~ scale * q`. Without importance elements weigh by magnitude.
 pub(super) fn iq4_nl(x: &[f32; 32], importance: Option<&[f32; 32]>) -> [u8; 18] {
-    let w = importance.copied().unwrap_or_else(|| x.map(|x| x * x));
+    let w = importance.copied().unwrap_or_else(|| by_magnitude(x));
     let extreme = extreme(x);
     let plain = extreme / LOW;
     let mut best = (f32::INFINITY, 0, [0.0; 32]);

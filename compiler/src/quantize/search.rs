@@ -38,6 +38,12 @@ pub(super) fn extreme(x: &[f32]) -> f32 {
     x.iter().fold(0.0, |extreme: f32, v| if v.abs() > extreme.abs() { *v } else { extreme })
 }
 
+/// What elements weigh where nothing is known of their importance, as in ggml: what is large moves the output more.
+pub(super) fn by_magnitude<const N: usize>(x: &[f32; N]) -> [f32; N] {
+    let rms = (x.iter().map(|v| v * v).sum::<f32>() / N as f32).sqrt();
+    x.map(|v| rms + v.abs())
+}
+
 /// Integers `low..=high` nearest to `inverse * (x - offset)`.
 pub(super) fn to_grid<const N: usize>(
     x: &[f32; N],

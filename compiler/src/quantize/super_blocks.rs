@@ -6,7 +6,7 @@
 
 use edge_runtime::format::{DType, f16_to_f32, f32_to_f16};
 
-use super::search::{affine, extreme, inverse, squared_error, symmetric, to_grid};
+use super::search::{affine, by_magnitude, extreme, inverse, squared_error, sum, symmetric, to_grid};
 
 /// Most sub-blocks of a super-block.
 const MOST_GROUPS: usize = 16;
@@ -21,6 +21,7 @@ struct Affine {
 }
 
 /// A super-block without minimums before it is packed: `x ~ d * scale * (q - levels)`.
+#[derive(Clone, Copy)]
 struct Symmetric {
     d: u16,
     /// Of each 16 weights.
@@ -34,8 +35,7 @@ struct Group<'a, const N: usize> {
     w: [f32; N],
 }
 
-/// The sub-blocks of a super-block. Without importance, elements weigh by magnitude, as in ggml: what is
-/// large moves the output more.
+/// The sub-blocks of a super-block. Without importance, elements weigh by magnitude.
 fn groups<'a, const N: usize>(
     x: &'a [f32; 256],
     importance: Option<&'a [f32; 256]>,
@@ -43,10 +43,7 @@ fn groups<'a, const N: usize>(
     x.as_chunks::<N>().0.iter().enumerate().map(move |(j, x)| {
         let w = match importance {
             Some(importance) => std::array::from_fn(|i| importance[j * N + i]),
-            None => {
-                let rms = (x.iter().map(|v| v * v).sum::<f32>() / N as f32).sqrt();
-                x.map(|v| rms + v.abs())
-            }
+            None => by_magnitude(x),
         };
         Group { x, w }
     })
@@ -89,7 +86,8 @@ fn quantize_affine<const N: usize>(
     block
 }
 
-/// Quantizes sub-blocks of 16 to `0 <= q < 2 * levels`, with scales from `-top_scale` to `top_scale - 1`.
+/// Quantizes sub-blocks of 16 to `0 <= q < 2 * levels`, with scales from `-top_scale` to `top_scale - 1`: first for the
+/// factor that the largest scale asks for, then for the one that the regression of all weights on what came out does.
 fn quantize_symmetric(
     x: &[f32; 256],
     importance: Option<&[f32; 256]>,
@@ -100,23 +98,39 @@ fn quantize_symmetric(
     for (group, ideal) in groups::<16>(x, importance).zip(&mut ideal) {
         *ideal = symmetric(group.x, &group.w, levels);
     }
+    let mut best = Symmetric { d: 0, scales: [0; MOST_GROUPS], q: [levels as u8; 256] };
+    let mut least = f32::INFINITY;
     // The largest scale takes the longer side of the integer.
-    let d = f32_to_f16(extreme(&ideal) / -top_scale);
-    let mut block = Symmetric { d, scales: [0; MOST_GROUPS], q: [0; 256] };
-    let d = f16_to_f32(d);
-    for (j, group) in groups::<16>(x, importance).enumerate() {
-        let mut best = f32::INFINITY;
-        for scale in neighbors(ideal[j] * inverse(d), -top_scale, top_scale - 1.0) {
-            let q = to_grid(group.x, inverse(d * scale), 0.0, -levels, levels - 1.0);
-            let error = squared_error(group.x, &group.w, &q, d * scale, 0.0);
-            if error < best {
-                best = error;
-                block.scales[j] = scale as i8;
-                block.q[j * 16..][..16].copy_from_slice(&q.map(|q| (q + levels) as u8));
-            }
+    let mut factor = extreme(&ideal) / -top_scale;
+    for _ in 0..2 {
+        let mut block = Symmetric { d: f32_to_f16(factor), ..best };
+        let d = f16_to_f32(block.d);
+        if !d.is_finite() {
+            break;
         }
+        let (mut error, mut xq, mut qq) = (0.0, 0.0, 0.0);
+        for (j, group) in groups::<16>(x, importance).enumerate() {
+            let mut chosen = (f32::INFINITY, 0.0, [0.0; 16]);
+            for scale in neighbors(ideal[j] * inverse(d), -top_scale, top_scale - 1.0) {
+                let q = to_grid(group.x, inverse(d * scale), 0.0, -levels, levels - 1.0);
+                let error = squared_error(group.x, &group.w, &q, d * scale, 0.0);
+                if error < chosen.0 {
+                    chosen = (error, scale, q);
+                }
+            }
+            let (smallest, scale, q) = chosen;
+            error += smallest;
+            xq += scale * sum::<16>(|i| group.w[i] * group.x[i] * q[i]);
+            qq += scale * scale * sum::<16>(|i| group.w[i] * q[i] * q[i]);
+            block.scales[j] = scale as i8;
+            block.q[j * 16..][..16].copy_from_slice(&q.map(|q| (q + levels) as u8));
+        }
+        if error < least {
+            (least, best) = (error, block);
+        }
+        factor = xq / qq;
     }
-    block
+    best
 }
 
 /// The integers in `low..=high` around `ideal`, the nearest one first.
