@@ -191,8 +191,8 @@ fn inspect_names_what_cannot_be_run() {
     assert!(tokenizer.contains("`bert`") && tokenizer.contains("gpt2, which is"), "{tokenizer}");
     let splitter = with(b"tokenizer.ggml.pre", 12, b"v");
     assert!(splitter.contains("pre-tokenizers: default, gpt-2"), "{splitter}");
-    let tensor = with(b"blk.1.ffn_down.weight", 4 + 2 * 8, &[20]);
-    assert!(tensor.contains("`blk.1.ffn_down.weight` of type IQ4_NL; there are F32, F16"), "{tensor}");
+    let tensor = with(b"blk.1.ffn_down.weight", 4 + 2 * 8, &[23]);
+    assert!(tensor.contains("`blk.1.ffn_down.weight` of type IQ4_XS; there are F32, F16"), "{tensor}");
 }
 
 #[test]

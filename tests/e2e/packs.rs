@@ -95,7 +95,7 @@ fn a_pack_says_what_its_gguf_says_in_every_type() {
     // Super-blocks need rows of 256.
     let mixes = [
         (teacher(), &["Q4_0", "Q8_0", "Q4_1", "Q5_0", "Q5_1", "F16"][..]),
-        (wide_teacher(), &["Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K"]),
+        (wide_teacher(), &["Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "IQ4_NL", "Q3_K_S", "Q2_K"]),
     ];
     for (teacher, mixes) in mixes {
         for mix in mixes {

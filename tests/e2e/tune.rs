@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use edge_tests::{Ran, edgec, teacher, text, workspace};
+use edge_tests::{Ran, edgec, run, teacher, text, workspace};
 use serde_json::Value;
 
 fn model() -> PathBuf {
@@ -207,6 +207,20 @@ fn what_makes_no_sense_leaves_no_folder() {
         merge(&adapter, &merged, &[]).assert_refused(put, parts);
         assert!(!merged.exists(), "{put}");
     }
+}
+
+/// LoRA-QAD: beside blocks of few bits, an adapter learns what the model said before it was rounded.
+#[test]
+fn an_adapter_makes_up_for_rounding() {
+    let folder = tempfile::tempdir().unwrap();
+    let (rounded, out) = (folder.path().join("rounded.gguf"), folder.path().join("adapter"));
+    // Weights in f32, so that there is something to lose.
+    let source = teacher().join("student");
+    run(edgec().arg("quantize").arg(&source).args(["--type", "Q4_0", "--out"]).arg(&rounded));
+    let options = ["--base-quant", "Q4_0", "--teacher", source.to_str().unwrap(), "--json"];
+    let report = tuned(&rounded, &out, &options).json();
+    let kl = |when: &str| report[when]["kl"].as_f64().unwrap();
+    assert!(kl("after") < kl("before"), "{report}");
 }
 
 /// The embedded model and text do for a first try, and the tuned model teaches.

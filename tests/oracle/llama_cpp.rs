@@ -13,7 +13,9 @@ use edgec::profile::eval::{Config, Score, evaluate};
 use edgec::{adapter, profile, quantize, teacher};
 use serde_json::{Value, json};
 
-const TYPES: [&str; 6] = ["F16", "Q8_0", "Q4_0", "Q4_1", "Q4_K_M", "Q6_K"];
+const TYPES: [&str; 9] = ["F16", "Q8_0", "Q4_0", "Q4_1", "Q4_K_M", "Q6_K", "IQ4_NL", "Q3_K_M", "Q2_K"];
+/// Types that are rounded on a text as well, by GPTQ.
+const CALIBRATED: [&str; 2] = ["Q4_0", "Q4_K_M"];
 /// Beginnings of sentences that the model has learned, so that no token is a close call.
 const PROMPTS: [&str; 3] =
     ["Since the close of the last Congress", "The world knew his kindness", "He has made justice"];
@@ -43,10 +45,15 @@ fn assert_as_sure(what: &str, found: f64, golden: &Value) {
     assert!(difference.abs() < PERPLEXITY, "{what}: {found}, llama.cpp {golden}");
 }
 
-fn quantized(kind: &str, folder: &Path) -> PathBuf {
-    let path = folder.join(format!("{kind}.gguf"));
+fn quantized(kind: &str, calibrated: bool, folder: &Path) -> PathBuf {
+    let path = folder.join(format!("{kind}{}.gguf", if calibrated { " by GPTQ" } else { "" }));
     let mut quantize = edgec();
     quantize.arg("quantize").arg(wide_teacher().join("student")).args(["--type", kind, "--out"]).arg(&path);
+    if calibrated {
+        quantize
+            .args(["--calibration-tokens", "4096", "--calibration-length", "64", "--calibration"])
+            .arg(text());
+    }
     run(&mut quantize);
     path
 }
@@ -76,15 +83,18 @@ fn windows(model: &Path) -> Vec<Vec<u32>> {
 fn every_type_says_the_same_in_llama_cpp() {
     let Some(python) = require_python("xllamacpp") else { return };
     let folder = tempfile::tempdir().unwrap();
-    let models = TYPES.map(|kind| quantized(kind, folder.path()));
+    let plain = TYPES.map(|kind| quantized(kind, false, folder.path()));
+    let models: Vec<PathBuf> =
+        plain.into_iter().chain(CALIBRATED.map(|kind| quantized(kind, true, folder.path()))).collect();
     let task = |model: &PathBuf| {
         json!({
             "model": model, "context": CONTEXT, "prompts": PROMPTS, "tokens": TOKENS,
             "windows": windows(model), "vocab": 512,
         })
     };
-    let answers = llama_cpp(python, &models.each_ref().map(task));
-    for ((kind, model), answer) in TYPES.iter().zip(&models).zip(&answers) {
+    let answers = llama_cpp(python, &models.iter().map(task).collect::<Vec<_>>());
+    for (model, answer) in models.iter().zip(&answers) {
+        let kind = model.file_stem().unwrap().to_str().unwrap();
         for (prompt, golden) in PROMPTS.iter().zip(answer["greedy"].as_array().unwrap()) {
             assert_eq!(golden.as_array().unwrap().len(), TOKENS, "{kind}: {prompt}");
             assert_eq!(greedy(model, prompt), *golden, "{kind}: {prompt}");

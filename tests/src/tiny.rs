@@ -47,7 +47,7 @@ impl TinyModel {
         tensors.matrix("token_embd.weight", HIDDEN, tokens.len() as u64, DType::Q8_0);
         tensors.ones("output_norm.weight", HIDDEN);
         tensors.matrix("output.weight", HIDDEN, tokens.len() as u64, DType::Q6K);
-        let mut types = DType::ALL.into_iter().cycle();
+        let mut types = DType::CORE.into_iter().cycle();
         for layer in 0..layers {
             tensors.ones(&format!("blk.{layer}.attn_norm.weight"), HIDDEN);
             tensors.ones(&format!("blk.{layer}.ffn_norm.weight"), HIDDEN);
@@ -174,6 +174,8 @@ impl Tensors {
                 half(2, SPREAD / (9.2 * 32.0) * 15.5);
             }
             DType::Q6K => half(208, SPREAD / (18.5 * 74.0)),
+            // Not among the core types.
+            DType::Q2K | DType::Q3K | DType::IQ4NL => {}
         }
         bytes
     }

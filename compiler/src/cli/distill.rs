@@ -6,6 +6,7 @@ use std::rc::Rc;
 use anyhow::bail;
 use clap::Args;
 use edgec::pipeline::{self, Observer, Recipe, SoftSource, StudentSource, TeacherSource};
+use edgec::quantize::calibrate::Method;
 use edgec::student::MENDING_TOKENS;
 use edgec::train::loss::{HiddenTerms, Mixture, Objective, Sparsity, ULD};
 use edgec::train::parallel::Communicator;
@@ -91,6 +92,9 @@ pub struct Arguments {
     /// Tensor types of student.gguf: F16, Q8_0, Q4_0, Q4_1, Q4_K_M, Q6_K, ...
     #[arg(long, default_value = "Q8_0")]
     quant: String,
+    /// How the student is rounded to types of fewer than eight bits, knowing some of the data
+    #[arg(long, value_enum, default_value_t, conflicts_with = "qat")]
+    rounding: Method,
     /// Quantization-aware: train with the weights that these tensor types leave, and ship exactly those; with
     /// --shrink 1 the whole teacher
     #[arg(long, value_name = "TYPE", conflicts_with = "quant")]
@@ -199,6 +203,7 @@ impl Arguments {
             mask_prompts: self.training.mask_prompts,
             target: self.target.clone(),
             quant: self.qat.clone().unwrap_or_else(|| self.quant.clone()),
+            rounding: self.rounding,
             qat: self.qat.is_some(),
             calibration: self.calibration,
             train: TrainConfig {

@@ -3,12 +3,16 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, bail};
-use clap::{Args, ValueEnum};
-use edgec::export::gguf::{Mix, export_encoded, measure};
+use clap::Args;
+use edge_runtime::format::Gguf;
+use edge_runtime::session::{Limits, Plan};
+use edge_targets::Target;
+use edgec::export::gguf::{Mix, encoded_to_vec, export_encoded, measure};
 use edgec::model::Model;
 use edgec::profile;
-use edgec::quantize::calibrate::{Rounding, Sample, imatrix, round_model, weigh};
-use edgec::quantize::{Encoding, Imatrix, awq, budget};
+use edgec::quantize::budget::{self, Budget};
+use edgec::quantize::calibrate::{Method, Rounding, Sample, imatrix, round_model, weigh};
+use edgec::quantize::{Encoding, Imatrix, awq};
 use edgec::teacher;
 use edgec::text::{ChatTemplate, HostTokenizer, corpus};
 
@@ -24,7 +28,8 @@ use super::progress::{Progress, note};
 pub struct Arguments {
     /// GGUF file, Hugging Face folder or run's folder
     model: PathBuf,
-    /// F32, F16, BF16, Q8_0, Q5_1, Q5_0, Q4_1, Q4_0, Q6_K, Q5_K_M, Q5_K_S, Q4_K_M or Q4_K_S
+    /// F32, F16, BF16, Q8_0, Q5_1, Q5_0, Q4_1, Q4_0, Q6_K, Q5_K_M, Q5_K_S, Q4_K_M, Q4_K_S, IQ4_NL, Q3_K_L, Q3_K_M,
+    /// Q3_K_S or Q2_K
     #[arg(long = "type", value_name = "TYPE")]
     mix: Option<Mix>,
     /// Choose a type for each tensor by what rounding it does to the predictions on the text of --calibration, for a
@@ -34,6 +39,20 @@ pub struct Arguments {
     /// The same for so many bits per weight
     #[arg(long, value_name = "BITS", conflicts_with_all = ["mix", "budget_bytes"], requires = "calibration")]
     budget_bpw: Option<f64>,
+    /// The same for so many bytes of a device's memory: the file, and what a session of --budget-context tokens takes
+    #[arg(long, value_name = "BYTES", conflicts_with_all = ["mix", "budget_bytes", "budget_bpw"], requires = "calibration")]
+    budget_ram: Option<u64>,
+    /// The same for so many milliseconds a token on --target, as its memory's bandwidth lets it read weights and KV cache
+    /// at the end of --budget-context tokens
+    #[arg(long, value_name = "MS", requires_all = ["calibration", "target"],
+        conflicts_with_all = ["mix", "budget_bytes", "budget_bpw", "budget_ram"])]
+    budget_ms: Option<f64>,
+    /// Device of --budget-ms; `edgec targets` lists them
+    #[arg(long, value_name = "NAME", requires = "budget_ms")]
+    target: Option<String>,
+    /// Tokens of context of --budget-ram and --budget-ms
+    #[arg(long, value_name = "N", default_value_t = 2048)]
+    budget_context: usize,
     /// The GGUF file to write; may be left out with --imatrix-out
     #[arg(long, required_unless_present = "imatrix_out")]
     out: Option<PathBuf>,
@@ -47,7 +66,7 @@ struct Calibration {
     /// Text that is typical of the model's use, .txt or .jsonl; may be given again
     #[arg(long, value_name = "FILE")]
     calibration: Vec<PathBuf>,
-    /// Most tokens of it that are read
+    /// Tokens of it that are used, in windows from everywhere in it
     #[arg(long, value_name = "N", default_value_t = 32_768)]
     calibration_tokens: usize,
     /// Tokens in a window
@@ -71,16 +90,6 @@ struct Calibration {
     /// Share of the error of earlier matrices that a matrix makes up for, 0 to 1
     #[arg(long, value_name = "SHARE", default_value_t = Rounding::default().propagation)]
     propagation: f32,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Method {
-    /// Each block by itself.
-    Plain,
-    /// Each block by itself, errors weighed by the mean square of the activations that they meet.
-    Imatrix,
-    /// Column after column, later ones making up for the errors of earlier ones.
-    Gptq,
 }
 
 pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
@@ -118,20 +127,10 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
 impl Arguments {
     /// What the types are called, and they.
     fn types(&self, model: &Model, sample: Option<Sample<'_>>) -> anyhow::Result<(String, Encoding)> {
-        let budget = match (self.mix, self.budget_bytes, self.budget_bpw) {
-            (Some(mix), ..) => return Ok((mix.to_string(), mix.into())),
-            (None, Some(bytes), _) => bytes,
-            (None, None, Some(bits)) if bits > 0.0 && bits <= 32.0 => {
-                let smallest = measure(model, &Mix::Q4_0.into())?;
-                let weights = smallest.weights as f64;
-                let rest = smallest.bytes as f64 - smallest.bits_per_weight * weights / 8.0;
-                (rest + bits * weights / 8.0) as u64
-            }
-            (None, None, Some(bits)) => bail!("--budget-bpw is {bits}, expected above 0, up to 32"),
-            (None, None, None) => {
-                bail!("what to write is not said; give --type, --budget-bytes or --budget-bpw")
-            }
-        };
+        if let Some(mix) = self.mix {
+            return Ok((mix.to_string(), mix.into()));
+        }
+        let budget = self.budget(model)?;
         let sample = sample.context("--calibration is missing")?;
         let mut progress = Progress::start("budget");
         let (encoding, kl) = budget::choose(model, budget, sample, &mut |done, total, name| {
@@ -144,6 +143,53 @@ impl Arguments {
         let counts: Vec<String> = counts.iter().map(|(name, count)| format!("{count} {name}")).collect();
         progress.finish(&format!("{}; KL {kl:.4} expected of plain rounding", counts.join(", ")));
         Ok(("mixed".to_owned(), encoding))
+    }
+}
+
+impl Arguments {
+    fn budget(&self, model: &Model) -> anyhow::Result<Budget> {
+        if let Some(bytes) = self.budget_bytes {
+            return Ok(Budget::File(bytes));
+        }
+        if let Some(bits) = self.budget_bpw {
+            if !(bits > 0.0 && bits <= 32.0) {
+                bail!("--budget-bpw is {bits}, expected above 0, up to 32");
+            }
+            let smallest = measure(model, &Mix::Q4_0.into())?;
+            let data = (bits * smallest.weights as f64 / 8.0) as u64;
+            return Ok(Budget::File(smallest.bytes - smallest.data_bytes + data));
+        }
+        if let Some(ram) = self.budget_ram {
+            let session = self.session(model)?.arena_bytes() as u64;
+            let file = ram.checked_sub(session).with_context(|| {
+                format!(
+                    "--budget-ram is {ram}, a session of {} tokens alone takes {session}",
+                    self.budget_context
+                )
+            })?;
+            return Ok(Budget::File(file));
+        }
+        let (Some(ms), Some(target)) = (self.budget_ms, &self.target) else {
+            bail!("what to write is not said; give --type or one of the budgets");
+        };
+        if !(ms > 0.0 && ms.is_finite()) {
+            bail!("--budget-ms is {ms}, expected above 0");
+        }
+        let target = Target::by_name(target)?;
+        // A GB/s is a million bytes a millisecond.
+        let read = (ms * target.bandwidth_gbs * 1e6) as u64;
+        let cache = self.session(model)?.kv_bytes() as u64;
+        let weights = read.checked_sub(cache).with_context(|| {
+            format!("{} reads {read} bytes in {ms} ms, the KV cache alone has {cache}", target.name)
+        })?;
+        Ok(Budget::Read(weights))
+    }
+
+    /// What a session with quantized weights takes.
+    fn session(&self, model: &Model) -> anyhow::Result<Plan> {
+        let file = encoded_to_vec(model, &Mix::Q4_0.into())?;
+        let limits = Limits { context: self.budget_context, ..Limits::default() };
+        Ok(Plan::new(&Gguf::parse(&file)?, limits)?)
     }
 }
 
@@ -166,8 +212,8 @@ impl Calibration {
         }
         let tokenizer = HostTokenizer::of(&profile::open(&arguments.model)?)?;
         let template = ChatTemplate::of(&tokenizer);
-        let mut ids = corpus::load(&self.calibration, &tokenizer, template.as_ref(), false)?.ids;
-        ids.truncate(self.calibration_tokens);
+        let ids = corpus::load(&self.calibration, &tokenizer, template.as_ref(), false)?.ids;
+        let ids = corpus::spread(&ids, self.calibration_tokens, self.calibration_length as usize);
         Ok(Some((ids, tokenizer.bos_to_add())))
     }
 

@@ -16,6 +16,10 @@ use super::training::Training;
 pub struct Arguments {
     /// GGUF file, Hugging Face folder or run's folder [default: a small model inside this program]
     model: Option<PathBuf>,
+    /// Learn what this model says to the text, instead of the text: GGUF file or Hugging Face folder of the same
+    /// vocabulary. Beside a base in blocks the adapter makes up for what rounding cost (LoRA-QAD)
+    #[arg(long)]
+    teacher: Option<PathBuf>,
     #[command(flatten)]
     training: Training,
     /// Folder of the run
@@ -78,6 +82,7 @@ impl Arguments {
     fn recipe(&self) -> TuneRecipe {
         TuneRecipe {
             model: self.model.clone().map_or(TeacherSource::Embedded, TeacherSource::Path),
+            teacher: self.teacher.clone(),
             data: self.training.text(),
             eval_data: self.training.eval_data.clone(),
             mask_prompts: self.training.mask_prompts,
@@ -117,6 +122,9 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let megabytes = tuned.base_bytes as f64 / 1e6;
     output::line(format!("perplexity before  {:.4}", tuned.before.ppl))?;
     output::line(format!("perplexity after   {:.4}", tuned.after.ppl))?;
+    if let (Some(before), Some(after)) = (tuned.before.kl, tuned.after.kl) {
+        output::line(format!("KL from teacher    {before:.4} before, {after:.4} after"))?;
+    }
     output::line(format!("tokens scored      {}", tuned.after.tokens))?;
     output::line(format!("trained            {}", output::parameters(tuned.parameters)))?;
     output::line(format!("frozen base        {megabytes:.1} MB, {share:.1} % of f32"))?;

@@ -1,7 +1,9 @@
 //! From a GGUF file to a pack: the same weights, laid out ahead of time as kernels read them.
 //!
 //! Nothing is quantized here and nothing is lost: a pack holds the integers and factors of its source. Only
-//! quantized matrices move; vectors and floating-point matrices stay as they are.
+//! quantized matrices move; vectors and floating-point matrices stay as they are. What has no tiles of its own lies in
+//! those of a wider type with the same values: Q3_K in those of Q6_K, IQ4_NL in those of Q8_0. Nothing holds Q2_K: a file
+//! with such matrices stays in rows, because matrices that share an input must lie alike.
 
 use std::collections::HashSet;
 use std::io::{self, Write};
@@ -19,11 +21,14 @@ use crate::atomic;
 use crate::export::gguf::{GgufWriteError, GgufWriter};
 use crate::model::owned;
 use crate::profile::ModelFile;
+use crate::quantize::widen::{widen, wider};
 
 /// Name of a student's pack in a run's folder and beside a bundle.
 pub const PACK_FILE: &str = "student.edgepack";
 /// Tensors start at multiples of this: a cache line, and a register of any kernel.
 const ALIGNMENT: u32 = 64;
+/// Columns that are whole blocks of every type.
+const LARGEST_BLOCK: usize = 256;
 
 /// A hash as people read it.
 pub fn hex(bytes: &[u8]) -> String {
@@ -55,7 +60,7 @@ pub struct PackReport {
     pub bytes: u64,
     /// Matrices in tiles.
     pub tiled: usize,
-    /// Quantized matrices left in rows: parts of fused ones that do not start at a tile.
+    /// Quantized matrices left in rows: parts of fused ones that do not start at a tile, and all of a file with Q2_K.
     pub left: usize,
 }
 
@@ -96,23 +101,31 @@ fn body<'a>(file: &Gguf<'a>, plan: &Plan) -> Result<(GgufWriter<'a>, usize, usiz
         writer.meta(key, &owned(&value))?;
     }
     let unaligned = parts_within_tiles(plan);
+    let mut types = file.tensors().filter_map(|tensor| tensor.dtype).filter(|dtype| !dtype.is_float());
+    let all_have_tiles = types.all(|dtype| tiled_bytes(tiled_as(dtype), TILE_ROWS, LARGEST_BLOCK).is_some());
     let (mut tiled, mut left) = (0, 0);
     for tensor in file.tensors() {
         let dims = &tensor.dims[..tensor.n_dims];
         let Some(dtype) = tensor.dtype else { continue };
-        match tiled_bytes(dtype, tensor.rows(), tensor.cols()) {
-            Some(bytes) if !unaligned.contains(tensor.name) && tensor.rows() > 1 => {
+        let tiles = tiled_as(dtype);
+        match tiled_bytes(tiles, tensor.rows(), tensor.cols()) {
+            Some(bytes) if all_have_tiles && !unaligned.contains(tensor.name) && tensor.rows() > 1 => {
                 tiled += 1;
                 let produce = move |out: &mut dyn Write| write_tiles(&tensor, dtype, out);
-                writer.private_tensor(tensor.name, dims, tiled_type_id(dtype), bytes as u64, produce)?;
+                writer.private_tensor(tensor.name, dims, tiled_type_id(tiles), bytes as u64, produce)?;
             }
-            bytes => {
-                left += usize::from(bytes.is_some());
+            _ => {
+                left += usize::from(!dtype.is_float());
                 writer.tensor(tensor.name, dims, dtype, tensor.data)?;
             }
         }
     }
     Ok((writer, tiled, left))
+}
+
+/// The type in whose tiles a matrix of `dtype` lies.
+fn tiled_as(dtype: DType) -> DType {
+    wider(dtype).unwrap_or(dtype)
 }
 
 /// Names of fused tensors with a part that starts within a tile.
@@ -127,8 +140,12 @@ fn parts_within_tiles(plan: &Plan) -> HashSet<String> {
 
 fn write_tiles(tensor: &TensorInfo<'_>, dtype: DType, out: &mut dyn Write) -> io::Result<()> {
     let (rows, cols) = (tensor.rows(), tensor.cols());
+    let (dtype, data) = match wider(dtype) {
+        Some(wide) => (wide, &*widen(dtype, tensor.data)),
+        None => (dtype, tensor.data),
+    };
     let mut tiles = vec![0; tiled_bytes(dtype, rows, cols).unwrap_or(0)];
-    pack_tiles(dtype, rows, cols, tensor.data, &mut tiles)
+    pack_tiles(dtype, rows, cols, data, &mut tiles)
         .map_err(|error| io::Error::other(format!("tensor `{}`: {error}", tensor.name)))?;
     out.write_all(&tiles)
 }

@@ -9,6 +9,7 @@ use super::teaching::Inputs;
 use super::{Error, StudentSource};
 use crate::model::Model;
 use crate::student::{self, Widths};
+use crate::text::corpus::spread;
 use crate::train::trainer::{self, Teacher, Text};
 use crate::train::{RunFolder, TrainConfig, TrainError, parallel, trainee};
 use crate::{export, teacher};
@@ -178,28 +179,5 @@ impl Run<'_> {
         let wanted = (tokens / length).max(1) * length;
         let ids = &inputs.train.ids;
         &ids[..wanted.min(ids.len() / length * length)]
-    }
-}
-
-/// `tokens` of a text in whole windows, at least one, from everywhere in it: a regression learns what it is shown.
-fn spread(ids: &[u32], tokens: usize, length: usize) -> Vec<u32> {
-    let there = (ids.len() / length).max(1);
-    let wanted = (tokens / length).clamp(1, there);
-    (0..wanted)
-        .flat_map(|window| ids.iter().skip(window * there / wanted * length).take(length))
-        .copied()
-        .collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::spread;
-
-    #[test]
-    fn windows_come_from_everywhere() {
-        let ids: Vec<u32> = (0..103).collect();
-        assert_eq!(spread(&ids, 30, 10), [0..10, 30..40, 60..70].into_iter().flatten().collect::<Vec<_>>());
-        assert_eq!(spread(&ids, 1000, 10), (0..100).collect::<Vec<_>>());
-        assert_eq!(spread(&ids, 5, 10), (0..10).collect::<Vec<_>>());
     }
 }

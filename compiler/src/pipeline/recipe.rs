@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::Error;
+use crate::quantize::calibrate::Method;
 use crate::student;
 use crate::train::TrainConfig;
 
@@ -34,6 +35,9 @@ pub struct Recipe {
     pub target: String,
     /// Tensor types of `student.gguf`.
     pub quant: String,
+    /// How weights are rounded to those types after training, without `qat`.
+    #[serde(default)]
+    pub rounding: Method,
     /// Train with the weights that `quant` leaves of the student's.
     #[serde(default)]
     pub qat: bool,
@@ -190,6 +194,7 @@ mod tests {
             mask_prompts: false,
             target: edge_targets::DEFAULT.into(),
             quant: "Q4_0".into(),
+            rounding: Method::default(),
             qat: false,
             calibration: 64,
             train: TrainConfig::default(),

@@ -18,14 +18,15 @@ use crate::pack::{self, PACK_FILE};
 use crate::profile::eval::{Config, Outcome, Score, evaluate_all};
 use crate::profile::{self, ModelFile, Settings, bench};
 use crate::quantize::Encoding;
-use crate::quantize::calibrate::{RoundedModel, Rounding, Sample, round_model};
+use crate::quantize::calibrate::{self, Method, Rounding, Sample};
 use crate::report::{self, ModelRow, Summary};
+use crate::text::corpus::spread;
 use crate::train::parallel::Communicator;
 use crate::train::trainer::{Progress, StepReport, Teacher, fingerprint};
 use crate::train::{self, Quantized, RunFolder, cache, trainee, trainer};
 use crate::{bundle, export, teacher};
 
-/// Tokens on which a student is rounded before it is trained behind its blocks.
+/// Tokens on which a student is rounded.
 const ROUNDING_TOKENS: usize = 16_384;
 
 /// A run under way.
@@ -102,7 +103,16 @@ impl Run<'_> {
         folder: &RunFolder,
     ) -> Result<Quantized, Error> {
         let config = &self.recipe.share();
-        let start = if self.recipe.qat { Some(self.round(inputs, &untrained, mix)?) } else { None };
+        let sample = spread(&inputs.train.ids, ROUNDING_TOKENS, config.length);
+        let sample =
+            Sample { ids: &sample, length: config.length, bos: inputs.reader.tokenizer.bos_to_add() };
+        let start = if self.recipe.qat {
+            let observer = &mut *self.observer;
+            let mut tell = |done, total, message: &str| observer.progress("round", done, total, message);
+            Some(calibrate::round_model(&untrained, mix.into(), sample, Rounding::default(), &mut tell)?)
+        } else {
+            None
+        };
         let lesson = self.lesson(inputs)?;
         let mut watch = Watch { stage: "distill", observer: &mut *self.observer };
         let cache = match lesson {
@@ -127,20 +137,12 @@ impl Run<'_> {
         }
         let student = trainee::full(untrained, config)?;
         let trained = trainer::train_from(teacher, student, text, config, folder, &mut watch)?;
-        Ok(Quantized { model: trained, encoding: mix.into() })
-    }
-
-    /// The student rounded on some of its text: where quantization-aware training starts.
-    fn round(&mut self, inputs: &Inputs, student: &Model, mix: Mix) -> Result<RoundedModel, Error> {
-        let sample = Sample {
-            ids: &inputs.train.ids[..inputs.train.ids.len().min(ROUNDING_TOKENS)],
-            length: self.recipe.train.length,
-            bos: inputs.reader.tokenizer.bos_to_add(),
-        };
+        // Who writes no file has none to round for.
+        let method = if self.is_first() { self.recipe.rounding } else { Method::Plain };
         let observer = &mut *self.observer;
-        Ok(round_model(student, mix.into(), sample, Rounding::default(), &mut |done, total, message| {
-            observer.progress("round", done, total, message);
-        })?)
+        let mut tell = |done, total, message: &str| observer.progress("round", done, total, message);
+        let encoding = calibrate::encode(&trained, mix, method, sample, &mut tell)?;
+        Ok(Quantized { model: trained, encoding })
     }
 
     fn export(&mut self, trained: &Model, encoding: &Encoding) -> Result<(), Error> {

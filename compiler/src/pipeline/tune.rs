@@ -34,6 +34,9 @@ const BASE: &str = "base.gguf";
 pub struct TuneRecipe {
     /// The base.
     pub model: TeacherSource,
+    /// The model whose predictions are learned, instead of the text itself; of the same vocabulary.
+    #[serde(default)]
+    pub teacher: Option<PathBuf>,
     /// Text to learn from.
     pub data: Data,
     /// Text to judge on; `None` holds out the end of `data`.
@@ -133,6 +136,7 @@ pub fn tune(recipe: &TuneRecipe, folder: &RunFolder, observer: &mut dyn Observer
 struct Prepared {
     spec: DecoderSpec,
     base: Base,
+    teacher: Option<Model>,
     /// The base is in blocks that its file has not.
     requantized: bool,
     trainee: Trainee<Adapter>,
@@ -157,6 +161,18 @@ fn prepare(
     };
     let file = recipe.file()?;
     let spec = profile::spec_of(&file)?;
+    let teacher = recipe.teacher.as_deref().map(teacher::load).transpose()?;
+    if let (Some(teacher), Some(path)) = (&teacher, &recipe.teacher) {
+        hashes.extend(hash_model(path)?);
+        observer.note("teacher", &describe(teacher));
+        if teacher.spec.vocab != spec.vocab {
+            let (path, found) = (path.display(), teacher.spec.vocab);
+            return Err(Error::Student(format!(
+                "{path}: the teacher has {found} tokens, expected {} as the model has",
+                spec.vocab
+            )));
+        }
+    }
     let chosen = targets.choose(&spec)?;
     let tokenizer = HostTokenizer::of(&file)?;
     drop(file);
@@ -192,7 +208,7 @@ fn prepare(
     let (trained, modules) = (trainee.trained(), chosen.len());
     observer.note("adapter", &format!("{trained} parameters beside {modules} matrices"));
     let bos = tokenizer.bos_to_add();
-    Ok(Prepared { spec, base, requantized, trainee, train, eval, bos, hashes })
+    Ok(Prepared { spec, base, teacher, requantized, trainee, train, eval, bos, hashes })
 }
 
 fn train(
@@ -202,14 +218,14 @@ fn train(
     folder: &RunFolder,
     observer: &mut dyn Observer,
 ) -> Result<Tuned, Error> {
-    let Prepared { spec, base, requantized, trainee, train, eval, bos, hashes } = prepared;
+    let Prepared { spec, base, teacher, requantized, trainee, train, eval, bos, hashes } = prepared;
     let parameters = trainee.trained();
     let text = Text { ids: &train.ids, scored: &train.scored };
     let mut watch = Watch { stage: "tune", observer: &mut *observer };
-    let adapter = trainer::train(None, trainee, text, &recipe.train, folder, &mut watch)?;
+    let adapter = trainer::train(teacher.as_ref(), trainee, text, &recipe.train, folder, &mut watch)?;
     let [base_bytes, base_f32_bytes] = base.bytes();
     // What follows may need the model in f32.
-    drop(base);
+    drop((base, teacher));
     let mut artifacts = write(&adapter, recipe, &spec, &folder.path, observer)?;
     let file = match mix.filter(|_| requantized) {
         None => recipe.file()?,
@@ -221,7 +237,8 @@ fn train(
             profile::open(&path)?
         }
     };
-    let judge = Judge { length: recipe.train.length, bos, eval: &eval };
+    let teacher = recipe.teacher.as_deref().map(profile::open).transpose()?;
+    let judge = Judge { length: recipe.train.length, bos, eval: &eval, teacher: teacher.as_ref() };
     let before = judge.outcome(&file, Settings::new(0), "before", observer)?;
     let after = judge.adapted(file, &adapter, observer)?;
     let tuned = Tuned {
@@ -268,6 +285,7 @@ struct Judge<'a> {
     length: usize,
     bos: Option<u32>,
     eval: &'a [u32],
+    teacher: Option<&'a ModelFile>,
 }
 
 impl Judge<'_> {
@@ -280,7 +298,7 @@ impl Judge<'_> {
     ) -> Result<Outcome, Error> {
         let config =
             Config { context: self.length, windows: Some(EVAL_WINDOWS), score: Score::All, bos: self.bos };
-        Ok(evaluate(file, None, self.eval, &config, &settings, &mut |done, total, ppl| {
+        Ok(evaluate(file, self.teacher, self.eval, &config, &settings, &mut |done, total, ppl| {
             observer.progress("evaluate", done, total, &format!("perplexity {name} {ppl:.2}"));
         })?)
     }

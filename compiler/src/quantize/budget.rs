@@ -11,7 +11,7 @@ use edge_models::{Role, TensorRow};
 use edge_runtime::format::DType;
 
 use super::calibrate::{self, CalibrationError, Progress, Sample};
-use super::{Blocks, Encoding, Imatrix, Mix, quantize_rows};
+use super::{Blocks, Encoding, Imatrix, Mix};
 use crate::export::gguf::{ExportError, measure};
 use crate::model::Model;
 use crate::student::{Reference, StudentError};
@@ -37,7 +37,7 @@ const CANDIDATES: [DType; 8] =
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)]
 pub enum BudgetError {
-    #[error("the smallest file has {smallest} bytes, the budget is {budget}")]
+    #[error("the smallest types take {smallest} bytes, the budget is {budget}")]
     TooSmall { smallest: u64, budget: u64 },
     #[error(transparent)]
     Calibration(#[from] CalibrationError),
@@ -49,6 +49,15 @@ pub enum BudgetError {
     Tensor(#[from] candle_core::Error),
 }
 
+/// What is scarce.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Budget {
+    /// Bytes of the file.
+    File(u64),
+    /// Bytes of the weights that a token reads: all of them, but one row alone of an embedding table that is no head.
+    Read(u64),
+}
+
 /// What a tensor costs in one type.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Choice {
@@ -56,6 +65,8 @@ pub struct Choice {
     pub dtype: DType,
     /// Bytes in the file.
     pub bytes: u64,
+    /// Bytes of the budget.
+    pub cost: u64,
     /// Nats per token that rounding to it adds to the divergence.
     pub kl: f64,
 }
@@ -71,25 +82,32 @@ pub struct Sensitivity {
     pub choices: Vec<Choice>,
 }
 
-/// Types under which a file of at most `budget` bytes diverges least from `model`, and the divergence that is to be
+/// Types within `budget` under which a file diverges least from `model`, and the divergence that is to be
 /// expected of plain rounding to them.
 ///
 /// # Errors
 /// No mix is that small; the text is too short or not the model's.
 pub fn choose(
     model: &Model,
-    budget: u64,
+    budget: Budget,
     sample: Sample<'_>,
     progress: Progress<'_>,
 ) -> Result<(Encoding, f64), BudgetError> {
-    let tensors = sensitivities(model, sample, progress)?;
-    let smallest: Vec<usize> = vec![0; tensors.len()];
-    let least = measure(model, &encoding(&tensors, &smallest))?.bytes;
-    let bytes = |picks: &[usize]| {
-        tensors.iter().zip(picks).map(|(tensor, pick)| tensor.choices[*pick].bytes).sum::<u64>()
+    let mut tensors = sensitivities(model, sample, progress)?;
+    let smallest = measure(model, &encoding(&tensors, &vec![0; tensors.len()]))?;
+    let matrices: u64 = tensors.iter().map(|tensor| tensor.choices[0].bytes).sum();
+    // What no choice changes: vectors, and of a file its header and vocabulary.
+    let (budget, rest) = match budget {
+        Budget::File(budget) => (budget, smallest.bytes - matrices),
+        Budget::Read(budget) => {
+            let looked_up = |tensor: &&mut Sensitivity| tensor.role == Role::TokenEmbedding;
+            for table in tensors.iter_mut().filter(looked_up).filter(|_| !model.spec.tied_embeddings) {
+                table.choices.iter_mut().for_each(|choice| choice.cost /= model.spec.vocab as u64);
+            }
+            (budget, smallest.data_bytes.saturating_sub(matrices))
+        }
     };
-    // Header, vocabulary and vectors, which no choice changes.
-    let rest = least - bytes(&smallest);
+    let least = rest + tensors.iter().map(|tensor| tensor.choices[0].cost).sum::<u64>();
     if least > budget {
         return Err(BudgetError::TooSmall { smallest: least, budget });
     }
@@ -102,11 +120,11 @@ pub fn choose(
 /// tensor takes what is cheapest to it; the lowest price at which all fits, then single steps with what is left.
 fn allocate(tensors: &[Sensitivity], budget: u64) -> Vec<usize> {
     let bytes = |picks: &[usize]| -> u64 {
-        tensors.iter().zip(picks).map(|(tensor, pick)| tensor.choices[*pick].bytes).sum()
+        tensors.iter().zip(picks).map(|(tensor, pick)| tensor.choices[*pick].cost).sum()
     };
     let at = |price: f64| -> Vec<usize> {
         let pick = |tensor: &Sensitivity| {
-            let cost = |choice: &Choice| choice.kl + price * choice.bytes as f64;
+            let cost = |choice: &Choice| choice.kl + price * choice.cost as f64;
             let costs = tensor.choices.iter().map(cost).enumerate();
             costs.min_by(|a, b| a.1.total_cmp(&b.1)).map_or(0, |(index, _)| index)
         };
@@ -127,7 +145,7 @@ fn allocate(tensors: &[Sensitivity], budget: u64) -> Vec<usize> {
         let step = tensors.iter().enumerate().flat_map(|(index, tensor)| {
             let now = tensor.choices[picks[index]];
             tensor.choices.iter().enumerate().filter_map(move |(pick, choice)| {
-                let more = choice.bytes.checked_sub(now.bytes).filter(|more| *more <= left)?;
+                let more = choice.cost.checked_sub(now.cost).filter(|more| *more <= left)?;
                 let gain = now.kl - choice.kl;
                 (gain > 0.0).then_some((gain / more.max(1) as f64, index, pick))
             })
@@ -233,7 +251,7 @@ impl<'m> Probe<'m> {
         for dtype in CANDIDATES {
             let Some(row_bytes) = dtype.row_bytes(cols).filter(|bytes| *bytes > 0) else { continue };
             let bytes = ((row_bytes * rows) as u64).next_multiple_of(ALIGNMENT);
-            choices.push(Choice { dtype, bytes, kl: 0.0 });
+            choices.push(Choice { dtype, bytes, cost: bytes, kl: 0.0 });
         }
         choices.sort_by_key(|choice| choice.bytes);
         let mut unit = None;
@@ -257,7 +275,7 @@ impl<'m> Probe<'m> {
         if choices.is_empty() {
             // Rows of no whole number of blocks.
             let bytes = ((2 * rows * cols) as u64).next_multiple_of(ALIGNMENT);
-            choices.push(Choice { dtype: DType::F16, bytes, kl: 0.0 });
+            choices.push(Choice { dtype: DType::F16, bytes, cost: bytes, kl: 0.0 });
         }
         Ok(Sensitivity { role: row.role, layer, choices })
     }
@@ -279,10 +297,10 @@ impl<'m> Probe<'m> {
         };
         let columns = importance.importance(role, layer, spec);
         let weight = weight.contiguous()?;
-        let bytes =
-            with_values(&weight, |values| Ok(quantize_rows(dtype, values, shape[1], columns.as_deref())))?
-                .map_err(|source| CalibrationError::Quantize { role, layer, source })?;
-        let rounded = Blocks { dtype, bytes }.values(shape)?;
+        let rounded =
+            with_values(&weight, |values| Ok(Blocks::quantize(dtype, shape, values, columns.as_deref())))?
+                .map_err(|source| CalibrationError::Quantize { role, layer, source })?
+                .tensor()?;
         let columns = columns.unwrap_or_else(|| vec![1.0; shape[1]]);
         let error = (&weight - &rounded)?.sqr()?.sum(0)?.to_vec1::<f32>()?;
         let error =
@@ -343,7 +361,12 @@ mod tests {
         [(10u64, 4.0), (10, 0.1), (40, 1.0), (25, 9.0), (5, 0.5)]
             .into_iter()
             .map(|(size, kl)| {
-                let choice = |dtype, bits, share| Choice { dtype, bytes: size * bits, kl: kl * share };
+                let choice = |dtype, bits, share| Choice {
+                    dtype,
+                    bytes: size * bits,
+                    cost: size * bits,
+                    kl: kl * share,
+                };
                 let choices = vec![
                     choice(DType::Q4_0, 4, 1.0),
                     choice(DType::Q5_0, 5, 0.25),
@@ -382,7 +405,8 @@ mod tests {
         let uniform = Encoding::from(Mix::Q5_0);
         let budget = measure(&model, &uniform).unwrap().bytes;
         let mut last = 0;
-        let (mixed, expected) = choose(&model, budget, sample, &mut |done, _, _| last = done).unwrap();
+        let (mixed, expected) =
+            choose(&model, Budget::File(budget), sample, &mut |done, _, _| last = done).unwrap();
         assert_eq!(last, 3 * 7 + 1);
         let size = measure(&model, &mixed).unwrap().bytes;
         assert!(size <= budget && size > budget * 95 / 100, "{size} of {budget}");
@@ -390,7 +414,32 @@ mod tests {
             [&uniform, &mixed].map(|encoding| divergence(&model, &through_a_file(&model, encoding)));
         assert!(found < uniform, "{found} {uniform}");
         assert!((0.3..3.0).contains(&(expected / found)), "{expected} {found}");
-        let error = choose(&model, 1000, sample, &mut |_, _, _| {}).unwrap_err();
+        let error = choose(&model, Budget::File(1000), sample, &mut |_, _, _| {}).unwrap_err();
         assert!(matches!(error, BudgetError::TooSmall { budget: 1000, smallest } if smallest > 1000));
+    }
+
+    /// A table that is only looked up costs next to nothing to read, so it stays precise, and matrices share the rest.
+    #[test]
+    fn what_a_token_reads_is_a_budget_of_its_own() {
+        let mut model = tiny_in_blocks(2, 5);
+        let ids = text(1024);
+        let sample = Sample { ids: &ids, length: 16, bos: None };
+        let table = model.weights.get(Role::TokenEmbedding, 0).unwrap().clone();
+        model.weights.insert(Role::Output, 0, table);
+        model.spec.tied_embeddings = false;
+        let read = |encoding: &Encoding| -> u64 {
+            let read = model.weights.iter().filter(|(role, ..)| *role != Role::TokenEmbedding);
+            read.map(|(role, layer, weight)| {
+                let dtype = encoding.dtype(role, layer, &model.spec);
+                let cols = *weight.dims().last().unwrap();
+                (dtype.row_bytes(cols).unwrap() * (weight.elem_count() / cols)) as u64
+            })
+            .sum()
+        };
+        let budget = read(&Mix::Q5_0.into());
+        let (found, _) = choose(&model, Budget::Read(budget), sample, &mut |_, _, _| {}).unwrap();
+        assert_eq!(found.dtype(Role::TokenEmbedding, 0, &model.spec), DType::Q8_0);
+        let bytes = read(&found);
+        assert!(bytes <= budget && bytes > budget * 9 / 10, "{bytes} of {budget}");
     }
 }

@@ -12,12 +12,13 @@ use candle_core::Tensor;
 use edge_models::Role;
 use edge_runtime::format::DType;
 use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
 
-use super::encoding::{Blocks, Encoding};
+use super::encoding::Encoding;
 use super::gptq::{self, Rounded};
 use super::imatrix::Imatrix;
 use super::moments::{Factor, Moments};
-use super::{QuantizeError, quantize_rows};
+use super::{Blocks, Mix, QuantizeError, quantize_rows};
 use crate::model::{Model, Weights};
 use crate::train::Projection;
 use crate::train::graph::Decoder;
@@ -59,7 +60,19 @@ pub struct Sample<'a> {
     pub bos: Option<u32>,
 }
 
-/// How matrices are rounded.
+/// How matrices are rounded to the blocks of their types.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+pub enum Method {
+    /// Each block by itself.
+    Plain,
+    /// Each block by itself, errors weighed by the mean square of the activations that they meet.
+    Imatrix,
+    /// Column after column, later ones making up for the errors of earlier ones.
+    #[default]
+    Gptq,
+}
+
+/// What [`round_model`] makes up for.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Rounding {
     /// Added to the diagonal of the Gram matrix, as a share of its mean.
@@ -185,14 +198,38 @@ pub fn weigh(
     for (role, layer, weight) in model.weights.iter().filter(|(role, ..)| !role.is_vector()) {
         let dtype = encoding.dtype(role, layer, spec);
         let Some(importance) = importance(role, layer).filter(|_| !dtype.is_float()) else { continue };
-        let cols = role.shape(spec)[1];
-        let bytes = with_values(&weight.contiguous()?, |values| {
-            Ok(quantize_rows(dtype, values, cols, Some(&importance)))
+        let blocks = with_values(&weight.contiguous()?, |values| {
+            Ok(Blocks::quantize(dtype, role.shape(spec), values, Some(&importance)))
         })?
         .map_err(|source| CalibrationError::Quantize { role, layer, source })?;
-        encoding.insert(role, layer, Blocks { dtype, bytes });
+        encoding.insert(role, layer, blocks);
     }
     Ok(encoding)
+}
+
+/// `model` rounded to `mix` by `method`, knowing the text. Eight bits leave nothing to make up for, and floating-point
+/// numbers have no blocks: there every method is the plain one.
+///
+/// # Errors
+/// As [`imatrix`], [`weigh`] and [`round_model`].
+pub fn encode(
+    model: &Model,
+    mix: Mix,
+    method: Method,
+    sample: Sample<'_>,
+    progress: Progress<'_>,
+) -> Result<Encoding, CalibrationError> {
+    if mix.base().is_float() || mix == Mix::Q8_0 {
+        return Ok(mix.into());
+    }
+    match method {
+        Method::Plain => Ok(mix.into()),
+        Method::Imatrix => {
+            let known = imatrix(model, sample, progress)?;
+            weigh(model, mix.into(), |role, layer| known.importance(role, layer, &model.spec))
+        }
+        Method::Gptq => Ok(round_model(model, mix.into(), sample, Rounding::default(), progress)?.encoding),
+    }
 }
 
 /// A model whose matrices are rounded.
@@ -460,8 +497,9 @@ impl Walk<'_> {
     /// From here on the rounded model has these blocks.
     fn keep(&mut self, role: Role, layer: usize, rounded: Rounded) -> Result<(), CalibrationError> {
         let shape = role.shape(&self.model.spec);
-        let blocks = Blocks { dtype: rounded.dtype, bytes: rounded.blocks };
-        self.rounded.replace(role, layer, Projection::Dense(blocks.values(shape)?))?;
+        let blocks = Blocks::new(rounded.dtype, shape, rounded.blocks)
+            .map_err(|source| CalibrationError::Quantize { role, layer, source })?;
+        self.rounded.replace(role, layer, Projection::Dense(blocks.tensor()?))?;
         self.encoding.insert(role, layer, blocks);
         let latent = Tensor::from_vec(rounded.latent, (shape[0], shape[1]), &candle_core::Device::Cpu)?;
         self.latent.insert(role, layer, latent);

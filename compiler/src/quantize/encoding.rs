@@ -5,43 +5,10 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{Device, Tensor};
 use edge_models::{DecoderSpec, Role};
 use edge_runtime::format::DType;
-use edge_runtime::kernels::dequantize_row;
-use rayon::prelude::*;
 
-use super::Mix;
-
-/// Blocks of one matrix, row after row in the order of the weights in memory.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Blocks {
-    /// Their type.
-    pub dtype: DType,
-    /// Their bytes.
-    pub bytes: Vec<u8>,
-}
-
-impl Blocks {
-    /// What the runtime reads in them, as a tensor `[rows, cols]`.
-    ///
-    /// # Errors
-    /// The bytes are not `rows` rows of blocks.
-    pub fn values(&self, [rows, cols]: [usize; 2]) -> candle_core::Result<Tensor> {
-        let row_bytes = self.dtype.row_bytes(cols).unwrap_or(0);
-        if row_bytes == 0 || self.bytes.len() != rows * row_bytes {
-            let name = self.dtype.name();
-            candle_core::bail!("{} bytes, expected [{rows}, {cols}] in {name}", self.bytes.len());
-        }
-        let mut values = vec![0.0; rows * cols];
-        values
-            .par_chunks_mut(cols)
-            .zip(self.bytes.par_chunks(row_bytes))
-            .try_for_each(|(values, bytes)| dequantize_row(self.dtype, bytes, values))
-            .map_err(candle_core::Error::wrap)?;
-        Tensor::from_vec(values, (rows, cols), &Device::Cpu)
-    }
-}
+use super::{Blocks, Mix};
 
 /// Types of all tensors, and blocks of some.
 #[derive(Clone, Debug)]
@@ -81,7 +48,7 @@ impl Encoding {
 
     /// The blocks of a tensor that is already rounded.
     pub fn blocks(&self, role: Role, layer: usize) -> Option<&[u8]> {
-        self.blocks.get(&(role, layer)).map(|blocks| &*blocks.bytes)
+        self.blocks.get(&(role, layer)).map(Blocks::bytes)
     }
 
     /// Leaves the blocks of a matrix, which must be of the type that it has here.

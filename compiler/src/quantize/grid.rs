@@ -5,9 +5,10 @@
 //! [`store`] replaces its integers. Both know the layouts of ggml's blocks and decide nothing.
 
 use edge_runtime::format::{DType, f16_to_f32};
+use edge_runtime::kernels::IQ4_NL_VALUES;
 
 pub(crate) use super::search::{inverse, round};
-use super::{blocks, super_blocks};
+use super::{blocks, non_linear, super_blocks};
 
 /// Most groups that a block has.
 const MOST_GROUPS: usize = 16;
@@ -18,8 +19,37 @@ pub struct Grid {
     group: usize,
     low: f32,
     high: f32,
+    spacing: Spacing,
     /// Scale, its inverse, and offset of each group.
     steps: [[f32; 3]; MOST_GROUPS],
+}
+
+/// Which integers of their range a type has.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Spacing {
+    /// All of them.
+    Even,
+    /// Those of IQ4_NL.
+    Chosen,
+}
+
+impl Spacing {
+    /// The integers of `dtype`.
+    pub fn of(dtype: DType) -> Self {
+        if dtype == DType::IQ4NL { Self::Chosen } else { Self::Even }
+    }
+
+    /// The integer nearest to `x`, which is within the range.
+    pub fn nearest(self, x: f32) -> f32 {
+        match self {
+            Self::Even => round(x),
+            Self::Chosen => {
+                let above = |pair: &[i8; 2]| x > 0.5 * (f32::from(pair[0]) + f32::from(pair[1]));
+                let index = IQ4_NL_VALUES.array_windows().filter(|pair| above(pair)).count();
+                f32::from(IQ4_NL_VALUES[index])
+            }
+        }
+    }
 }
 
 /// Offset of types that have none: `x + -0.0` is `x`, also where that is -0.
@@ -35,6 +65,9 @@ pub fn geometry(dtype: DType) -> Option<(usize, f32, f32)> {
         DType::Q4_1 | DType::Q4K => (32, 0.0, 15.0),
         DType::Q5_1 | DType::Q5K => (32, 0.0, 31.0),
         DType::Q6K => (16, -32.0, 31.0),
+        DType::Q2K => (16, 0.0, 3.0),
+        DType::Q3K => (16, -4.0, 3.0),
+        DType::IQ4NL => (32, -127.0, 113.0),
     })
 }
 
@@ -46,7 +79,8 @@ impl Grid {
     pub fn of(dtype: DType, block: &[u8]) -> Option<Self> {
         let (group, low, high) = geometry(dtype)?;
         assert_eq!(block.len(), dtype.block_bytes(), "bytes of a block");
-        let mut grid = Self { group, low, high, steps: [[0.0; 3]; MOST_GROUPS] };
+        let steps = [[0.0; 3]; MOST_GROUPS];
+        let mut grid = Self { group, low, high, spacing: Spacing::of(dtype), steps };
         let half = |at: usize| f16_to_f32(u16::from_le_bytes([block[at], block[at + 1]]));
         for (index, step) in grid.steps[..dtype.block_len() / group].iter_mut().enumerate() {
             let (scale, offset) = match dtype {
@@ -55,6 +89,11 @@ impl Grid {
                     let (scale, min) = super_blocks::scale_min(&block[4..16], index);
                     (half(0) * f32::from(scale), -(half(2) * f32::from(min)))
                 }
+                DType::Q2K => {
+                    let (scale, min) = (block[index] & 15, block[index] >> 4);
+                    (half(80) * f32::from(scale), -(half(82) * f32::from(min)))
+                }
+                DType::Q3K => (half(108) * f32::from(super_blocks::signed_scale(&block[96..], index)), NONE),
                 DType::Q6K => (half(208) * f32::from(block[192 + index] as i8), NONE),
                 _ => (half(0), NONE),
             };
@@ -66,7 +105,7 @@ impl Grid {
     /// The integer whose value is nearest to `x`, the weight at `index` of the block.
     pub fn nearest(&self, index: usize, x: f32) -> f32 {
         let [_, inverse, offset] = self.steps[index / self.group];
-        round(((x - offset) * inverse).clamp(self.low, self.high))
+        self.spacing.nearest(((x - offset) * inverse).clamp(self.low, self.high))
     }
 
     /// What integer `q` stands for at `index` of the block.
@@ -93,6 +132,9 @@ pub fn store(dtype: DType, q: &[f32], block: &mut [u8]) {
         DType::Q8_0 => block[2..].iter_mut().zip(q).for_each(|(byte, q)| *byte = *q as i8 as u8),
         DType::Q4K | DType::Q5K => super_blocks::store_affine(dtype, &unsigned(q, low), block),
         DType::Q6K => super_blocks::store_q6_k(&unsigned(q, low), block),
+        DType::Q2K => super_blocks::store_two_bits(&unsigned(q, low), &mut block[16..80]),
+        DType::Q3K => super_blocks::store_q3_k(&unsigned(q, low), block),
+        DType::IQ4NL => non_linear::store(q, block),
         _ => blocks::store(dtype, &unsigned(q, low), block),
     }
 }
@@ -123,7 +165,8 @@ mod tests {
                 let mut blocks = quantize_rows(dtype, &row, 1024, None).unwrap();
                 let random = check::noise(seed + 9, 1024);
                 // Integers have no -0.
-                let integers = random.iter().map(|x| (low + (high - low) * x.abs()).round() + 0.0);
+                let spacing = Spacing::of(dtype);
+                let integers = random.iter().map(|x| spacing.nearest(low + (high - low) * x.abs()) + 0.0);
                 let integers: Vec<f32> = integers.collect();
                 let mut expected = Vec::new();
                 let (len, bytes) = (dtype.block_len(), dtype.block_bytes());

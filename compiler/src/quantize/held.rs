@@ -1,11 +1,13 @@
-//! A matrix that stays in the blocks of its file: a fraction of the memory that its values in f32 take.
+//! A matrix in blocks: what a file is to hold, or what stays as a file has it, in a fraction of the memory that its values
+//! in f32 take.
 //!
-//! For bases that are frozen while something beside them is trained. Rows are in Hugging Face's order, as all
+//! Rows are in Hugging Face's order, as all
 //! weights in memory. Nothing here computes with a matrix; whoever does gets its values for as long as needed.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use candle_core::{Device, Tensor};
 use edge_models::{DecoderSpec, Role};
 use edge_runtime::Error;
 use edge_runtime::format::DType;
@@ -16,14 +18,14 @@ use super::{Mix, QuantizeError, quantize_rows};
 use crate::model::Weights;
 
 /// A matrix `[rows, cols]` in blocks; clones share them.
-#[derive(Clone, Debug)]
-pub struct HeldBlocks {
+#[derive(Clone, Debug, PartialEq)]
+pub struct Blocks {
     dtype: DType,
     dims: [usize; 2],
     bytes: Arc<[u8]>,
 }
 
-impl HeldBlocks {
+impl Blocks {
     /// A matrix whose rows are `bytes`.
     ///
     /// # Errors
@@ -37,12 +39,17 @@ impl HeldBlocks {
         Ok(Self { dtype, dims: [rows, cols], bytes: bytes.into() })
     }
 
-    /// Values `[rows, cols]` in blocks of `dtype`.
+    /// Values `[rows, cols]` in blocks of `dtype`, errors weighed by the `importance` of their columns.
     ///
     /// # Errors
     /// As [`quantize_rows`].
-    pub fn quantize(dtype: DType, [rows, cols]: [usize; 2], values: &[f32]) -> Result<Self, QuantizeError> {
-        Self::new(dtype, [rows, cols], quantize_rows(dtype, values, cols, None)?)
+    pub fn quantize(
+        dtype: DType,
+        dims: [usize; 2],
+        values: &[f32],
+        importance: Option<&[f32]>,
+    ) -> Result<Self, QuantizeError> {
+        Self::new(dtype, dims, quantize_rows(dtype, values, dims[1], importance)?)
     }
 
     /// `[rows, cols]`.
@@ -77,6 +84,16 @@ impl HeldBlocks {
     pub fn values(&self, out: &mut [f32]) -> Result<(), Error> {
         out.par_chunks_mut(self.dims[1]).enumerate().try_for_each(|(row, out)| self.row(row, out))
     }
+
+    /// All values, as a tensor `[rows, cols]`.
+    ///
+    /// # Errors
+    /// candle refuses.
+    pub fn tensor(&self) -> candle_core::Result<Tensor> {
+        let mut values = vec![0.0; self.dims[0] * self.dims[1]];
+        self.values(&mut values).map_err(candle_core::Error::wrap)?;
+        Tensor::from_vec(values, &self.dims[..], &Device::Cpu)
+    }
 }
 
 /// A model whose matrices are blocks.
@@ -87,7 +104,7 @@ pub struct HeldModel {
     /// Norm weights, biases and tables, f32.
     pub vectors: Weights,
     /// Its matrices by role and layer.
-    pub matrices: BTreeMap<(Role, usize), HeldBlocks>,
+    pub matrices: BTreeMap<(Role, usize), Blocks>,
     /// The blocks are those of the model's file; otherwise they were made here.
     pub as_in_file: bool,
 }
@@ -113,8 +130,8 @@ pub(crate) fn hold(
     layer: usize,
     spec: &DecoderSpec,
     mix: Mix,
-) -> Result<HeldBlocks, QuantizeError> {
-    HeldBlocks::quantize(mix.dtype(role, layer, spec), role.shape(spec), values)
+) -> Result<Blocks, QuantizeError> {
+    Blocks::quantize(mix.dtype(role, layer, spec), role.shape(spec), values, None)
 }
 
 #[cfg(test)]
@@ -124,7 +141,7 @@ mod tests {
     #[test]
     fn blocks_give_their_values() {
         let values: Vec<f32> = (0..5 * 64).map(|i| (i as f32 * 0.7).sin()).collect();
-        let blocks = HeldBlocks::quantize(DType::Q8_0, [5, 64], &values).unwrap();
+        let blocks = Blocks::quantize(DType::Q8_0, [5, 64], &values, None).unwrap();
         assert_eq!(blocks.bytes().len(), 5 * 2 * 34);
         let mut all = vec![0.0; 5 * 64];
         blocks.values(&mut all).unwrap();
@@ -132,14 +149,15 @@ mod tests {
         let mut one = vec![0.0; 64];
         blocks.row(3, &mut one).unwrap();
         assert_eq!(one, all[3 * 64..4 * 64]);
+        assert_eq!(blocks.tensor().unwrap().to_vec2::<f32>().unwrap().concat(), all);
         assert!(blocks.row(5, &mut one).is_err() && blocks.values(&mut all[..63]).is_err());
     }
 
     #[test]
     fn other_sizes_are_refused() {
-        assert!(HeldBlocks::new(DType::Q8_0, [2, 64], vec![0; 135]).is_err());
-        assert!(HeldBlocks::new(DType::Q8_0, [2, 40], vec![0; 136]).is_err());
-        assert!(HeldBlocks::new(DType::F32, [0, 4], vec![]).is_err());
-        assert!(HeldBlocks::new(DType::F32, [usize::MAX, usize::MAX], vec![]).is_err());
+        assert!(Blocks::new(DType::Q8_0, [2, 64], vec![0; 135]).is_err());
+        assert!(Blocks::new(DType::Q8_0, [2, 40], vec![0; 136]).is_err());
+        assert!(Blocks::new(DType::F32, [0, 4], vec![]).is_err());
+        assert!(Blocks::new(DType::F32, [usize::MAX, usize::MAX], vec![]).is_err());
     }
 }

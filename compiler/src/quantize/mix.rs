@@ -25,6 +25,11 @@ pub enum Mix {
     Q5_K_S,
     Q5_K_M,
     Q6_K,
+    IQ4_NL,
+    Q3_K_L,
+    Q3_K_M,
+    Q3_K_S,
+    Q2_K,
 }
 
 /// A name that is no mix.
@@ -37,7 +42,7 @@ pub struct UnknownMix {
 
 impl Mix {
     /// Every mix, from the largest file to the smallest within each kind.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 18] = [
         Self::F32,
         Self::F16,
         Self::BF16,
@@ -51,6 +56,11 @@ impl Mix {
         Self::Q5_K_S,
         Self::Q4_K_M,
         Self::Q4_K_S,
+        Self::IQ4_NL,
+        Self::Q3_K_L,
+        Self::Q3_K_M,
+        Self::Q3_K_S,
+        Self::Q2_K,
     ];
 
     /// The name that users see, as llama.cpp spells it.
@@ -69,6 +79,11 @@ impl Mix {
             Self::Q5_K_S => "Q5_K_S",
             Self::Q5_K_M => "Q5_K_M",
             Self::Q6_K => "Q6_K",
+            Self::IQ4_NL => "IQ4_NL",
+            Self::Q3_K_L => "Q3_K_L",
+            Self::Q3_K_M => "Q3_K_M",
+            Self::Q3_K_S => "Q3_K_S",
+            Self::Q2_K => "Q2_K",
         }
     }
 
@@ -82,11 +97,16 @@ impl Mix {
             Self::Q8_0 => 7,
             Self::Q5_0 => 8,
             Self::Q5_1 => 9,
+            Self::Q2_K => 10,
+            Self::Q3_K_S => 11,
+            Self::Q3_K_M => 12,
+            Self::Q3_K_L => 13,
             Self::Q4_K_S => 14,
             Self::Q4_K_M => 15,
             Self::Q5_K_S => 16,
             Self::Q5_K_M => 17,
             Self::Q6_K => 18,
+            Self::IQ4_NL => 25,
             Self::BF16 => 32,
         }
     }
@@ -105,6 +125,9 @@ impl Mix {
             Self::Q4_K_S | Self::Q4_K_M => DType::Q4K,
             Self::Q5_K_S | Self::Q5_K_M => DType::Q5K,
             Self::Q6_K => DType::Q6K,
+            Self::IQ4_NL => DType::IQ4NL,
+            Self::Q3_K_L | Self::Q3_K_M | Self::Q3_K_S => DType::Q3K,
+            Self::Q2_K => DType::Q2K,
         }
     }
 
@@ -135,16 +158,31 @@ impl Mix {
             Role::AttnQ | Role::AttnK | Role::AttnV if is_fused(role, spec) => match self {
                 Self::Q4_K_M => DType::Q5K,
                 Self::Q5_K_M => DType::Q6K,
+                Self::Q3_K_M | Self::Q3_K_L => DType::Q4K,
                 _ => base,
             },
             Role::AttnV => match self {
+                Self::Q2_K if spec.heads / spec.kv_heads.max(1) >= 4 => shared_value(DType::Q4K, spec),
+                Self::Q2_K => shared_value(DType::Q3K, spec),
+                Self::Q3_K_M if layer >= 2 => shared_value(DType::Q4K, spec),
+                Self::Q3_K_M | Self::Q3_K_L => DType::Q5K,
+                Self::IQ4_NL if spec.heads / spec.kv_heads.max(1) >= 4 => DType::Q5K,
                 _ if medium && more_bits(layer, layers) => DType::Q6K,
                 Self::Q4_K_S if layer < 4 => DType::Q5K,
-                // Many query heads share one value head there, so its extra bits are nearly free.
-                _ if base == DType::Q4K && is_70b(spec) => DType::Q5K,
+                _ => shared_value(base, spec),
+            },
+            Role::AttnOut => match self {
+                Self::Q2_K => DType::Q3K,
+                Self::Q3_K_M => DType::Q4K,
+                Self::Q3_K_L => DType::Q5K,
                 _ => base,
             },
             Role::FfnDown => match self {
+                Self::Q2_K => DType::Q3K,
+                Self::Q3_K_M if layer < layers / 16 => DType::Q5K,
+                Self::Q3_K_M => DType::Q4K,
+                Self::Q3_K_L => DType::Q5K,
+                Self::IQ4_NL if layer < layers / 8 => DType::Q5K,
                 _ if medium && more_bits(layer, layers) => DType::Q6K,
                 Self::Q4_K_S if layer < layers / 8 => DType::Q5K,
                 _ => base,
@@ -156,6 +194,12 @@ impl Mix {
 
 fn logits_type(base: DType) -> DType {
     if base == DType::Q8_0 { base } else { DType::Q6K }
+}
+
+/// The type of values in what llama.cpp takes for a model of 70 billion parameters: many query heads share one value
+/// head there, so its extra bits are nearly free.
+fn shared_value(dtype: DType, spec: &DecoderSpec) -> DType {
+    if is_70b(spec) && matches!(dtype, DType::Q3K | DType::Q4K) { DType::Q5K } else { dtype }
 }
 
 /// The first and last eighth of the layers, and every third between.
@@ -178,6 +222,7 @@ fn is_70b(spec: &DecoderSpec) -> bool {
 fn fit(dtype: DType, cols: usize) -> DType {
     let fits = |dtype: DType| cols.is_multiple_of(dtype.block_len());
     let smaller = match dtype {
+        DType::Q2K | DType::Q3K => DType::Q4_0,
         DType::Q4K => DType::Q5_0,
         DType::Q5K => DType::Q5_1,
         DType::Q6K => DType::Q8_0,
@@ -189,10 +234,11 @@ fn fit(dtype: DType, cols: usize) -> DType {
 impl FromStr for Mix {
     type Err = UnknownMix;
 
-    /// Case does not matter; `q4_k` and `q5_k` mean the medium mixes, as in llama.cpp.
+    /// Case does not matter; `q3_k`, `q4_k` and `q5_k` mean the medium mixes, as in llama.cpp.
     fn from_str(name: &str) -> Result<Self, UnknownMix> {
         let upper = name.to_ascii_uppercase();
         match upper.as_str() {
+            "Q3_K" => Ok(Self::Q3_K_M),
             "Q4_K" => Ok(Self::Q4_K_M),
             "Q5_K" => Ok(Self::Q5_K_M),
             _ => Self::ALL.into_iter().find(|mix| mix.name() == upper).ok_or_else(|| UnknownMix {

@@ -14,16 +14,18 @@ mod held;
 mod imatrix;
 mod mix;
 pub(crate) mod moments;
+mod non_linear;
 mod search;
 mod super_blocks;
+pub(crate) mod widen;
 
 use edge_runtime::format::{DType, f32_to_bf16, f32_to_f16};
 use rayon::prelude::*;
 
 pub use crate::export::gguf::export as quantize_file;
-pub use encoding::{Blocks, Encoding};
+pub use encoding::Encoding;
 pub(crate) use held::hold;
-pub use held::{HeldBlocks, HeldModel};
+pub use held::{Blocks, HeldModel};
 pub use imatrix::{Imatrix, ImatrixError};
 pub use mix::{Mix, UnknownMix};
 
@@ -68,7 +70,7 @@ impl QuantizeError {
 ///
 /// `importance` weighs the squared error of each column (usually the mean square of the activation that
 /// meets it); only ratios within it matter. Without it the 32-wide types follow ggml's reference formulas
-/// bit for bit; Q4_K, Q5_K and Q6_K always search their scales. F32, F16, BF16 and Q8_0 do not look at it.
+/// bit for bit; K-types and IQ4_NL always search their scales. F32, F16, BF16 and Q8_0 do not look at it.
 ///
 /// # Errors
 /// The first value that the type cannot hold, by row and column; a shape or importance that does not fit.
@@ -131,6 +133,9 @@ fn quantize_row(
         DType::Q4K => encode(row, importance, out, super_blocks::q4_k),
         DType::Q5K => encode(row, importance, out, super_blocks::q5_k),
         DType::Q6K => encode(row, importance, out, super_blocks::q6_k),
+        DType::Q2K => encode(row, importance, out, super_blocks::q2_k),
+        DType::Q3K => encode(row, importance, out, super_blocks::q3_k),
+        DType::IQ4NL => encode(row, importance, out, non_linear::iq4_nl),
     }
     Ok(())
 }
@@ -150,6 +155,9 @@ fn largest_magnitude(dtype: DType) -> f32 {
         DType::Q5_0 => HALF * 8.0,
         DType::Q4K | DType::Q5K => HALF * 31.0,
         DType::Q6K => HALF * 2048.0,
+        DType::Q2K => HALF,
+        DType::Q3K => HALF * 64.0,
+        DType::IQ4NL => HALF * 56.0,
     }
 }
 

@@ -17,7 +17,7 @@ pub(crate) fn round(value: f32) -> f32 {
 }
 
 /// The sum of `term(i)` for `i < N`, in eight interleaved partial sums.
-fn sum<const N: usize>(term: impl Fn(usize) -> f32) -> f32 {
+pub(super) fn sum<const N: usize>(term: impl Fn(usize) -> f32) -> f32 {
     let mut lanes = [0.0f32; 8];
     for base in (0..N).step_by(8) {
         for (lane, total) in lanes.iter_mut().enumerate() {
@@ -36,6 +36,12 @@ pub(crate) fn inverse(scale: f32) -> f32 {
 /// The first value of the largest magnitude, with its sign; 0 for none.
 pub(super) fn extreme(x: &[f32]) -> f32 {
     x.iter().fold(0.0, |extreme: f32, v| if v.abs() > extreme.abs() { *v } else { extreme })
+}
+
+/// What elements weigh where nothing is known of their importance, as in ggml: what is large moves the output more.
+pub(super) fn by_magnitude<const N: usize>(x: &[f32; N]) -> [f32; N] {
+    let rms = (x.iter().map(|v| v * v).sum::<f32>() / N as f32).sqrt();
+    x.map(|v| rms + v.abs())
 }
 
 /// Integers `low..=high` nearest to `inverse * (x - offset)`.
@@ -64,7 +70,7 @@ pub(super) fn squared_error<const N: usize>(
 }
 
 /// `0, -1, 1, -2, 2, ...` up to `last` on both sides.
-fn outwards(last: i32) -> impl Iterator<Item = i32> {
+pub(super) fn outwards(last: i32) -> impl Iterator<Item = i32> {
     (0..=2 * last).map(|i| if i % 2 == 0 { i / 2 } else { -(i + 1) / 2 })
 }
 

@@ -14,7 +14,8 @@ use super::*;
 const PLAIN: [DType; 7] =
     [DType::F16, DType::BF16, DType::Q8_0, DType::Q4_0, DType::Q4_1, DType::Q5_0, DType::Q5_1];
 const SEARCHED: [DType; 4] = [DType::Q4_0, DType::Q4_1, DType::Q5_0, DType::Q5_1];
-const K_TYPES: [DType; 3] = [DType::Q4K, DType::Q5K, DType::Q6K];
+/// Searched with and without importance.
+const ALWAYS: [DType; 6] = [DType::Q2K, DType::Q3K, DType::Q4K, DType::Q5K, DType::Q6K, DType::IQ4NL];
 /// Rows of `rows.bin`, eight of each kind.
 const KINDS: [&str; 6] = ["gaussian", "heavy", "outlier", "offset", "sparse", "constant"];
 
@@ -45,6 +46,12 @@ fn plain_blocks(dtype: DType) -> &'static [u8] {
 /// The blocks that ggml makes of `rows.bin`.
 fn row_blocks(dtype: DType, importance: bool) -> &'static [u8] {
     match (dtype, importance) {
+        (DType::Q2K, false) => golden!("q2_k.rows.bin"),
+        (DType::Q3K, false) => golden!("q3_k.rows.bin"),
+        (DType::IQ4NL, false) => golden!("iq4_nl.rows.bin"),
+        (DType::Q2K, true) => golden!("q2_k.importance.bin"),
+        (DType::Q3K, true) => golden!("q3_k.importance.bin"),
+        (DType::IQ4NL, true) => golden!("iq4_nl.importance.bin"),
         (DType::Q4K, false) => golden!("q4_k.rows.bin"),
         (DType::Q5K, false) => golden!("q5_k.rows.bin"),
         (DType::Q6K, false) => golden!("q6_k.rows.bin"),
@@ -121,7 +128,7 @@ fn no_worse(dtype: DType, importance: Option<&[f32]>, weights: &[f32]) {
 }
 
 #[test]
-fn k_types_leave_no_more_error_than_ggmls() {
+fn searched_types_leave_no_more_error_than_ggmls() {
     let rows = floats(golden!("rows.bin"));
     // What the searches of Q4_K and Q5_K weigh by, here and in ggml.
     let by_magnitude = rows.as_chunks::<32>().0.iter().flat_map(|group| {
@@ -129,7 +136,7 @@ fn k_types_leave_no_more_error_than_ggmls() {
         group.map(|v| rms + v.abs())
     });
     let by_magnitude: Vec<f32> = by_magnitude.collect();
-    for dtype in K_TYPES {
+    for dtype in ALWAYS {
         no_worse(dtype, None, &by_magnitude);
         no_worse(dtype, None, &vec![1.0; rows.len()]);
     }
@@ -138,7 +145,7 @@ fn k_types_leave_no_more_error_than_ggmls() {
 #[test]
 fn importance_serves_as_well_as_in_ggml() {
     let importance = floats(golden!("importance.bin"));
-    for dtype in SEARCHED.into_iter().chain(K_TYPES) {
+    for dtype in SEARCHED.into_iter().chain(ALWAYS) {
         no_worse(dtype, Some(&importance), &importance.repeat(8 * KINDS.len()));
     }
 }
@@ -158,7 +165,7 @@ fn importance_lowers_the_error_that_it_weighs() {
         });
         let ratios = with.iter().zip(&without).map(|(with, without)| with / without);
         let mean = ratios.sum::<f64>() / with.len() as f64;
-        if SEARCHED.contains(&dtype) || K_TYPES.contains(&dtype) {
+        if SEARCHED.contains(&dtype) || ALWAYS.contains(&dtype) {
             assert!(mean < 0.95, "{}: {mean}", dtype.name());
         } else {
             assert_eq!(with, without, "{}", dtype.name());
@@ -241,8 +248,9 @@ fn names_are_read_in_any_case() {
     }
     assert_eq!("q4_K".parse(), Ok(Mix::Q4_K_M));
     assert_eq!("Q5_k".parse(), Ok(Mix::Q5_K_M));
-    let error = "Q3_K_M".parse::<Mix>().unwrap_err().to_string();
-    assert!(error.contains("`Q3_K_M`"), "{error}");
+    assert_eq!("q3_k".parse(), Ok(Mix::Q3_K_M));
+    let error = "IQ2_XS".parse::<Mix>().unwrap_err().to_string();
+    assert!(error.contains("`IQ2_XS`"), "{error}");
     assert!(Mix::ALL.iter().all(|mix| error.contains(mix.name())), "{error}");
 }
 
@@ -332,6 +340,9 @@ fn bound(dtype: DType, x: f64, low: f64, high: f64) -> f64 {
         DType::Q4K => (high.max(0.0) - low.min(0.0)) / 15.0 + 63.0 * 15.0 * half(0.0),
         DType::Q5K => (high.max(0.0) - low.min(0.0)) / 31.0 + 63.0 * 31.0 * half(0.0),
         DType::Q6K => largest / 32.0 + 128.0 * 32.0 * half(0.0),
+        DType::Q2K => (high.max(0.0) - low.min(0.0)) / 3.0 + 15.0 * 3.0 * half(0.0),
+        DType::Q3K => largest / 3.0 + 32.0 * 4.0 * half(0.0),
+        DType::IQ4NL => largest / 4.0 + 127.0 * half(0.0),
     };
     // Single precision on the way.
     error + 1e-5 * largest + 1e-7

@@ -13,7 +13,7 @@ use rayon::prelude::*;
 use super::{LoadError, check_finite};
 use crate::model::{Model, Vocabulary, Weights};
 use crate::pack::hex;
-use crate::quantize::{HeldBlocks, HeldModel, Mix, hold};
+use crate::quantize::{Blocks, HeldModel, Mix, hold};
 
 pub(super) fn load(path: &Path) -> Result<Model, LoadError> {
     with_file(path, |gguf| from_gguf(gguf, path))
@@ -163,7 +163,7 @@ fn read_blocks(
     row: &TensorRow,
     spec: &DecoderSpec,
     path: &Path,
-) -> Result<HeldBlocks, LoadError> {
+) -> Result<Blocks, LoadError> {
     let dtype = checked(info, row, spec, path)?;
     let [rows, cols] = row.file_shape(spec);
     let (size, span) = (info.data.len() / rows, row.span(spec));
@@ -171,7 +171,7 @@ fn read_blocks(
     if let Some(heads) = row.role.permuted_heads(spec) {
         bytes = to_halves(&bytes, heads, size);
     }
-    let blocks = HeldBlocks::new(dtype, [span.len(), cols], bytes)
+    let blocks = Blocks::new(dtype, [span.len(), cols], bytes)
         .map_err(|source| quantize_error(path, info.name, source))?;
     let mut values = vec![0.0; cols];
     for row in 0..span.len() {

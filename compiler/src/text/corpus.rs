@@ -118,6 +118,17 @@ pub fn load(
     Ok(corpus)
 }
 
+/// `tokens` of a text in whole windows, at least one, from everywhere in it: a regression learns what it is
+/// shown.
+pub fn spread(ids: &[u32], tokens: usize, length: usize) -> Vec<u32> {
+    let there = (ids.len() / length).max(1);
+    let wanted = (tokens / length).clamp(1, there);
+    (0..wanted)
+        .flat_map(|window| ids.iter().skip(window * there / wanted * length).take(length))
+        .copied()
+        .collect()
+}
+
 /// One document from memory.
 ///
 /// # Errors
@@ -281,5 +292,18 @@ impl Reader<'_> {
             corpus.soft.push(start + index, &entries);
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::spread;
+
+    #[test]
+    fn windows_come_from_everywhere() {
+        let ids: Vec<u32> = (0..103).collect();
+        assert_eq!(spread(&ids, 30, 10), [0..10, 30..40, 60..70].into_iter().flatten().collect::<Vec<_>>());
+        assert_eq!(spread(&ids, 1000, 10), (0..100).collect::<Vec<_>>());
+        assert_eq!(spread(&ids, 5, 10), (0..10).collect::<Vec<_>>());
     }
 }

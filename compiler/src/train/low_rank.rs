@@ -120,14 +120,14 @@ impl LowRank {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::quantize::HeldBlocks;
+    use crate::quantize::Blocks;
     use crate::train::ops::{Scratch, check};
     use candle_core::{Device, Var};
     use edge_runtime::format::DType;
 
     fn bases() -> [Frozen; 2] {
         let values = check::noise(31, 6 * 32);
-        let blocks = HeldBlocks::quantize(DType::Q4_0, [6, 32], &values).unwrap();
+        let blocks = Blocks::quantize(DType::Q4_0, [6, 32], &values, None).unwrap();
         [Frozen::Dense(check::matrix(4, 6, 32)), Frozen::Blocks(blocks, Scratch::default())]
     }
 

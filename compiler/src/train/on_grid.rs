@@ -19,7 +19,7 @@ use super::projection::{Matrices, OnGrid, Projection};
 use super::trainee::Trainee;
 use crate::model::{Model, Weights};
 use crate::quantize::calibrate::RoundedModel;
-use crate::quantize::grid::{Grid, geometry, store};
+use crate::quantize::grid::{Grid, Spacing, geometry, store};
 use crate::quantize::{Blocks, Encoding};
 
 /// A trained model with the blocks that its last forward pass computed with.
@@ -94,7 +94,7 @@ pub fn quantized(model: Model, start: RoundedModel) -> Result<Trainee<Quantized>
         }
         for matrix in behind {
             let blocks = matrix.blocks()?;
-            model.weights.insert(matrix.role, matrix.layer, blocks.values(matrix.role.shape(&spec))?);
+            model.weights.insert(matrix.role, matrix.layer, blocks.tensor()?);
             encoding.insert(matrix.role, matrix.layer, blocks);
         }
         Ok(Quantized { model, encoding })
@@ -109,7 +109,7 @@ impl Matrix {
         latent: &Tensor,
         blocks: Blocks,
     ) -> Result<Self, TrainError> {
-        let dtype = blocks.dtype;
+        let dtype = blocks.dtype();
         let Some((group, low, high)) = geometry(dtype) else {
             let message = format!("{name} is {}, expected blocks", dtype.name());
             return Err(candle_core::Error::msg(message).into());
@@ -118,7 +118,7 @@ impl Matrix {
         let reach = (dtype.block_len() == 32).then_some(high.max(-low));
         let per_block = dtype.block_len() / group;
         let steps: Vec<(f32, f32)> = blocks
-            .bytes
+            .bytes()
             .par_chunks(dtype.block_bytes())
             .flat_map_iter(|block| {
                 let grid = Grid::of(dtype, block);
@@ -139,16 +139,21 @@ impl Matrix {
         }
         let scales = parameters.get(1).map_or(scales, |trained| trained.var.as_tensor().clone());
         let latent = parameters[0].var.as_tensor().clone();
-        let grid = OnGrid { latent, scales, offsets, levels: Levels { group, low, high, reach } };
+        let grid = OnGrid {
+            latent,
+            scales,
+            offsets,
+            levels: Levels { group, low, high, spacing: Spacing::of(dtype), reach },
+        };
         Ok(Self { role, layer, blocks, grid, parameters })
     }
 
     /// The blocks that a forward pass computes with.
     fn blocks(&self) -> candle_core::Result<Blocks> {
-        let dtype = self.blocks.dtype;
+        let dtype = self.blocks.dtype();
         let (len, size) = (dtype.block_len(), dtype.block_bytes());
         let Levels { group, reach, .. } = self.grid.levels;
-        let mut bytes = self.blocks.bytes.clone();
+        let mut bytes = self.blocks.bytes().to_vec();
         with_values(&self.grid.latent, |latent| {
             with_values(&self.grid.scales, |scales| {
                 let blocks = bytes.par_chunks_mut(size).zip(latent.par_chunks(len));
@@ -167,7 +172,7 @@ impl Matrix {
                 Ok(())
             })
         })?;
-        Ok(Blocks { dtype, bytes })
+        Blocks::new(dtype, *self.blocks.dims(), bytes).map_err(candle_core::Error::wrap)
     }
 }
 
@@ -187,8 +192,8 @@ fn fingerprint(start: &RoundedModel) -> Result<String, TrainError> {
         })?;
     }
     for (role, layer, blocks) in start.encoding.iter() {
-        hash.update(format!("{role:?} {layer} {}", blocks.dtype.name()));
-        hash.update(&blocks.bytes);
+        hash.update(format!("{role:?} {layer} {}", blocks.dtype().name()));
+        hash.update(blocks.bytes());
     }
     Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }
@@ -201,8 +206,8 @@ mod tests {
 
     use super::*;
     use crate::export::gguf::encoded_to_vec;
+    use crate::quantize::Mix;
     use crate::quantize::calibrate::{Rounding, Sample, round_model};
-    use crate::quantize::{Mix, quantize_rows};
     use crate::teacher;
     use crate::train::fixture::{text, tiny_in_blocks};
     use crate::train::ops::check;
@@ -220,11 +225,11 @@ mod tests {
         for dtype in DType::ALL.into_iter().filter(|dtype| !dtype.is_float()) {
             let latent = (check::matrix(1, 6, 512) * 0.3).unwrap();
             let values = latent.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-            let bytes = quantize_rows(dtype, &values, 512, None).unwrap();
-            let matrix = Matrix::new(Role::FfnDown, 0, "w", &latent, Blocks { dtype, bytes }).unwrap();
+            let blocks = Blocks::quantize(dtype, [6, 512], &values, None).unwrap();
+            let matrix = Matrix::new(Role::FfnDown, 0, "w", &latent, blocks).unwrap();
             let compare = || {
                 let seen = matrix.grid.rounded().unwrap();
-                let held = matrix.blocks().unwrap().values([6, 512]).unwrap();
+                let held = matrix.blocks().unwrap().tensor().unwrap();
                 assert_eq!(bits(&seen), bits(&held), "{}", dtype.name());
                 let ids = Tensor::new(&[4u32, 0], &Device::Cpu).unwrap();
                 let rows = Projection::OnGrid(matrix.grid.clone()).rows(&[4, 0]).unwrap();

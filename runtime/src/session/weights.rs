@@ -146,7 +146,10 @@ impl<'a> Weights<'_, 'a> {
         let info =
             self.file.tensor(name.as_str()).ok_or_else(|| Error::new(Code::MissingTensor, name.as_str()))?;
         let (dtype, layout) = info.weights().ok_or_else(|| {
-            Error::new(Code::UnsupportedType, info.name).at(info.offset).found(u64::from(info.type_id), 0)
+            Error::new(Code::UnsupportedType, info.name)
+                .at(info.offset)
+                .found(u64::from(info.type_id), 0)
+                .hint(advice(info.type_id))
         })?;
         // `Gguf` bounds the product of all axes, so these cannot overflow.
         let found = [info.dims[1] * info.dims[2] * info.dims[3], info.dims[0]];
@@ -262,5 +265,16 @@ impl<'a> Vectors<'_, 'a> {
         self.rest = rest;
         self.weights.vector(role, layer, part)?;
         Ok(part)
+    }
+}
+
+/// What to do about GGUF's tensor type `id`, which this build does not run.
+fn advice(id: u32) -> &'static str {
+    match id {
+        // Q3_K and IQ4_NL, whose values wider types hold.
+        11 | 20 => "`edgec pack` makes a pack of it that runs here",
+        // Q2_K.
+        10 => "needs a build with the feature `low-bit`",
+        _ => "",
     }
 }

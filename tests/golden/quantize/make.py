@@ -1,15 +1,14 @@
 #!/usr/bin/env python3
 """Makes the golden data of the quantizer's tests.
 
-    pip install gguf numpy xllamacpp; pip install --no-deps llama-cpp-cffi    # which needs the libstdc++ of GCC 14
+    pip install gguf numpy xllamacpp
     python3 make.py blocks                                # *.bin
-    python3 make.py mixes SmolLM2-135M-Instruct.gguf      # mixes.json
+    python3 make.py mixes LLAMA_QUANTIZE SMOLLM2.gguf     # mixes.json; llama.cpp's llama-quantize
 
 values.bin: float32, rows of 32. TYPE.bin: what ggml makes of them, and gguf-py alike.
 rows.bin: float32, rows of 256, eight of each KIND; importance.bin: 256 float32. TYPE.rows.bin and
 TYPE.importance.bin: the rows quantized by ggml (the library inside xllamacpp) without and with importance.
-mixes.json: `general.file_type` of each mix, and the types of the tensors of files that llama_model_quantize
-(inside llama-cpp-cffi) wrote, by model and mix: for each name, [type, layers in a row] from the first layer on.
+mixes.json: `general.file_type` of each mix, and the types that llama-quantize gives the tensors, by model and mix: for each name, [type, layers in a row] from the first layer on.
 """
 
 import ctypes
@@ -17,6 +16,7 @@ import importlib.metadata
 import json
 import pathlib
 import re
+import subprocess
 import sys
 import tempfile
 
@@ -27,6 +27,8 @@ from gguf import GGMLQuantizationType as Type
 HERE = pathlib.Path(__file__).parent
 PLAIN = ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]
 K_TYPES = ["Q4_K", "Q5_K", "Q6_K"]
+# Later ones, so that the others stay as they are.
+LOW_BIT = ["Q2_K", "Q3_K", "IQ4_NL"]
 WEIGHTED = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", *K_TYPES]
 KINDS = ["gaussian", "heavy", "outlier", "offset", "sparse", "constant"]
 
@@ -106,7 +108,9 @@ def blocks():
         write(name.lower(), found)
     for name in K_TYPES:
         write(f"{name.lower()}.rows", ggml_chunk(ggml, name, rows))
-    for name in WEIGHTED:
+    for name in LOW_BIT:
+        write(f"{name.lower()}.rows", ggml_chunk(ggml, name, rows))
+    for name in WEIGHTED + LOW_BIT:
         write(f"{name.lower()}.importance", ggml_chunk(ggml, name, rows, importance))
 
 
@@ -118,11 +122,13 @@ def model(arch, layers, hidden, heads, kv_heads, ffn, tied, mixes):
 
 FILE_TYPES = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q4_K_S": 14, "Q4_K_M": 15,
-    "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18, "BF16": 32,
+    "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18, "BF16": 32, "Q2_K": 10, "Q3_K_S": 11, "Q3_K_M": 12, "Q3_K_L": 13,
+    "IQ4_NL": 25,
 }
 ALL = list(FILE_TYPES)
-K_MIXES = ["Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K"]
-DEEP = ["Q4_K_S", "Q4_K_M", "Q5_K_M"]
+LOW_MIXES = ["Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "IQ4_NL"]
+K_MIXES = ["Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K", *LOW_MIXES]
+DEEP = ["Q4_K_S", "Q4_K_M", "Q5_K_M", *LOW_MIXES]
 MODELS = {
     "smollm2": model("llama", 30, 576, 9, 3, 1536, True, ALL),
     "wide": model("llama", 30, 256, 4, 2, 512, False, ALL),
@@ -163,38 +169,25 @@ def write_model(path, spec):
     writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
 
 
-class Params(ctypes.Structure):
-    """The beginning of llama_model_quantize_params, and room for the rest."""
-
-    _fields_ = [
-        ("threads", ctypes.c_int32), ("file_type", ctypes.c_int), ("output", ctypes.c_int), ("embedding", ctypes.c_int),
-        ("allow_requantize", ctypes.c_bool), ("rest", ctypes.c_uint8 * 111),
-    ]
+LINE = re.compile(r"\[ *\d+/ *\d+\] (\S+) .*type = *(\S+), size = *\S+ MiB(?: -> *\S+ MiB \((\S+)\))?")
 
 
-def quantized_types(llama, source, file_type, scratch):
-    llama.llama_model_quantize_default_params.restype = Params
-    params = llama.llama_model_quantize_default_params()
-    params.file_type, params.allow_requantize = file_type, True
-    out = scratch / "quantized.gguf"
-    status = llama.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(params))
-    assert status == 0, (source, file_type)
-    file, runs = gguf.GGUFReader(out), {}
-    assert file.fields["general.file_type"].contents() == file_type
-    layer = lambda tensor: int((re.search(r"blk\.(\d+)", tensor.name) or [0, 0])[1])
-    for tensor in sorted(file.tensors, key=layer):
-        of = runs.setdefault(re.sub(r"blk\.\d+", "blk.{}", tensor.name), [])
-        if of and of[-1][0] == tensor.tensor_type.name:
+def quantized_types(quantize, source, mix):
+    said = subprocess.run([quantize, "--allow-requantize", "--dry-run", source, mix], capture_output=True, text=True)
+    assert said.returncode == 0 and f" as {mix}" in said.stdout + said.stderr, said.stderr
+    layer = lambda tensor: int((re.search(r"blk\.(\d+)", tensor[0]) or [0, 0])[1])
+    runs = {}
+    for name, before, after in sorted(LINE.findall(said.stdout + said.stderr), key=layer):
+        dtype = (after or before).upper()
+        of = runs.setdefault(re.sub(r"blk\.\d+", "blk.{}", name), [])
+        if of and of[-1][0] == dtype:
             of[-1][1] += 1
         else:
-            of.append([tensor.tensor_type.name, 1])
+            of.append([dtype, 1])
     return runs
 
 
-def mixes(smollm2):
-    llama = library("llama-cpp-cffi", r"_llama_cpp_cpu.*\.so$")
-    silent = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
-    llama.llama_log_set(silent, None), llama.llama_backend_init()
+def mixes(quantize, smollm2):
     found = {}
     with tempfile.TemporaryDirectory() as scratch:
         scratch = pathlib.Path(scratch)
@@ -202,7 +195,7 @@ def mixes(smollm2):
             source = pathlib.Path(smollm2) if name == "smollm2" else scratch / "source.gguf"
             if name != "smollm2":
                 write_model(source, spec)
-            types = {mix: quantized_types(llama, source, FILE_TYPES[mix], scratch) for mix in spec["mixes"]}
+            types = {mix: quantized_types(quantize, source, mix) for mix in spec["mixes"]}
             found[name] = {key: value for key, value in spec.items() if key != "mixes"} | {"types": types}
     text = json.dumps({"file_types": FILE_TYPES, "models": found}, separators=(",", ":"))
     # One line for each mix.

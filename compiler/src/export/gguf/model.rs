@@ -49,6 +49,8 @@ pub enum ExportError {
 pub struct Summary {
     /// Size of the file in bytes.
     pub bytes: u64,
+    /// Bytes of its tensors.
+    pub data_bytes: u64,
     /// Number of weights, a tied table counted once.
     pub weights: u64,
     /// Bits of tensor data for each weight.
@@ -69,9 +71,9 @@ pub fn export(model: &Model, mix: Mix, path: &Path) -> Result<Summary, ExportErr
 /// As [`export`].
 pub fn export_encoded(model: &Model, encoding: &Encoding, path: &Path) -> Result<Summary, ExportError> {
     let (file, weights) = assemble(model, encoding)?;
-    let data_bits = 8.0 * file.data_bytes() as f64;
-    let bytes = file.write_atomic(path).map_err(cause)?;
-    Ok(Summary { bytes, weights, bits_per_weight: data_bits / weights as f64 })
+    let summary = summary(&file, weights);
+    file.write_atomic(path).map_err(cause)?;
+    Ok(summary)
 }
 
 /// What [`export_encoded`] would write, without writing it.
@@ -80,8 +82,13 @@ pub fn export_encoded(model: &Model, encoding: &Encoding, path: &Path) -> Result
 /// As [`export`], but for values.
 pub fn measure(model: &Model, encoding: &Encoding) -> Result<Summary, ExportError> {
     let (file, weights) = assemble(model, encoding)?;
-    let bits_per_weight = 8.0 * file.data_bytes() as f64 / weights as f64;
-    Ok(Summary { bytes: file.file_bytes(), weights, bits_per_weight })
+    Ok(summary(&file, weights))
+}
+
+fn summary(file: &GgufWriter<'_>, weights: u64) -> Summary {
+    let data_bytes = file.data_bytes();
+    let bits_per_weight = 8.0 * data_bytes as f64 / weights as f64;
+    Summary { bytes: file.file_bytes(), data_bytes, weights, bits_per_weight }
 }
 
 /// The bytes that [`export`] would write.

@@ -70,14 +70,14 @@ fn the_file_holds_the_blocks() {
     let matrices = model.weights.iter().filter(|(role, ..)| !role.is_vector()).count();
     assert_eq!(rounded.encoding.iter().count(), matrices);
     for (role, layer, blocks) in rounded.encoding.iter() {
-        let expected = blocks.values(role.shape(&model.spec)).unwrap().to_vec2::<f32>().unwrap();
+        let expected = blocks.tensor().unwrap().to_vec2::<f32>().unwrap();
         assert_eq!(
             read.weights.get(role, layer).unwrap().to_vec2::<f32>().unwrap(),
             expected,
             "{role:?} {layer}"
         );
         assert_eq!(rounded.latent.get(role, layer).unwrap().dims(), role.shape(&model.spec));
-        assert_eq!(blocks.dtype, Mix::Q4_0.dtype(role, layer, &model.spec));
+        assert_eq!(blocks.dtype(), Mix::Q4_0.dtype(role, layer, &model.spec));
     }
 }
 

@@ -11,7 +11,7 @@ use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, S
 use rayon::prelude::*;
 
 use super::{Matrix, gemm, matrix, rows_cols, tensor, values, with_values};
-use crate::quantize::HeldBlocks;
+use crate::quantize::Blocks;
 use crate::train::random::SplitMix64;
 
 /// Memory for one matrix at a time, shared by clones.
@@ -24,7 +24,7 @@ pub enum Frozen {
     /// In f32.
     Dense(Tensor),
     /// In blocks, and where they are dequantized.
-    Blocks(HeldBlocks, Scratch),
+    Blocks(Blocks, Scratch),
 }
 
 impl Frozen {
@@ -353,7 +353,7 @@ mod tests {
 
     fn blocks(dtype: DType, rows: usize, cols: usize) -> Frozen {
         let values = check::noise(31, rows * cols);
-        Frozen::Blocks(HeldBlocks::quantize(dtype, [rows, cols], &values).unwrap(), Scratch::default())
+        Frozen::Blocks(Blocks::quantize(dtype, [rows, cols], &values, None).unwrap(), Scratch::default())
     }
 
     fn bases() -> [Frozen; 3] {

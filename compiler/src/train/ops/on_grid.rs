@@ -8,7 +8,7 @@ use edge_runtime::format::{f16_to_f32, f32_to_f16};
 use rayon::prelude::*;
 
 use super::{matrix, rows_cols, tensor, values, with_values};
-use crate::quantize::grid::{inverse, round};
+use crate::quantize::grid::{Spacing, inverse};
 
 /// Groups that one task takes.
 const GROUPS: usize = 1 << 9;
@@ -22,6 +22,8 @@ pub struct Levels {
     pub low: f32,
     /// Largest integer.
     pub high: f32,
+    /// Which of the integers between there are.
+    pub spacing: Spacing,
     /// With `Some(reach)`, scales are `1 / reach` of what they are given as, rounded to half precision as in a
     /// file, and trained; otherwise they are as given.
     pub reach: Option<f32>,
@@ -50,7 +52,7 @@ struct OnGrid {
 
 impl OnGrid {
     fn forward(&self, x: &[f32], scales: &[f32], offsets: &[f32]) -> Vec<f32> {
-        let Levels { group, low, high, .. } = self.levels;
+        let Levels { group, low, high, spacing, .. } = self.levels;
         let mut out = vec![0.0; x.len()];
         let tasks = out.par_chunks_mut(GROUPS * group).zip(x.par_chunks(GROUPS * group));
         tasks.zip(scales.par_chunks(GROUPS)).zip(offsets.par_chunks(GROUPS)).for_each(
@@ -60,7 +62,7 @@ impl OnGrid {
                     let (scale, offset) = (self.levels.scale(*given), *offset);
                     let inverse = inverse(scale);
                     for (out, x) in out.iter_mut().zip(x) {
-                        *out = scale * round(((x - offset) * inverse).clamp(low, high)) + offset;
+                        *out = scale * spacing.nearest(((x - offset) * inverse).clamp(low, high)) + offset;
                     }
                 }
             },
@@ -71,7 +73,7 @@ impl OnGrid {
     /// The gradient of the scales as they are given: `sum(grad * (q - (x - offset) / scale))`, the fraction left out
     /// where it lies beyond the integers.
     fn scales_gradient(&self, x: &[f32], scales: &[f32], offsets: &[f32], grad: &[f32]) -> Vec<f32> {
-        let Levels { group, low, high, reach } = self.levels;
+        let Levels { group, low, high, spacing, reach } = self.levels;
         let unit = 1.0 / reach.unwrap_or(1.0);
         let mut out = vec![0.0; scales.len()];
         let groups = x.par_chunks(group).zip(grad.par_chunks(group)).with_min_len(GROUPS);
@@ -81,7 +83,7 @@ impl OnGrid {
                 let term = |(x, grad): (&f32, &f32)| {
                     let exact = (x - offset) * inverse;
                     let inside = exact.clamp(low, high);
-                    let slope = if inside == exact { round(exact) - exact } else { inside };
+                    let slope = if inside == exact { spacing.nearest(exact) - exact } else { inside };
                     grad * slope
                 };
                 *out = unit * x.iter().zip(grad).map(term).sum::<f32>();
@@ -151,7 +153,8 @@ mod tests {
     use crate::train::ops::check;
     use candle_core::{Device, Var};
 
-    const LEVELS: Levels = Levels { group: 32, low: -8.0, high: 7.0, reach: Some(8.0) };
+    const LEVELS: Levels =
+        Levels { group: 32, low: -8.0, high: 7.0, spacing: Spacing::Even, reach: Some(8.0) };
 
     fn constant(value: f32) -> Tensor {
         Tensor::full(value, (3, 2), &Device::Cpu).unwrap()

@@ -12,15 +12,31 @@ pub enum DType {
     Q5_0 = 6,
     Q5_1 = 7,
     Q8_0 = 8,
+    #[cfg(feature = "low-bit")]
+    Q2K = 10,
+    #[cfg(feature = "low-bit")]
+    Q3K = 11,
     Q4K = 12,
     Q5K = 13,
     Q6K = 14,
+    #[cfg(feature = "low-bit")]
+    IQ4NL = 20,
     BF16 = 30,
 }
 
 impl DType {
-    /// Every type that is read and run.
-    pub const ALL: [Self; 11] = [
+    /// Every type that this build reads and runs.
+    #[cfg(feature = "low-bit")]
+    pub const ALL: [Self; 14] = {
+        let [a, b, c, d, e, f, g, h, i, j, k] = Self::CORE;
+        [a, b, c, d, e, f, g, h, i, j, k, Self::Q2K, Self::Q3K, Self::IQ4NL]
+    };
+    /// Every type that this build reads and runs.
+    #[cfg(not(feature = "low-bit"))]
+    pub const ALL: [Self; 11] = Self::CORE;
+
+    /// The types that every build reads and runs.
+    pub const CORE: [Self; 11] = [
         Self::F32,
         Self::F16,
         Self::BF16,
@@ -45,6 +61,10 @@ impl DType {
             Self::F32 | Self::F16 | Self::BF16 => 1,
             Self::Q8_0 | Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 => 32,
             Self::Q4K | Self::Q5K | Self::Q6K => 256,
+            #[cfg(feature = "low-bit")]
+            Self::Q2K | Self::Q3K => 256,
+            #[cfg(feature = "low-bit")]
+            Self::IQ4NL => 32,
         }
     }
 
@@ -61,6 +81,12 @@ impl DType {
             Self::Q4K => 144,
             Self::Q5K => 176,
             Self::Q6K => 210,
+            #[cfg(feature = "low-bit")]
+            Self::Q2K => 84,
+            #[cfg(feature = "low-bit")]
+            Self::Q3K => 110,
+            #[cfg(feature = "low-bit")]
+            Self::IQ4NL => 18,
         }
     }
 
@@ -91,6 +117,12 @@ impl DType {
             Self::Q4K => "Q4_K",
             Self::Q5K => "Q5_K",
             Self::Q6K => "Q6_K",
+            #[cfg(feature = "low-bit")]
+            Self::Q2K => "Q2_K",
+            #[cfg(feature = "low-bit")]
+            Self::Q3K => "Q3_K",
+            #[cfg(feature = "low-bit")]
+            Self::IQ4NL => "IQ4_NL",
         }
     }
 }

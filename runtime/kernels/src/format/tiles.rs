@@ -82,7 +82,7 @@ pub(crate) struct Geometry {
 }
 
 impl Geometry {
-    /// `None` for floating-point types, which stay rows.
+    /// `None` for types that stay rows: floating-point numbers, and those of the feature `low-bit`.
     pub const fn of(dtype: DType) -> Option<Self> {
         let (factors, vectors, bias) = match dtype {
             DType::F32 | DType::F16 | DType::BF16 => return None,
@@ -94,6 +94,8 @@ impl Geometry {
             DType::Q4K => (Factors::Super, 4, 0),
             DType::Q5K => (Factors::Super, 5, 0),
             DType::Q6K => (Factors::SuperHalves, 6, 32),
+            #[cfg(feature = "low-bit")]
+            DType::Q2K | DType::Q3K | DType::IQ4NL => return None,
         };
         Some(Self { factors, vectors, bias })
     }

@@ -4,6 +4,8 @@
 //! everything here is [`dequantize_row`](super::dequantize_row).
 
 use super::activations::GROUP;
+#[cfg(feature = "low-bit")]
+use super::generic::{IQ4_NL_VALUES, signed_scale};
 use super::simd::Simd;
 
 /// Eight blocks of weights; those beyond a row's end have scale and minimum 0.
@@ -12,7 +14,7 @@ pub(crate) struct Group<S: Simd, W: Format> {
     pub pairs: [W::Pair<S>; 4],
     /// Factor of each block.
     pub scale: S::F,
-    /// Offset of each block; 0 unless [`Format::HAS_MIN`].
+    /// Offset of each block, or its factor with [`Format::HAS_HALF_MINS`]; otherwise 0.
     pub min: S::F,
 }
 
@@ -22,6 +24,9 @@ pub(crate) trait Format: Sized {
     const BIAS: f32;
     /// Whether weights have an offset.
     const HAS_MIN: bool;
+    /// Whether every 16 weights have an integer that, times [`Group::min`], is their offset.
+    #[cfg(feature = "low-bit")]
+    const HAS_HALF_MINS: bool = false;
     /// The integer weights of two blocks.
     type Pair<S: Simd>: Copy;
 
@@ -33,6 +38,13 @@ pub(crate) trait Format: Sized {
 
     /// The products of a pair with its activations.
     fn dot<S: Simd>(s: S, pair: Self::Pair<S>, a: &[i8; 64]) -> S::P;
+
+    /// The products of the integers of [`Format::HAS_HALF_MINS`] with a pair's activations.
+    #[cfg(feature = "low-bit")]
+    #[inline(always)]
+    fn mins<S: Simd>(s: S, _: Self::Pair<S>, _: &[i8; 64]) -> S::P {
+        s.no_products()
+    }
 }
 
 /// 16 bytes of a block. The callers' constants are within their blocks.
@@ -293,4 +305,141 @@ impl Format for Q6K {
     fn dot<S: Simd>(s: S, pair: ([S::B; 2], S::K), a: &[i8; 64]) -> S::P {
         s.dot_factors(pair.0, pair.1, a)
     }
+}
+
+#[cfg(feature = "low-bit")]
+pub(crate) use low_bit::{IQ4NL, Q2K, Q3K};
+
+/// Types that a device without such files does not need.
+#[cfg(feature = "low-bit")]
+mod low_bit {
+    use super::*;
+
+    /// 16 two-bit weights of both blocks of a pair, which share bytes: bits `EVEN` and `ODD` and the next ones.
+    #[inline(always)]
+    fn two_bits<S: Simd, const EVEN: i32, const ODD: i32>(s: S, bytes: &[u8; 16]) -> S::B {
+        s.bits::<EVEN, ODD>(s.both(bytes), 3)
+    }
+
+    /// The factors of both halves of two blocks, from `first` of the 16 of a super-block.
+    #[inline(always)]
+    fn factors<S: Simd>(s: S, all: [i8; 16], first: usize) -> S::K {
+        s.factors([all[first], all[first + 1]], [all[first + 2], all[first + 3]])
+    }
+
+    /// Super-blocks of 84 bytes, with an integer factor and an integer minimum for every 16 weights.
+    pub(crate) struct Q2K;
+
+    impl Format for Q2K {
+        const BIAS: f32 = 0.0;
+        const HAS_MIN: bool = false;
+        const HAS_HALF_MINS: bool = true;
+        const GROUP_BYTES: usize = 84;
+        /// Weights, factors, minimums.
+        type Pair<S: Simd> = ([S::B; 2], S::K, S::K);
+
+        #[inline(always)]
+        fn group<S: Simd>(s: S, group: &[u8]) -> Group<S, Self> {
+            let block: &[u8; 84] = super_block(group);
+            let packed = bytes16(block, 0);
+            let (scales, mins) = (packed.map(|byte| (byte & 15) as i8), packed.map(|byte| (byte >> 4) as i8));
+            let pair =
+                |weights: [S::B; 2], first| (weights, factors(s, scales, first), factors(s, mins, first));
+            let bytes = |at| bytes16(block, at);
+            let pairs = [
+                pair([two_bits::<S, 0, 2>(s, bytes(16)), two_bits::<S, 0, 2>(s, bytes(32))], 0),
+                pair([two_bits::<S, 4, 6>(s, bytes(16)), two_bits::<S, 4, 6>(s, bytes(32))], 4),
+                pair([two_bits::<S, 0, 2>(s, bytes(48)), two_bits::<S, 0, 2>(s, bytes(64))], 8),
+                pair([two_bits::<S, 4, 6>(s, bytes(48)), two_bits::<S, 4, 6>(s, bytes(64))], 12),
+            ];
+            let min = s.sub(s.splat(0.0), s.f16_bits([bits16(block, 82); 8]));
+            Group { pairs, scale: s.f16_bits([bits16(block, 80); 8]), min }
+        }
+
+        #[inline(always)]
+        fn dot<S: Simd>(s: S, (weights, scales, _): Self::Pair<S>, a: &[i8; 64]) -> S::P {
+            s.dot_factors(weights, scales, a)
+        }
+
+        #[inline(always)]
+        fn mins<S: Simd>(s: S, (_, _, mins): Self::Pair<S>, a: &[i8; 64]) -> S::P {
+            s.dot_factors([s.both(&[1; 16]); 2], mins, a)
+        }
+    }
+
+    /// Super-blocks of 110 bytes, with an integer factor for every 16 weights.
+    pub(crate) struct Q3K;
+
+    /// 16 weights of both blocks of a pair: two low bits as [`two_bits`] has them, and the third from bits `HIGH_EVEN`
+    /// and `HIGH_ODD` of `high`; less 4.
+    #[inline(always)]
+    fn three_bits<S: Simd, const EVEN: i32, const ODD: i32, const HIGH_EVEN: i32, const HIGH_ODD: i32>(
+        s: S,
+        low: &[u8; 16],
+        high: &[u8; 16],
+    ) -> S::B {
+        let third = s.shl4(s.bits::<HIGH_EVEN, HIGH_ODD>(s.both(high), 1));
+        s.sub_i8(s.or(two_bits::<S, EVEN, ODD>(s, low), s.bits::<2, 2>(third, 4)), 4)
+    }
+
+    impl Format for Q3K {
+        const BIAS: f32 = 0.0;
+        const HAS_MIN: bool = false;
+        const GROUP_BYTES: usize = 110;
+        type Pair<S: Simd> = ([S::B; 2], S::K);
+
+        #[inline(always)]
+        fn group<S: Simd>(s: S, group: &[u8]) -> Group<S, Self> {
+            let block: &[u8; 110] = super_block(group);
+            let packed = block[96..].first_chunk().unwrap_or(&[0; 12]);
+            let scales: [i8; 16] = core::array::from_fn(|i| signed_scale(packed, i));
+            let bytes = |at| bytes16(block, at);
+            let (first, second) = (bytes(0), bytes(16));
+            let pairs = [
+                (
+                    [
+                        three_bits::<S, 0, 2, 0, 1>(s, bytes(32), first),
+                        three_bits::<S, 0, 2, 0, 1>(s, bytes(48), second),
+                    ],
+                    0,
+                ),
+                (
+                    [
+                        three_bits::<S, 4, 6, 2, 3>(s, bytes(32), first),
+                        three_bits::<S, 4, 6, 2, 3>(s, bytes(48), second),
+                    ],
+                    4,
+                ),
+                (
+                    [
+                        three_bits::<S, 0, 2, 4, 5>(s, bytes(64), first),
+                        three_bits::<S, 0, 2, 4, 5>(s, bytes(80), second),
+                    ],
+                    8,
+                ),
+                (
+                    [
+                        three_bits::<S, 4, 6, 6, 7>(s, bytes(64), first),
+                        three_bits::<S, 4, 6, 6, 7>(s, bytes(80), second),
+                    ],
+                    12,
+                ),
+            ];
+            let pairs = pairs.map(|(weights, first)| (weights, factors(s, scales, first)));
+            Group { pairs, scale: s.f16_bits([bits16(block, 108); 8]), min: s.splat(0.0) }
+        }
+
+        #[inline(always)]
+        fn dot<S: Simd>(s: S, (weights, scales): Self::Pair<S>, a: &[i8; 64]) -> S::P {
+            s.dot_factors(weights, scales, a)
+        }
+    }
+
+    /// Nibbles of two blocks that choose from 16 numbers.
+    #[inline(always)]
+    fn chosen<S: Simd>(s: S, even: &[u8; 18], odd: &[u8; 18]) -> [S::B; 2] {
+        nibbles(s, even, odd, 2).map(|nibbles| s.choose(nibbles, &IQ4_NL_VALUES))
+    }
+
+    small_blocks!(IQ4NL, 18, bias 0.0, min None, dot_signed, |s, even, odd| chosen(s, even, odd));
 }

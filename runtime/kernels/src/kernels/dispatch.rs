@@ -99,6 +99,12 @@ pub struct Kernels {
     pub(super) f32_rows: RowsKernel,
     pub(super) f16_rows: RowsKernel,
     pub(super) bf16_rows: RowsKernel,
+    #[cfg(feature = "low-bit")]
+    pub(super) q2_k_rows: RowsKernel,
+    #[cfg(feature = "low-bit")]
+    pub(super) q3_k_rows: RowsKernel,
+    #[cfg(feature = "low-bit")]
+    pub(super) iq4_nl_rows: RowsKernel,
     pub(super) rows: &'static ByType<RowsKernel>,
     pub(super) tiles: &'static TileKernels,
 }
@@ -217,6 +223,12 @@ impl Kernels {
         quantized.unwrap_or(Kernel::Rows(match weight.dtype() {
             DType::F16 => self.f16_rows,
             DType::BF16 => self.bf16_rows,
+            #[cfg(feature = "low-bit")]
+            DType::Q2K => self.q2_k_rows,
+            #[cfg(feature = "low-bit")]
+            DType::Q3K => self.q3_k_rows,
+            #[cfg(feature = "low-bit")]
+            DType::IQ4NL => self.iq4_nl_rows,
             _ => self.f32_rows,
         }))
     }

@@ -153,7 +153,7 @@ pub(crate) struct ByType<F> {
 }
 
 impl<F: Copy> ByType<F> {
-    /// The function for a type; `None` for floats.
+    /// The function for a type; `None` for those that have no table of this kind.
     pub fn of(&self, dtype: DType) -> Option<F> {
         Some(match dtype {
             DType::F32 | DType::F16 | DType::BF16 => return None,
@@ -165,6 +165,8 @@ impl<F: Copy> ByType<F> {
             DType::Q4K => self.q4_k,
             DType::Q5K => self.q5_k,
             DType::Q6K => self.q6_k,
+            #[cfg(feature = "low-bit")]
+            DType::Q2K | DType::Q3K | DType::IQ4NL => return None,
         })
     }
 }
@@ -315,6 +317,16 @@ fn tile<S: Simd, W: Format>(s: S, bytes: &[u8], x: &[QuantizedRow]) -> [S::F; TI
             x = s.mul(group.scale, x);
             if W::HAS_MIN {
                 x = s.add(x, s.mul(group.min, sum));
+            }
+            #[cfg(feature = "low-bit")]
+            if W::HAS_HALF_MINS {
+                let mut mins = [s.no_products(); 4];
+                for ((product, pair), a) in
+                    mins.iter_mut().zip(group.pairs).zip(row.quants[index].as_chunks::<64>().0)
+                {
+                    *product = W::mins(s, pair, a);
+                }
+                x = s.add(x, s.mul(group.min, s.totals(mins)));
             }
             *lanes = s.add(*lanes, s.mul(x, scale));
         }

@@ -104,6 +104,9 @@ pub(crate) trait Simd: Copy {
     fn or(self, a: Self::B, b: Self::B) -> Self::B;
     /// `x - y` in each byte, as `i8`.
     fn sub_i8(self, x: Self::B, y: i8) -> Self::B;
+    /// The number of `from` that each byte, below 16, stands for.
+    #[cfg(feature = "low-bit")]
+    fn choose(self, x: Self::B, from: &[i8; 16]) -> Self::B;
     /// Byte `i` of each block is 16 where bit `i` is set, else 0.
     fn spread(self, even: u16, odd: u16) -> Self::B;
     /// The factors of both halves of the even and the odd block.

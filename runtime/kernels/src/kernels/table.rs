@@ -35,12 +35,21 @@ macro_rules! kernel_table {
             fn bf16_rows(w: &Matrix, x: &Activations, out: &mut Columns) = matmul::float_rows::<_, matmul::BF16>;
         }
 
+        #[cfg(feature = "low-bit")]
+        $crate::kernels::table::low_bit_entries! { [$token, $(#[$features])*] }
+
         /// The kernels of this instruction set, for CPUs that have it.
         pub(crate) static TABLE: dispatch::Kernels = dispatch::Kernels {
             name: $name,
             quantize, quantize_tiles, dot, axpy, to_half, round_to_half, rms_norm, rms_norm_in_place, swiglu, geglu, soft_cap, rope,
             attend, attend_blocks, add_floats, add_integers,
             f32_rows, f16_rows, bf16_rows,
+            #[cfg(feature = "low-bit")]
+            q2_k_rows,
+            #[cfg(feature = "low-bit")]
+            q3_k_rows,
+            #[cfg(feature = "low-bit")]
+            iq4_nl_rows,
             rows: &ROWS,
             tiles: &TILES,
         };
@@ -55,6 +64,19 @@ macro_rules! kernel_table {
         /// The kernels for quantized weights in tiles.
         pub(crate) static TILES: tiles::TileKernels =
             tiles::TileKernels { one_token: &ONE_TOKEN, fill: &FILL, multiply: &MULTIPLY };
+    };
+}
+
+/// The kernels for types that are read in rows alone.
+#[cfg(feature = "low-bit")]
+macro_rules! low_bit_entries {
+    ($context:tt) => {
+        $crate::kernels::table::entries! {
+            $context
+            fn q2_k_rows(w: &Matrix, x: &Activations, out: &mut Columns) = matmul::quantized_rows::<blocks::Q2K>;
+            fn q3_k_rows(w: &Matrix, x: &Activations, out: &mut Columns) = matmul::quantized_rows::<blocks::Q3K>;
+            fn iq4_nl_rows(w: &Matrix, x: &Activations, out: &mut Columns) = matmul::quantized_rows::<blocks::IQ4NL>;
+        }
     };
 }
 
@@ -128,4 +150,6 @@ macro_rules! entries {
     };
 }
 
+#[cfg(feature = "low-bit")]
+pub(crate) use low_bit_entries;
 pub(crate) use {block_entries, entries, kernel_table, tile_tables};

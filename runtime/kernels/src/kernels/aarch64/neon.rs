@@ -341,6 +341,13 @@ impl Simd for Neon {
         })
     }
 
+    #[cfg(feature = "low-bit")]
+    #[inline(always)]
+    fn choose(self, x: B, from: &[i8; 16]) -> B {
+        let [from, _] = self.both(&from.map(|number| number as u8));
+        neon!([vqtbl1q_u8(from, x[0]), vqtbl1q_u8(from, x[1])])
+    }
+
     #[inline(always)]
     fn spread(self, even: u16, odd: u16) -> B {
         [self.spread_block(even), self.spread_block(odd)]

@@ -29,6 +29,12 @@ pub fn dequantize_row(dtype: DType, row: &[u8], out: &mut [f32]) -> Result<()> {
         DType::Q4K => blocks(row, out, q4_k),
         DType::Q5K => blocks(row, out, q5_k),
         DType::Q6K => blocks(row, out, q6_k),
+        #[cfg(feature = "low-bit")]
+        DType::Q2K => blocks(row, out, q2_k),
+        #[cfg(feature = "low-bit")]
+        DType::Q3K => blocks(row, out, q3_k),
+        #[cfg(feature = "low-bit")]
+        DType::IQ4NL => blocks(row, out, iq4_nl),
     }
     Ok(())
 }
@@ -133,5 +139,52 @@ fn q6_k(b: &[u8; 210], out: &mut [f32; 256]) {
         let high = b[128 + part * 32 + l] >> (quarter * 2) & 3;
         let scale = b[192 + i / 16] as i8;
         *o = d * f32::from(scale) * (f32::from(low | high << 4) - 32.0);
+    }
+}
+
+/// Two bits of weight `i` of 256 in 64 bytes: of each 128, 32 in the lowest bits, then 32 in the next.
+#[cfg(feature = "low-bit")]
+fn two_bits(qs: &[u8], i: usize) -> u8 {
+    qs[i / 128 * 32 + i % 32] >> (i / 32 % 4 * 2) & 3
+}
+
+#[cfg(feature = "low-bit")]
+fn q2_k(b: &[u8; 84], out: &mut [f32; 256]) {
+    let (d, dmin) = (half(b, 80), half(b, 82));
+    for (i, o) in out.iter_mut().enumerate() {
+        let (scale, min) = (b[i / 16] & 15, b[i / 16] >> 4);
+        *o = d * f32::from(scale) * f32::from(two_bits(&b[16..], i)) - dmin * f32::from(min);
+    }
+}
+
+/// The 6-bit scale of sub-block `j` (of 16) in the 12 packed bytes of Q3_K, less 32: low nibbles of eight, high nibbles
+/// of the other eight, and in each of four more bytes the upper two bits of every fourth.
+#[cfg(feature = "low-bit")]
+pub(crate) fn signed_scale(packed: &[u8; 12], j: usize) -> i8 {
+    let low = packed[j % 8] >> (j / 8 * 4) & 15;
+    let high = packed[8 + j % 4] >> (j / 4 * 2) & 3;
+    (low | high << 4) as i8 - 32
+}
+
+#[cfg(feature = "low-bit")]
+fn q3_k(b: &[u8; 110], out: &mut [f32; 256]) {
+    let d = half(b, 108);
+    let packed = b[96..].first_chunk().unwrap_or(&[0; 12]);
+    for (i, o) in out.iter_mut().enumerate() {
+        let q = two_bits(&b[32..], i) | (b[i % 32] >> (i / 32) & 1) << 2;
+        *o = d * f32::from(signed_scale(packed, i / 16)) * (f32::from(q) - 4.0);
+    }
+}
+
+/// What the 16 integers of IQ4_NL stand for (ggml's `kvalues_iq4nl`): close together around zero, where most weights are.
+#[cfg(feature = "low-bit")]
+pub const IQ4_NL_VALUES: [i8; 16] =
+    [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
+
+#[cfg(feature = "low-bit")]
+fn iq4_nl(b: &[u8; 18], out: &mut [f32; 32]) {
+    let d = half(b, 0);
+    for (i, o) in out.iter_mut().enumerate() {
+        *o = d * f32::from(IQ4_NL_VALUES[usize::from(nibble(&b[2..], i))]);
     }
 }

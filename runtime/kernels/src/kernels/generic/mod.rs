@@ -5,7 +5,11 @@ mod dequantize;
 use super::simd::{Op, Simd};
 use crate::format::{bf16_to_f32, f16_to_f32, f32_to_f16};
 
+#[cfg(feature = "low-bit")]
+pub use dequantize::IQ4_NL_VALUES;
 pub use dequantize::dequantize_row;
+#[cfg(feature = "low-bit")]
+pub(crate) use dequantize::signed_scale;
 pub(crate) use dequantize::{fifth_bit, nibble, scale_min};
 
 /// No vector unit at all.
@@ -181,6 +185,12 @@ impl Simd for Scalar {
     #[inline(always)]
     fn sub_i8(self, x: [u8; 32], y: i8) -> [u8; 32] {
         x.map(|x| x.wrapping_sub(y as u8))
+    }
+
+    #[cfg(feature = "low-bit")]
+    #[inline(always)]
+    fn choose(self, x: [u8; 32], from: &[i8; 16]) -> [u8; 32] {
+        x.map(|x| from[usize::from(x & 15)] as u8)
     }
 
     #[inline(always)]

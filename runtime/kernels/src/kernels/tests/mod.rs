@@ -87,6 +87,12 @@ pub fn factors(dtype: DType) -> &'static [usize] {
         DType::F16 | DType::Q8_0 | DType::Q4_0 | DType::Q5_0 => &[0],
         DType::Q4_1 | DType::Q5_1 | DType::Q4K | DType::Q5K => &[0, 2],
         DType::Q6K => &[208],
+        #[cfg(feature = "low-bit")]
+        DType::Q2K => &[80, 82],
+        #[cfg(feature = "low-bit")]
+        DType::Q3K => &[108],
+        #[cfg(feature = "low-bit")]
+        DType::IQ4NL => &[0],
     }
 }
 

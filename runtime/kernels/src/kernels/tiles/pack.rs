@@ -11,7 +11,7 @@ const LARGEST: usize = 256;
 /// Lays a matrix of `rows` rows of `cols` elements of `dtype`, row after row as GGUF has it, out in tiles.
 ///
 /// # Errors
-/// [`Code::UnsupportedType`] for a floating-point type; [`Code::WrongShape`] if `from` or `to` has not exactly
+/// [`Code::UnsupportedType`] for a type that stays rows; [`Code::WrongShape`] if `from` or `to` has not exactly
 /// the bytes of all rows ([`tiled_bytes`]), or a row is not a whole number of blocks.
 pub fn pack_tiles(dtype: DType, rows: usize, cols: usize, from: &[u8], to: &mut [u8]) -> Result<()> {
     let geometry = Geometry::of(dtype).ok_or_else(|| Error::new(Code::UnsupportedType, dtype.name()))?;
@@ -72,6 +72,8 @@ impl Parts {
         let quant: &dyn Fn(usize) -> u8 = match dtype {
             // `pack_tiles` has no geometry for these.
             DType::F32 | DType::F16 | DType::BF16 => return parts,
+            #[cfg(feature = "low-bit")]
+            DType::Q2K | DType::Q3K | DType::IQ4NL => return parts,
             DType::Q8_0 => &|i| b[2 + i],
             DType::Q4_0 => &|i| nibble(&b[2..], i),
             DType::Q4_1 => &|i| nibble(&b[4..], i),
@@ -161,7 +163,7 @@ pub fn put_q8_0(tiles: &mut [u8], cols: usize, row: usize, block: usize, bytes: 
 /// The `out.len()` values of row `row` of the matrix in `tiles`, whose rows are as long.
 ///
 /// # Errors
-/// [`Code::UnsupportedType`] for a floating-point type, [`Code::WrongShape`] if the row is not a whole number
+/// [`Code::UnsupportedType`] for a type that stays rows, [`Code::WrongShape`] if the row is not a whole number
 /// of blocks or `tiles` does not hold it.
 pub fn dequantize_tile_row(dtype: DType, tiles: &[u8], row: usize, out: &mut [f32]) -> Result<()> {
     let geometry = Geometry::of(dtype).ok_or_else(|| Error::new(Code::UnsupportedType, dtype.name()))?;

@@ -266,6 +266,13 @@ impl Simd for Avx2 {
         avx2!(_mm256_sub_epi8(x, _mm256_set1_epi8(y)))
     }
 
+    #[cfg(feature = "low-bit")]
+    #[inline(always)]
+    fn choose(self, x: __m256i, from: &[i8; 16]) -> __m256i {
+        let from = self.both(&from.map(|number| number as u8));
+        avx2!(_mm256_shuffle_epi8(from, x))
+    }
+
     #[inline(always)]
     fn spread(self, even: u16, odd: u16) -> __m256i {
         avx2!({
