@@ -69,9 +69,9 @@ echo "|---|---:|---:$(printf '|---:%.0s' "${cores[@]}")|"
 for type in "$@"; do
     for table in neon dotprod i8mm; do
         for kind in decode prefill; do
-            # Matrix products are for several tokens: a single one is dotprod's.
             case $kind-$table in
-                decode-i8mm) kernel=aarch64::dotprod::ONE_TOKEN::$type ;;
+                # Matrix products are for several tokens: a single one takes dotprod's way.
+                decode-i8mm) continue ;;
                 decode-*) kernel=aarch64::$table::ONE_TOKEN::$type ;;
                 prefill-*) kernel=aarch64::$table::MULTIPLY::$type ;;
             esac

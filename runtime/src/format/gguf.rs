@@ -381,7 +381,10 @@ impl<'a> Gguf<'a> {
         }
         let version = cursor.u32()?;
         if !(2..=3).contains(&version) {
-            return Err(Error::new(Code::UnsupportedVersion, "").at(4).found(u64::from(version), 3));
+            return Err(Error::new(Code::UnsupportedVersion, "")
+                .at(4)
+                .found(u64::from(version), 3)
+                .hint("GGUF, 2 or 3"));
         }
         // The smallest tensor entry has 32 bytes, the smallest key-value pair 13.
         let tensor_count = cursor.length(32)? as u64;
