@@ -7,12 +7,11 @@
 //!
 //! | part | words |
 //! |---|---|
-//! | [`Header`] | 5 |
+//! | [`Header`] | 4 |
 //! | where each token's text starts in the file's array, its 8-byte length included, and where the last ends | tokens + 1 |
 //! | texts: open-addressed hash of token texts, tag and token in one word | 2 x tokens + 1 |
 //! | markers: tokens that are special by their text | as many as are known |
 //! | specials: tokens that are matched in a text, sorted by their text | as the header says |
-//! | user-defined: those of them that are matched always | as the header says |
 //! | what the tokenizer model needs besides | as the header says |
 
 use super::keys::{self, Keys};
@@ -35,7 +34,6 @@ pub(super) fn read(word: &Word) -> u32 {
 pub(super) struct Header {
     pub(super) tokens: usize,
     pub(super) specials: usize,
-    pub(super) user_defined: usize,
     /// Words of the last part.
     pub(super) model: usize,
     /// Bytes of the longest text of a token.
@@ -43,23 +41,23 @@ pub(super) struct Header {
 }
 
 impl Header {
-    const WORDS: usize = 5;
+    const WORDS: usize = 4;
 
     /// The header of an index, and what follows it.
     ///
     /// # Errors
-    /// [`Code::Truncated`].
+    /// [`Code::BadLength`].
     pub(super) fn open(index: &[u8]) -> Result<(Self, &[Word])> {
         let words = index.as_chunks().0;
         let Some((header, rest)) = words.split_first_chunk::<{ Self::WORDS }>() else {
             return Err(damaged(words.len(), Self::WORDS));
         };
-        let [tokens, specials, user_defined, model, longest] = header.map(|word| read(&word) as usize);
-        Ok((Self { tokens, specials, user_defined, model, longest }, rest))
+        let [tokens, specials, model, longest] = header.map(|word| read(&word) as usize);
+        Ok((Self { tokens, specials, model, longest }, rest))
     }
 
     fn write(&self, out: &mut [Word]) {
-        let numbers = [self.tokens, self.specials, self.user_defined, self.model, self.longest];
+        let numbers = [self.tokens, self.specials, self.model, self.longest];
         for (word, number) in out.iter_mut().zip(numbers) {
             *word = (number as u32).to_le_bytes();
         }
@@ -95,13 +93,8 @@ pub(super) fn build(keys: &Keys<'_>, memory: &mut [Word]) -> Result<usize> {
         keys::Model::ByteLevel { .. } => byte_level::build(keys.merges()?, &vocab, memory)?,
         keys::Model::SentencePiece { scores, .. } => sentence_piece::build(scores, &vocab, memory)?,
     };
-    let numbers = Header {
-        tokens: vocab.len(),
-        specials: vocab.specials.len(),
-        user_defined: vocab.user_defined.len(),
-        model,
-        longest: keys.longest_text(),
-    };
+    let numbers =
+        Header { tokens: vocab.len(), specials: vocab.specials.len(), model, longest: keys.longest_text() };
     numbers.write(header);
     Ok(Header::WORDS + vocab.words() + model)
 }

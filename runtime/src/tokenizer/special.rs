@@ -102,28 +102,28 @@ impl Vocab<'_> {
 /// Finds special tokens in texts.
 pub(super) struct Finder<'v> {
     vocab: &'v Vocab<'v>,
-    /// Tokens to find, sorted by their text.
-    sorted: &'v [Word],
-    /// The first bytes of their texts.
+    /// Control and unknown tokens are found too.
+    control: bool,
+    /// The first bytes of the texts of tokens to find.
     starts: [bool; 256],
 }
 
 impl<'v> Finder<'v> {
     /// A finder of user-defined tokens, and of control and unknown ones too if `control`.
     pub(super) fn new(vocab: &'v Vocab<'v>, control: bool) -> Self {
-        let sorted = if control { vocab.specials } else { vocab.user_defined };
         let mut starts = [false; 256];
-        for first in sorted.iter().filter_map(|token| vocab.text(read(token)).first()) {
-            starts[usize::from(*first)] = true;
+        for token in vocab.specials.iter().map(read) {
+            if let Some(first) = vocab.text(token).first()
+                && (control || vocab.kind_in_file(token) == Kind::UserDefined)
+            {
+                starts[usize::from(*first)] = true;
+            }
         }
-        Self { vocab, sorted, starts }
+        Self { vocab, control, starts }
     }
 
     /// The first special token in `text`.
     pub(super) fn find(&self, text: &[u8]) -> Option<Match> {
-        if self.sorted.is_empty() {
-            return None;
-        }
         (0..text.len()).filter(|&start| self.starts[usize::from(text[start])]).find_map(|start| {
             let (len, token) = self.longest_at(&text[start..])?;
             Some(Match { start, len, token })
@@ -132,7 +132,7 @@ impl<'v> Finder<'v> {
 
     /// The longest special token at the start of `text`: narrows the sorted list byte by byte.
     fn longest_at(&self, text: &[u8]) -> Option<(usize, u32)> {
-        let mut range = self.sorted;
+        let mut range = self.vocab.specials;
         let mut longest = None;
         for (depth, &byte) in text.iter().take(MAX_BYTES).enumerate() {
             let at = |token: &Word| self.vocab.text(read(token)).get(depth).copied();
@@ -141,10 +141,14 @@ impl<'v> Finder<'v> {
             // Texts are unique and the shortest sorts first.
             match range.first() {
                 None => break,
-                Some(token) if self.vocab.text(read(token)).len() == depth + 1 => {
-                    longest = Some((depth + 1, read(token)))
+                Some(token) => {
+                    let token = read(token);
+                    if self.vocab.text(token).len() == depth + 1
+                        && (self.control || self.vocab.kind(token) == Kind::UserDefined)
+                    {
+                        longest = Some((depth + 1, token));
+                    }
                 }
-                Some(_) => {}
             }
         }
         longest

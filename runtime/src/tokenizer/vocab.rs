@@ -42,7 +42,6 @@ pub(super) struct Vocab<'a> {
     text_slots: &'a [Word],
     pub(super) markers: &'a [Word],
     pub(super) specials: &'a [Word],
-    pub(super) user_defined: &'a [Word],
 }
 
 /// Slots of the hash of that many texts.
@@ -65,7 +64,7 @@ pub(super) fn most_words(keys: &Keys<'_>) -> Result<usize> {
     let tokens = entries(&keys.tokens, "tokenizer.ggml.tokens", 1)?;
     let kinds = keys.kinds.chunks_exact(4);
     let specials = kinds.filter(|kind| matches!(kind, [2..=4, 0, 0, 0])).count() + MARKERS.len();
-    Ok(tokens + 1 + text_slots(tokens) + MARKERS.len() + 2 * specials)
+    Ok(tokens + 1 + text_slots(tokens) + MARKERS.len() + specials)
 }
 
 impl<'a> Vocab<'a> {
@@ -88,7 +87,6 @@ impl<'a> Vocab<'a> {
             text_slots: &[],
             markers: &[],
             specials: &[],
-            user_defined: &[],
         };
         for token in 0..tokens as u32 {
             vocab.insert_text(text_slots, token)?;
@@ -100,13 +98,7 @@ impl<'a> Vocab<'a> {
         vocab.markers = markers;
         let count = vocab.sort_specials(memory)?;
         let (specials, memory) = memory.split_at_mut(count);
-        let mut count = 0;
-        for token in specials.iter().filter(|token| vocab.kind(read(token)) == Kind::UserDefined) {
-            memory[count] = *token;
-            count += 1;
-        }
-        let (user_defined, memory) = memory.split_at_mut(count);
-        (vocab.specials, vocab.user_defined) = (specials, user_defined);
+        vocab.specials = specials;
         Ok((vocab, memory))
     }
 
@@ -119,32 +111,25 @@ impl<'a> Vocab<'a> {
         if header.tokens != keys.tokens.len() {
             return Err(damaged(header.tokens, keys.tokens.len()).hint("tokens"));
         }
-        let parts = [
-            header.tokens + 1,
-            text_slots(header.tokens),
-            MARKERS.len(),
-            header.specials,
-            header.user_defined,
-            header.model,
-        ];
+        let parts =
+            [header.tokens + 1, text_slots(header.tokens), MARKERS.len(), header.specials, header.model];
         let expected = parts.iter().fold(0, |sum: usize, words| sum.saturating_add(*words));
         if rest.len() != expected {
             return Err(damaged(rest.len(), expected));
         }
         // The parts together are all that there is.
-        let [offsets, text_slots, markers, specials, user_defined, model] = parts.map(|words| {
+        let [offsets, text_slots, markers, specials, model] = parts.map(|words| {
             let (part, behind) = rest.split_at(words);
             rest = behind;
             part
         });
         let (texts, kinds) = (keys.tokens.bytes(), keys.kinds);
-        Ok((Self { texts, kinds, offsets, text_slots, markers, specials, user_defined }, model))
+        Ok((Self { texts, kinds, offsets, text_slots, markers, specials }, model))
     }
 
     /// Words of index that it has.
     pub(super) fn words(&self) -> usize {
-        let lists = [self.markers, self.specials, self.user_defined];
-        self.offsets.len() + self.text_slots.len() + lists.iter().map(|list| list.len()).sum::<usize>()
+        self.offsets.len() + self.text_slots.len() + self.markers.len() + self.specials.len()
     }
 
     fn insert_text(&self, slots: &mut [Word], token: u32) -> Result<()> {
