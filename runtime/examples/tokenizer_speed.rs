@@ -17,8 +17,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let (model, text) = (fs::read(model)?, fs::read(text)?);
     let file = Gguf::parse(&model)?;
     let start = Instant::now();
-    let mut index = vec![0; Tokenizer::index_words(&file)?];
-    let kib = index.len() / 256;
+    let mut index = vec![0; Tokenizer::index_bytes(&file)?];
+    let kib = index.len() / 1024;
     let tokenizer = Tokenizer::new(&file, &mut index)?;
     println!("index: {kib} KiB in {:.1} ms", start.elapsed().as_secs_f64() * 1e3);
 

@@ -2,7 +2,7 @@
 //! once for each order. The worst case is `n log n`.
 
 /// Puts the first `count` of `items`, as `before` orders them, to the front, in order. The others follow in any.
-pub(crate) fn first(items: &mut [u32], count: usize, before: impl Fn(u32, u32) -> bool) {
+pub(crate) fn first<T: Copy>(items: &mut [T], count: usize, before: impl Fn(T, T) -> bool) {
     let Some((heap, rest)) = items.split_at_mut_checked(count) else { return };
     for root in (0..heap.len() / 2).rev() {
         sink(heap, root, &before);
@@ -25,12 +25,12 @@ pub(crate) fn first(items: &mut [u32], count: usize, before: impl Fn(u32, u32) -
 }
 
 /// Sorts `items` as `before` orders them.
-pub(crate) fn sort(items: &mut [u32], before: impl Fn(u32, u32) -> bool) {
+pub(crate) fn sort<T: Copy>(items: &mut [T], before: impl Fn(T, T) -> bool) {
     first(items, items.len(), before);
 }
 
 /// Lets the item at `at` sink until none below comes after it.
-fn sink(heap: &mut [u32], mut at: usize, before: &impl Fn(u32, u32) -> bool) {
+fn sink<T: Copy>(heap: &mut [T], mut at: usize, before: &impl Fn(T, T) -> bool) {
     while let Some(&left) = heap.get(2 * at + 1) {
         let child = match heap.get(2 * at + 2) {
             Some(&right) if before(left, right) => 2 * at + 2,
@@ -68,6 +68,6 @@ mod tests {
         let mut items = Vec::from([3, 1, 2]);
         super::first(&mut items, 4, |a, b| a < b);
         assert_eq!(items, [3, 1, 2]);
-        super::sort(&mut [], |a, b| a < b);
+        super::sort(&mut [0; 0], |a, b| a < b);
     }
 }

@@ -7,13 +7,15 @@
 # A prompt of 512 takes minutes.
 #   decode      a token of 64 that follow one another from an empty context
 #   prefill     a token of a prompt of 128, and of 512
-#   start       from the process's start to the first token's logits, that token included
+#   start       from the process's start to the first token's forward pass, with a tokenizer: `edge-run generate` of a
+#               prompt of one letter. A pack that takes more than 30 million is a failure
 # EDGE_RUN names another program, EDGE_RUN_ARGS adds arguments (--kernels NAME). ADAPTER=FILE asks for something else:
 # what a LoRA adapter adds to decode; random_adapter.py makes one. EDGE_LIBRARY names a libedge.so for Android, which
-# is then counted in edge-run's place, without adapters; start has the dynamic linker in it.
+# is then counted in edge-run's place, without adapters; start is `edge_plan` and `edge_open`, and has the dynamic linker
+# in it.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-[ $# -ge 1 ] || { sed -n '2,12s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,14s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 model=$1
 shift
 [ $# -gt 0 ] || set -- max
@@ -74,12 +76,19 @@ if [ -n "${ADAPTER:-}" ]; then
     done
     exit
 fi
+failed=0
 echo "| million instructions | decode | prefill 128 | prefill 512 | start |"
 echo "|---|---:|---:|---:|---:|"
 for cpu in "$@"; do
     tokens "$cpu"
     short=$((($(count "$cpu" bench "$model" -n 0 -p 128 -r 1) - before) / 256))
     long=$((($(count "$cpu" bench "$model" -n 0 -p 512 -r 1) - before) / 1024))
-    awk -v name="$(basename "$model"), $cpu" -v d="$decode" -v p="$short" -v q="$long" -v s=$((before + token)) \
+    start=$before
+    if [ -z "${EDGE_LIBRARY:-}" ]; then
+        start=$(($(count "$cpu" generate "$model" --prompt A --max-tokens 1) - token))
+    fi
+    case $model in *.edgepack) [ "$start" -le 30000000 ] || failed=1 ;; esac
+    awk -v name="$(basename "$model"), $cpu" -v d="$decode" -v p="$short" -v q="$long" -v s="$start" \
         'BEGIN { printf "| %s | %.2f | %.2f | %.2f | %.2f |\n", name, d / 1e6, p / 1e6, q / 1e6, s / 1e6 }'
 done
+exit $failed

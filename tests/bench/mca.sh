@@ -39,20 +39,45 @@ cycles() {
         { cat "$work/said" >&2; return 1; }
 }
 
+# symbol NAME: the first symbol whose demangled name has NAME in it.
+symbol() { awk -v name="$1" 'index($0, name) { print $1; exit }' "$work/symbols"; }
+
+# loop NAME SYMBOL [DEPTH]: the loop with the most products in a function, or in those that it goes on to; as mca.awk
+# prints it.
+loop() {
+    local name=$1 symbol=$2 depth=${3:-0} found next
+    "$objdump" -d --no-show-raw-insn --mattr=+dotprod,+i8mm,+fullfp16 --disassemble-symbols="$symbol" \
+        "$program" > "$work/$name.$depth"
+    found=$(awk -v out="$work/$name.$depth.$symbol" -f tests/bench/mca.awk "$work/$name.$depth" |
+        sort -s -k 3,3nr | head -n 1)
+    if [ -n "$found" ]; then
+        echo "$found"
+    elif [ "$depth" -lt 3 ]; then
+        for next in $(sed -nE 's/.*[[:space:]]bl?[[:space:]].*<([^+>]*)>$/\1/p' "$work/$name.$depth" | awk '!seen[$0]++'); do
+            loop "$name" "$next" $((depth + 1)) && return
+        done
+        return 1
+    else
+        return 1
+    fi
+}
+
+
 echo "llvm-mca $version; cycles of a turn (products of 8-bit integers in a cycle)" >&2
 echo "| loop | instructions | products$(printf ' | %s' "${cores[@]}") |"
 echo "|---|---:|---:$(printf '|---:%.0s' "${cores[@]}")|"
 for type in "$@"; do
     for table in neon dotprod i8mm; do
-        symbol=$(awk -v name="aarch64::$table::TILES::$type" 'index($0, name) { print $1; exit }' "$work/symbols")
-        [ -n "$symbol" ] || { echo "$0: no kernel for $type in $table" >&2; exit 1; }
-        "$objdump" -d --no-show-raw-insn --mattr=+dotprod,+i8mm,+fullfp16 --disassemble-symbols="$symbol" \
-            "$program" > "$work/listing"
-        # The first loop is that of a single token; those that follow differ in the number of tokens.
-        awk -v out="$work/$table" -f tests/bench/mca.awk "$work/listing" > "$work/loops"
-        [ "$(wc -l < "$work/loops")" -ge 2 ] || { echo "$0: fewer loops than expected in $symbol" >&2; exit 1; }
-        kind=decode
-        while read -r file instructions products; do
+        for kind in decode prefill; do
+            case $kind-$table in
+                # Matrix products are for several tokens: a single one takes dotprod's way.
+                decode-i8mm) continue ;;
+                decode-*) kernel=aarch64::$table::ONE_TOKEN::$type ;;
+                prefill-*) kernel=aarch64::$table::MULTIPLY::$type ;;
+            esac
+            function=$(symbol "$kernel")
+            [ -n "$function" ] && read -r file instructions products < <(loop "$kind-$table-$type" "$function") ||
+                { echo "$0: no loop of products in $kernel" >&2; exit 1; }
             row="| $type $table, $kind | $instructions | $products"
             for core in "${cores[@]}"; do
                 # Cores without the instruction never run the loop.
@@ -62,7 +87,6 @@ for type in "$@"; do
                 esac
             done
             echo "$row |"
-            kind=prefill
-        done < <(head -n 2 "$work/loops")
+        done
     done
 done

@@ -7,6 +7,7 @@ use std::process::Command;
 use edge_runtime::format::{Gguf, PACK_HEADER_BYTES};
 use edge_runtime::kernels::Kernels;
 use edge_runtime::session::{Limits, Plan, Session};
+use edge_runtime::tokenizer::{Encode, Tokenizer};
 use edge_runtime::workers::Single;
 use edge_tests::{Ran, TinyModel, edgec, run, teacher, text, wide_teacher};
 use safetensors::SafeTensors;
@@ -243,6 +244,28 @@ fn packs_are_the_same_twice_and_appear_whole_or_not_at_all() {
 }
 
 #[test]
+fn a_pack_brings_the_index_of_its_tokenizer() {
+    let packed = Packed::q4();
+    let [gguf, mut pack] = [&packed.gguf, &packed.pack].map(|path| fs::read(path).unwrap());
+    let (file, source) = (Gguf::parse(&pack).unwrap(), Gguf::parse(&gguf).unwrap());
+    let mut index = vec![0; Tokenizer::index_bytes(&source).unwrap()];
+    let bytes = Tokenizer::build_index(&source, &mut index).unwrap();
+    assert!(file.tokenizer_index() == Some(&index[..bytes]));
+    assert_eq!((Tokenizer::index_bytes(&file), (pack.len() - bytes) % 64), (Ok(0), 0));
+    // The merges are in the index.
+    let merges = "tokenizer.ggml.merges";
+    assert!(source.get(merges).is_some() && file.get(merges).is_none());
+
+    pack[8] = 1;
+    let old = packed.path("old.edgepack");
+    fs::write(&old, &pack).unwrap();
+    Ran::of(on("run", &old).args(["--prompt", "My"])).assert_refused(
+        "version 1",
+        &["old.edgepack", "version 1 of the format, expected 2", "pack the GGUF file again"],
+    );
+}
+
+#[test]
 fn damaged_packs_are_refused_or_run() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("tiny.edgepack");
@@ -282,4 +305,24 @@ fn damaged_packs_are_refused_or_run() {
             assert_eq!(session.logits().len(), plan.spec().vocab);
         }
     }
+
+    // So may the tokenizer's index, at the end: it is refused, or tokens are others.
+    let index = Gguf::parse(&good).unwrap().tokenizer_index().unwrap().len();
+    let (mut refused, mut opened) = (0, 0);
+    for at in good.len() - index..good.len() {
+        let mut bytes = good.clone();
+        bytes[at] ^= 0x41;
+        match Tokenizer::new(&Gguf::parse(&bytes).unwrap(), &mut []) {
+            Err(_) => refused += 1,
+            Ok(tokenizer) => {
+                let options = Encode { add_bos: true, parse_special: true };
+                let text = b"My fellow citizens, the state of the Union <|im_end|> is \xFF strong.";
+                let mut ids = [0; Tokenizer::most_ids(80)];
+                let count = tokenizer.encode(text, options, &mut [0; 1000], &mut ids).unwrap();
+                assert!(count <= text.len() + 1);
+                opened += 1;
+            }
+        }
+    }
+    assert!(refused >= 12 && opened > 1000, "{refused} refused, {opened} opened");
 }

@@ -56,7 +56,7 @@ fn generate(kernels: &'static Kernels, workers: &dyn Workers) -> (usize, Vec<u8>
     let limits = Limits { context: 256, batch: 8, workers: workers.count(), ..Limits::default() };
     let plan = Plan::new(&file, limits).unwrap();
     let mut arena = vec![0; plan.arena_bytes()];
-    let mut index = vec![0; Tokenizer::index_words(&file).unwrap()];
+    let mut index = vec![0; Tokenizer::index_bytes(&file).unwrap()];
     let tokenizer = Tokenizer::new(&file, &mut index).unwrap();
     let mut sampler = Sampler::new(SamplerConfig {
         temperature: 0.8,

@@ -4,6 +4,7 @@
 //! quantized matrices move; vectors and floating-point matrices stay as they are. What has no tiles of its own lies in
 //! those of a wider type with the same values: Q3_K in those of Q6_K, IQ4_NL in those of Q8_0. Nothing holds Q2_K: a file
 //! with such matrices stays in rows, because matrices that share an input must lie alike.
+//! The index of the tokenizer is built here, and holds what the merges say.
 
 use std::collections::HashSet;
 use std::io::{self, Write};
@@ -22,6 +23,7 @@ use crate::export::gguf::{GgufWriteError, GgufWriter};
 use crate::model::owned;
 use crate::profile::ModelFile;
 use crate::quantize::widen::{widen, wider};
+use crate::text::tokenizer_index;
 
 /// Name of a student's pack in a run's folder and beside a bundle.
 pub const PACK_FILE: &str = "student.edgepack";
@@ -29,6 +31,8 @@ pub const PACK_FILE: &str = "student.edgepack";
 const ALIGNMENT: u32 = 64;
 /// Columns that are whole blocks of every type.
 const LARGEST_BLOCK: usize = 256;
+const TOKENIZER: &str = "tokenizer.ggml.model";
+const MERGES: &str = "tokenizer.ggml.merges";
 
 /// A hash as people read it.
 pub fn hex(bytes: &[u8]) -> String {
@@ -77,22 +81,28 @@ pub fn pack(source: &ModelFile, out: &Path) -> Result<PackReport, PackError> {
     let limits = Limits { context: 1, ..Limits::default() };
     let plan = Plan::new(&file, limits).map_err(refused)?;
     let (body, tiled, left) = body(&file, &plan).map_err(|error| PackError::Layout(out.into(), error))?;
-    let header = pack_header(&Sha256::digest(source.bytes()).into(), body.file_bytes());
-    let mut bytes = header.len() as u64;
+    let index = match file.get(TOKENIZER) {
+        Some(_) => tokenizer_index(&file).map_err(refused)?,
+        None => Vec::new(),
+    };
+    // At most 2^24 tokens and as many merges, 37 bytes each.
+    let index_bytes = index.len() as u32;
+    let header = pack_header(&Sha256::digest(source.bytes()).into(), body.file_bytes(), index_bytes);
+    let mut bytes = header.len() as u64 + u64::from(index_bytes);
     atomic::write(out, |file| {
         file.write_all(&header)?;
         bytes += body.write_to(file)?;
-        Ok(())
+        file.write_all(&index)
     })
     .map_err(|error| PackError::Io(out.into(), error))?;
     Ok(PackReport { bytes, tiled, left })
 }
 
-/// The GGUF file inside the pack, and how many quantized matrices are in tiles and in rows.
+/// The GGUF file inside the pack, without what its tokenizer's index says, and how many quantized matrices are in tiles and in rows.
 fn body<'a>(file: &Gguf<'a>, plan: &Plan) -> Result<(GgufWriter<'a>, usize, usize), GgufWriteError> {
     let mut writer = GgufWriter::aligned(ALIGNMENT)?;
     // Look-ups walk the entries: long lists go last.
-    let entries = || file.metadata().filter(|(key, _)| *key != "general.alignment");
+    let entries = || file.metadata().filter(|(key, _)| !["general.alignment", MERGES].contains(key));
     let is_list = |value: &Value| value.as_array().is_some();
     for (key, value) in entries().filter(|(_, value)| !is_list(value)) {
         writer.meta(key, &owned(&value))?;

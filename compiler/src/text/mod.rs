@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 use edge_runtime::format::Gguf;
 use edge_runtime::tokenizer::{Encode, Tokenizer, Utf8Stream};
-use self_cell::{MutBorrow, self_cell};
+use self_cell::self_cell;
 
 /// What can be wrong with a vocabulary, a template or a text.
 #[derive(Debug, thiserror::Error)]
@@ -42,10 +42,10 @@ pub enum TextError {
     Pieces(String),
 }
 
-/// The bytes of a file with nothing but metadata, and room for the index over its vocabulary.
+/// The bytes of a file with nothing but metadata, and the index of its vocabulary.
 struct Memory {
     header: Vec<u8>,
-    index: MutBorrow<Vec<u32>>,
+    index: Vec<u8>,
 }
 
 self_cell!(
@@ -55,6 +55,17 @@ self_cell!(
         dependent: Tokenizer,
     }
 );
+
+/// The index of a file's tokenizer: that of a pack, or one that is built.
+pub(crate) fn tokenizer_index(gguf: &Gguf<'_>) -> edge_runtime::Result<Vec<u8>> {
+    if let Some(index) = gguf.tokenizer_index() {
+        return Ok(index.to_vec());
+    }
+    let mut index = vec![0; Tokenizer::index_bytes(gguf)?];
+    let bytes = Tokenizer::build_index(gguf, &mut index)?;
+    index.truncate(bytes);
+    Ok(index)
+}
 
 /// The device's tokenizer with its memory.
 pub struct HostTokenizer {
@@ -93,14 +104,12 @@ impl HostTokenizer {
     /// # Errors
     /// The vocabulary is missing or not one that the runtime has.
     pub fn from_gguf(gguf: &Gguf<'_>) -> Result<Self, TextError> {
-        let words = Tokenizer::index_words(gguf).map_err(TextError::Tokenizer)?;
+        let index = tokenizer_index(gguf).map_err(TextError::Tokenizer)?;
         let mut header = gguf.header_bytes().to_vec();
         // The number of tensors: this copy has none.
         header[8..16].fill(0);
-        let memory = Memory { header, index: MutBorrow::new(vec![0; words]) };
-        let cell = Cell::try_new(memory, |memory| {
-            let gguf = Gguf::parse(&memory.header)?;
-            Tokenizer::new(&gguf, memory.index.borrow_mut())
+        let cell = Cell::try_new(Memory { header, index }, |memory| {
+            Tokenizer::with_index(&Gguf::parse(&memory.header)?, &memory.index)
         })
         .map_err(TextError::Tokenizer)?;
         let template = gguf.get("tokenizer.chat_template").and_then(|value| value.as_str());

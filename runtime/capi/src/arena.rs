@@ -31,7 +31,7 @@ pub(crate) struct Layout<'a> {
 /// Sizes of what tokenizing needs.
 #[derive(Clone, Copy, Default)]
 struct TextSizes {
-    /// Words of the tokenizer's index.
+    /// Bytes of the tokenizer's index, where the model file does not bring it.
     index: usize,
     /// Words of its scratch for the longest text.
     scratch: usize,
@@ -50,7 +50,7 @@ const PARTS: usize = 10;
 pub(crate) struct Parts<'a> {
     pub(crate) session: &'a mut [u8],
     pub(crate) team: &'a mut [u8],
-    pub(crate) index: &'a mut [u32],
+    pub(crate) index: &'a mut [u8],
     pub(crate) scratch: &'a mut [u32],
     pub(crate) ids: &'a mut [u32],
     pub(crate) piece: &'a mut [u8],
@@ -126,7 +126,7 @@ impl<'a> Layout<'a> {
         [
             size_of::<EdgeSession>(),
             size_of::<Team>(),
-            words(text.index),
+            text.index,
             words(text.scratch),
             words(text.ids),
             text.piece,
@@ -156,7 +156,7 @@ impl<'a> Layout<'a> {
         Ok(Parts {
             session,
             team,
-            index: words(index),
+            index,
             scratch: words(scratch),
             ids: words(ids),
             piece,
@@ -173,13 +173,9 @@ impl TextSizes {
         if file.get("tokenizer.ggml.model").is_none() {
             return Ok(None);
         }
-        let key = "tokenizer.ggml.tokens";
-        let tokens = file.require(key)?.as_array().and_then(|array| array.strings());
-        let tokens = tokens.ok_or_else(|| Error::new(Code::WrongKeyType, key).hint("list of texts"))?;
-        // The bytes of a token are never more than its text in the file.
-        let piece = tokens.map(<[u8]>::len).max().unwrap_or(0);
+        let piece = Tokenizer::longest_text(file)?;
         Ok(Some(Self {
-            index: Tokenizer::index_words(file)?,
+            index: Tokenizer::index_bytes(file)?,
             scratch: Tokenizer::scratch_words(text_bytes),
             ids: Tokenizer::most_ids(text_bytes),
             piece,

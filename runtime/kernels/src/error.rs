@@ -168,7 +168,7 @@ impl fmt::Display for Error {
         match self.code {
             Code::Truncated => write!(f, "file ends too early: {expected} bytes needed, {found} left")?,
             Code::BadMagic => write!(f, "not a GGUF file: it starts with {found:#010x}")?,
-            Code::UnsupportedVersion => write!(f, "GGUF version {found}, expected 2 or 3")?,
+            Code::UnsupportedVersion => write!(f, "version {found} of the format, expected {expected}")?,
             Code::BadLength => write!(f, "a length of {found} where at most {expected} is possible")?,
             Code::BadValueType => write!(f, "metadata value type {found}, expected 0 to 12")?,
             Code::BadText => f.write_str("text is not UTF-8")?,

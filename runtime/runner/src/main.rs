@@ -6,7 +6,6 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail};
 use edge_run::bench::{self, Options};
 use edge_run::{Adapter, ChatPieces, Drafter, Engine, ModelFile, Processors, Settings};
-use edge_runtime::format::Gguf;
 use edge_runtime::session::{CacheType, Sampler, SamplerConfig, argmax};
 use edge_runtime::tokenizer::{Encode, Tokenizer, Utf8Stream};
 use lexopt::prelude::*;
@@ -160,7 +159,7 @@ fn generate(arguments: GenerateArguments) -> Result<()> {
     let model = ModelFile::open(&arguments.model)?;
     let file = model.parse()?;
     let refused = |error| model.refused(error);
-    let mut index = vec![0; Tokenizer::index_words(&file).map_err(refused)?];
+    let mut index = vec![0; Tokenizer::index_bytes(&file).map_err(refused)?];
     let tokenizer = Tokenizer::new(&file, &mut index).map_err(refused)?;
     let (text, options) = arguments.text()?;
     let prompt = encode(&tokenizer, &text, options).map_err(refused)?;
@@ -184,7 +183,7 @@ fn generate(arguments: GenerateArguments) -> Result<()> {
     session.feed(&prompt).map_err(refused)?;
     let mut drafting = drafter.as_mut().map(Drafter::start).transpose()?;
 
-    let mut printer = Printer::new(&file, !arguments.ids);
+    let mut printer = Printer::new(Tokenizer::longest_text(&file).map_err(refused)?, !arguments.ids);
     let mut sampler = Sampler::new(SamplerConfig::default())?;
     let (mut ids, mut next) = (Vec::new(), vec![0; drafted + 1]);
     'all: while ids.len() < arguments.max_tokens {
@@ -238,9 +237,8 @@ struct Printer {
 }
 
 impl Printer {
-    fn new(file: &Gguf<'_>, on: bool) -> Self {
-        let tokens = file.get("tokenizer.ggml.tokens").and_then(|value| value.as_array()?.strings());
-        let longest = tokens.into_iter().flatten().map(<[u8]>::len).max().unwrap_or(0);
+    /// For tokens of at most `longest` bytes.
+    fn new(longest: usize, on: bool) -> Self {
         let (piece, text) = (vec![0; longest], vec![0; Utf8Stream::most(longest)]);
         Self { stream: Utf8Stream::new(), piece, text, on }
     }

@@ -4,7 +4,7 @@
 //! file; afterwards look-ups walk it again but can no longer fail. It never trusts a count: each entry
 //! must be paid for with bytes that are really there, so the walk ends with the file.
 
-use super::edgepack::{self, PACK_HEADER_BYTES};
+use super::edgepack::{self, PACK_HEADER_BYTES, Pack};
 use super::tiled_bytes;
 use super::{DType, Layout};
 use crate::{Code, Error, Result};
@@ -31,8 +31,8 @@ pub struct Gguf<'a> {
     tensor_start: usize,
     data_start: usize,
     alignment: usize,
-    /// SHA-256 of the file that a pack was made from.
-    packed_from: Option<&'a [u8; 32]>,
+    /// The pack around it.
+    pack: Option<Pack<'a>>,
     /// Where the values of long lists start, and the lists: look-ups need not walk them.
     long: [Option<(usize, Array<'a>)>; LONG_LISTS],
 }
@@ -142,18 +142,17 @@ impl<'a> Cursor<'a> {
         Ok(taken)
     }
 
-    fn array<const N: usize>(&mut self) -> Result<[u8; N]> {
-        let mut out = [0; N];
-        out.copy_from_slice(self.take(N)?);
-        Ok(out)
+    /// A little-endian number of at most 8 bytes.
+    fn number(&mut self, bytes: usize) -> Result<u64> {
+        Ok(self.take(bytes)?.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte)))
     }
 
     fn u32(&mut self) -> Result<u32> {
-        Ok(u32::from_le_bytes(self.array()?))
+        Ok(self.number(4)? as u32)
     }
 
     fn u64(&mut self) -> Result<u64> {
-        Ok(u64::from_le_bytes(self.array()?))
+        self.number(8)
     }
 
     /// A length, refused if it exceeds what is left of the file at `unit` bytes each.
@@ -173,6 +172,19 @@ impl<'a> Cursor<'a> {
         self.take(length)
     }
 
+    /// Steps over that many strings.
+    fn skip_strings(&mut self, mut count: usize) -> Result<()> {
+        let mut rest = &self.bytes[self.at..];
+        while count > 0
+            && let Some((_, behind)) = split_string(rest)
+        {
+            (rest, count) = (behind, count - 1);
+        }
+        self.at = self.bytes.len() - rest.len();
+        // What stopped the walk is refused here.
+        if count > 0 { self.string().map(drop) } else { Ok(()) }
+    }
+
     fn name(&mut self) -> Result<&'a str> {
         let at = self.at;
         let bytes = self.string()?;
@@ -190,42 +202,48 @@ impl<'a> Cursor<'a> {
     }
 
     fn value(&mut self, kind: ValueType, depth: u32) -> Result<Value<'a>> {
-        Ok(match kind {
-            ValueType::U8 => Value::Uint(u64::from(self.array::<1>()?[0])),
-            ValueType::I8 => Value::Int(i64::from(i8::from_le_bytes(self.array()?))),
-            ValueType::U16 => Value::Uint(u64::from(u16::from_le_bytes(self.array()?))),
-            ValueType::I16 => Value::Int(i64::from(i16::from_le_bytes(self.array()?))),
-            ValueType::U32 => Value::Uint(u64::from(self.u32()?)),
-            ValueType::I32 => Value::Int(i64::from(i32::from_le_bytes(self.array()?))),
-            ValueType::F32 => Value::Float(f64::from(f32::from_le_bytes(self.array()?))),
-            ValueType::Bool => Value::Bool(self.array::<1>()?[0] != 0),
-            ValueType::String => Value::String(self.string()?),
-            ValueType::U64 => Value::Uint(self.u64()?),
-            ValueType::I64 => Value::Int(i64::from_le_bytes(self.array()?)),
-            ValueType::F64 => Value::Float(f64::from_le_bytes(self.array()?)),
-            ValueType::Array => {
-                let at = self.at;
-                if depth == MAX_NESTING {
-                    return Err(Error::new(Code::BadLength, "")
-                        .at(at)
-                        .found(u64::from(depth) + 1, u64::from(MAX_NESTING))
-                        .hint("arrays nested too deeply"));
+        if let Some(bytes) = kind.fixed_bytes() {
+            let number = self.number(bytes)?;
+            let unused = 64 - 8 * bytes;
+            return Ok(match kind {
+                ValueType::I8 | ValueType::I16 | ValueType::I32 | ValueType::I64 => {
+                    Value::Int((number << unused) as i64 >> unused)
                 }
-                let element = self.value_type()?;
-                let count = self.length(element.min_bytes())?;
-                let start = self.at;
-                if let Some(size) = element.fixed_bytes() {
-                    // `length` proved that count * size bytes are left.
-                    self.take(count * size)?;
-                } else if element == ValueType::String {
-                    (0..count).try_for_each(|_| self.string().map(drop))?;
-                } else {
-                    (0..count).try_for_each(|_| self.value(element, depth + 1).map(drop))?;
-                }
-                Value::Array(Array { element, count, bytes: &self.bytes[start..self.at] })
-            }
-        })
+                ValueType::F32 => Value::Float(f64::from(f32::from_bits(number as u32))),
+                ValueType::F64 => Value::Float(f64::from_bits(number)),
+                ValueType::Bool => Value::Bool(number != 0),
+                _ => Value::Uint(number),
+            });
+        }
+        if kind == ValueType::String {
+            return Ok(Value::String(self.string()?));
+        }
+        let at = self.at;
+        if depth == MAX_NESTING {
+            return Err(Error::new(Code::BadLength, "")
+                .at(at)
+                .found(u64::from(depth) + 1, u64::from(MAX_NESTING))
+                .hint("arrays nested too deeply"));
+        }
+        let element = self.value_type()?;
+        let count = self.length(element.min_bytes())?;
+        let start = self.at;
+        if let Some(size) = element.fixed_bytes() {
+            // `length` proved that count * size bytes are left.
+            self.take(count * size)?;
+        } else if element == ValueType::String {
+            self.skip_strings(count)?;
+        } else {
+            (0..count).try_for_each(|_| self.value(element, depth + 1).map(drop))?;
+        }
+        Ok(Value::Array(Array { element, count, bytes: &self.bytes[start..self.at] }))
     }
+}
+
+/// The string at the start of `bytes`, and what follows it. Vocabularies have hundreds of thousands.
+fn split_string(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
+    let (length, rest) = bytes.split_first_chunk()?;
+    rest.split_at_checked(usize::try_from(u64::from_le_bytes(*length)).ok()?)
 }
 
 impl ValueType {
@@ -323,11 +341,16 @@ impl<'a> Array<'a> {
 
     /// Its elements as bytes of strings, in order; `None` if it holds something else.
     pub fn strings(&self) -> Option<impl Iterator<Item = &'a [u8]> + use<'a>> {
-        (self.element == ValueType::String).then(|| {
-            self.iter().map(|value| match value {
-                Value::String(bytes) => bytes,
-                _ => &[],
-            })
+        (self.element == ValueType::String).then_some(self.texts())
+    }
+
+    /// As [`Array::strings`], of an array that is known to hold strings.
+    pub(crate) fn texts(&self) -> impl Iterator<Item = &'a [u8]> + use<'a> {
+        let mut rest = self.bytes;
+        core::iter::from_fn(move || {
+            let text;
+            (text, rest) = split_string(rest)?;
+            Some(text)
         })
     }
 
@@ -345,12 +368,12 @@ impl<'a> Gguf<'a> {
     pub fn parse(bytes: &'a [u8]) -> Result<Self> {
         match edgepack::open(bytes)? {
             None => Self::parse_gguf(bytes, None),
-            Some((source, body)) => Self::parse_gguf(body, Some(source))
+            Some(pack) => Self::parse_gguf(pack.body, Some(pack))
                 .map_err(|error| Error { at: error.at.map(|at| at + PACK_HEADER_BYTES as u64), ..error }),
         }
     }
 
-    fn parse_gguf(bytes: &'a [u8], packed_from: Option<&'a [u8; 32]>) -> Result<Self> {
+    fn parse_gguf(bytes: &'a [u8], pack: Option<Pack<'a>>) -> Result<Self> {
         let mut cursor = Cursor { bytes, at: 0 };
         let magic = cursor.u32()?;
         if magic != MAGIC {
@@ -358,7 +381,10 @@ impl<'a> Gguf<'a> {
         }
         let version = cursor.u32()?;
         if !(2..=3).contains(&version) {
-            return Err(Error::new(Code::UnsupportedVersion, "").at(4).found(u64::from(version), 3));
+            return Err(Error::new(Code::UnsupportedVersion, "")
+                .at(4)
+                .found(u64::from(version), 3)
+                .hint("GGUF, 2 or 3"));
         }
         // The smallest tensor entry has 32 bytes, the smallest key-value pair 13.
         let tensor_count = cursor.length(32)? as u64;
@@ -372,7 +398,7 @@ impl<'a> Gguf<'a> {
             tensor_start: 0,
             data_start: 0,
             alignment: 32,
-            packed_from,
+            pack,
             long: [None; LONG_LISTS],
         };
         let mut lists = file.long.iter_mut();
@@ -424,10 +450,15 @@ impl<'a> Gguf<'a> {
 
     /// SHA-256 of the file that this pack was made from; `None` for a GGUF file.
     pub fn packed_from(&self) -> Option<&'a [u8; 32]> {
-        self.packed_from
+        self.pack.map(|pack| pack.source)
     }
 
-    /// The whole GGUF file; in a pack, what follows its header.
+    /// The index of the tokenizer that a pack brings, which nothing has checked.
+    pub fn tokenizer_index(&self) -> Option<&'a [u8]> {
+        self.pack.map(|pack| pack.index).filter(|index| !index.is_empty())
+    }
+
+    /// The whole GGUF file; in a pack, the one within.
     pub fn bytes(&self) -> &'a [u8] {
         self.bytes
     }
@@ -475,17 +506,17 @@ impl<'a> Gguf<'a> {
 
     /// A tensor.
     pub fn tensor(&self, name: &str) -> Option<TensorInfo<'a>> {
-        let mut cursor = Cursor { bytes: self.bytes, at: self.tensor_start };
+        let mut entry = &self.bytes[self.tensor_start..];
         (0..self.tensor_count).find_map(|_| {
-            let start = cursor.at;
+            let at = self.bytes.len() - entry.len();
+            let (found, rest) = split_string(entry)?;
             // Names are compared before anything else of an entry is looked at.
-            let found = cursor.string().ok()? == name.as_bytes();
-            if found {
-                cursor.at = start;
-                return self.locate(&read_tensor_header(&mut cursor).ok()?).ok();
+            if found == name.as_bytes() {
+                let header = read_tensor_header(&mut Cursor { bytes: self.bytes, at }).ok()?;
+                return self.locate(&header).ok();
             }
-            let axes = cursor.u32().ok()?;
-            cursor.take(axes as usize * 8 + 12).ok()?;
+            // Number of axes, axes, type and offset.
+            entry = rest.get(16 + 8 * usize::from(*rest.first()?)..)?;
             None
         })
     }
@@ -499,7 +530,7 @@ impl<'a> Gguf<'a> {
     fn locate(&self, header: &TensorHeader<'a>) -> Result<TensorInfo<'a>> {
         let error = |code| Error::new(code, header.name);
         let dtype = DType::from_gguf(header.type_id);
-        let tiles = self.packed_from.and_then(|_| edgepack::tiled_type(header.type_id));
+        let tiles = self.pack.and_then(|_| edgepack::tiled_type(header.type_id));
         let mut elements: u64 = 1;
         for dim in header.dims {
             elements = match elements.checked_mul(dim) {

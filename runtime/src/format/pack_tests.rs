@@ -51,9 +51,12 @@ fn body() -> Vec<u8> {
     file
 }
 
+/// What stands for a tokenizer's index, whose words are the tokenizer's affair.
+const INDEX: [u8; 20] = [0x5A; 20];
+
 fn pack() -> Vec<u8> {
     let body = body();
-    [&pack_header(&SOURCE, body.len() as u64)[..], &body].concat()
+    [&pack_header(&SOURCE, body.len() as u64, INDEX.len() as u32)[..], &body, &INDEX].concat()
 }
 
 /// The refusal of a pack after `damage`.
@@ -78,7 +81,10 @@ fn a_pack_is_a_gguf_file_behind_a_header() {
     let bytes = pack();
     let file = Gguf::parse(&bytes).unwrap();
     assert_eq!(file.packed_from(), Some(&SOURCE));
-    assert_eq!(file.bytes(), &bytes[PACK_HEADER_BYTES..]);
+    assert_eq!(file.bytes(), body());
+    assert_eq!(file.tokenizer_index(), Some(&INDEX[..]));
+    let without = [&pack_header(&SOURCE, body().len() as u64, 0)[..], &body()].concat();
+    assert_eq!(Gguf::parse(&without).unwrap().tokenizer_index(), None);
     let tiles = file.tensor("tiles").unwrap();
     assert_eq!((tiles.dtype, tiles.weights()), (None, Some((DType::Q4_0, Layout::Tiles))));
     // Two tiles, the second one filled up, of one share: 2 blocks of 16 scales, padded, and of 4 vectors.
@@ -97,14 +103,28 @@ fn headers_that_lie_are_refused() {
         let code = refused(|bytes| bytes.truncate(length)).code;
         assert_eq!(code, if length < 4 { Code::Truncated } else { Code::BadMagic }, "{length}");
     }
-    let version = refused(|bytes| bytes[8] = 2);
-    assert_eq!((version.code, version.at, version.found), (Code::UnsupportedVersion, Some(8), 2));
+    for old_or_new in [0, 1, 3] {
+        let version = refused(|bytes| bytes[8] = old_or_new);
+        let found = (version.code, version.at, version.found);
+        assert_eq!(found, (Code::UnsupportedVersion, Some(8), u64::from(old_or_new)));
+        assert!(version.hint.contains("again"), "{version}");
+    }
     let layout = refused(|bytes| put(bytes, 24, b"tile16x8"));
     assert_eq!((layout.code, layout.at), (Code::Unsupported, Some(24)));
-    let whole = body().len() as u64;
-    for announced in [0, whole - 1, whole + 1, u64::MAX] {
-        let error = refused(|bytes| put(bytes, 16, &announced.to_le_bytes()));
+    let index = INDEX.len() as u64;
+    let whole = body().len() as u64 + index;
+    for body in [0, whole - index - 1, whole, u64::MAX] {
+        let error = refused(|bytes| put(bytes, 16, &body.to_le_bytes()));
+        let announced = body.saturating_add(index);
         assert_eq!((error.code, error.found, error.expected), (Code::BadLength, whole, announced));
+    }
+    for announced in [0, index - 1, index + 1, u64::from(u32::MAX)] {
+        let error = refused(|bytes| put(bytes, 12, &announced.to_le_bytes()[..4]));
+        assert_eq!((error.code, error.found), (Code::BadLength, whole));
+        assert_eq!(error.expected, whole - index + announced);
+    }
+    for cut in 1..=INDEX.len() {
+        assert_eq!(refused(|bytes| bytes.truncate(bytes.len() - cut)).code, Code::BadLength);
     }
     let cut = refused(|bytes| bytes.truncate(bytes.len() - 1));
     assert_eq!((cut.code, cut.found, cut.expected), (Code::BadLength, whole - 1, whole));
@@ -114,7 +134,7 @@ fn headers_that_lie_are_refused() {
     let nested = refused(|bytes| {
         let inner = bytes.clone();
         bytes.splice(PACK_HEADER_BYTES.., inner);
-        let body = (bytes.len() - PACK_HEADER_BYTES) as u64;
+        let body = (bytes.len() - PACK_HEADER_BYTES - INDEX.len()) as u64;
         put(bytes, 16, &body.to_le_bytes());
     });
     assert_eq!(nested.code, Code::BadMagic);
@@ -170,6 +190,6 @@ fn no_changed_byte_makes_a_reader_panic() {
             }
         }
     }
-    // All bytes of the header but four that are not used and 32 of the hash, and most of the entries.
-    assert!(refused > 4 * (PACK_HEADER_BYTES - 36), "{refused}");
+    // All bytes of the header but 32 of the hash, and most of the entries.
+    assert!(refused > 4 * (PACK_HEADER_BYTES - 32), "{refused}");
 }

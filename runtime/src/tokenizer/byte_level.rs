@@ -3,17 +3,17 @@
 //! A pre-tokenizer cuts the text into words; a word's bytes are its first symbols, and merges join them in
 //! the order of their rank. Each byte is stored as one printable character (see [`bytes`]).
 //!
-//! Behind the vocabulary's part of the index:
+//! Its part of the index:
 //!
 //! | part | words |
 //! |---|---|
 //! | token of each byte | 256 |
 //! | merges: open-addressed hash of pairs: left, right, rank, merged | 4 x (1.5 x merges + 1) |
 
-use super::keys::unsupported;
+use super::index::{EMPTY, Word, read};
 use super::merge::{self, Pairs};
-use super::pretokenize::{self, PreTokenizer};
-use super::vocab::{Hash, MAX_ENTRIES, NONE, Vocab, probes, too_small};
+use super::pretokenize::PreTokenizer;
+use super::vocab::{Hash, NONE, Vocab, entries, probes};
 use super::{Ids, bytes};
 use crate::format::Array;
 use crate::{Code, Error, Result};
@@ -22,55 +22,48 @@ use crate::{Code, Error, Result};
 #[derive(Clone, Copy, Debug)]
 pub(super) struct ByteLevel<'a> {
     pub(super) pre: &'static PreTokenizer,
-    bytes: &'a [u32],
+    bytes: &'a [Word; 256],
     merges: Merges<'a>,
 }
 
-/// A hash table of merges, see the module.
+/// Left, right, rank, merged.
+type Slot = [Word; 4];
+
+/// A hash table of merges.
 #[derive(Clone, Copy, Debug)]
-struct Merges<'a>(&'a [u32]);
+struct Merges<'a>(&'a [Slot]);
 
 /// Words of index for that many merges.
-pub(super) fn index_words(merges: &Array<'_>) -> Result<usize> {
-    let count = merges.len();
-    if count > MAX_ENTRIES {
-        return Err(
-            Error::new(Code::BadLength, "tokenizer.ggml.merges").found(count as u64, MAX_ENTRIES as u64)
-        );
-    }
+pub(super) fn index_words(merges: Array<'_>) -> Result<usize> {
+    let count = entries(&merges, "tokenizer.ggml.merges", 0)?;
     Ok(256 + 4 * (count + count / 2 + 1))
 }
 
+/// Builds the part of the index in the front of `memory`, which is [`EMPTY`], and returns the words that it has.
+pub(super) fn build(merges: Array<'_>, vocab: &Vocab<'_>, memory: &mut [Word]) -> Result<usize> {
+    let words = index_words(merges)?;
+    let (bytes, slots) = memory[..words].split_at_mut(256);
+    for (byte, slot) in (0..=255).zip(bytes) {
+        let (text, len) = bytes::encode(byte);
+        *slot = vocab.find(&text[..len]).map_or(EMPTY, u32::to_le_bytes);
+    }
+    let slots = slots.as_chunks_mut().0;
+    for (rank, text) in (0..).zip(merges.texts()) {
+        insert(slots, vocab, rank, text)?;
+    }
+    Ok(words)
+}
+
 impl<'a> ByteLevel<'a> {
-    /// Builds the index in `index`, behind that of `vocab`.
-    pub(super) fn build(
-        pre: Option<&[u8]>,
-        merges: &Array<'_>,
-        vocab: &Vocab<'_>,
-        index: &'a mut [u32],
-    ) -> Result<Self> {
-        let pre = match pre {
-            None => &pretokenize::TABLE[0],
-            Some(name) => PreTokenizer::find(name).ok_or_else(|| unsupported(name, pretokenize::NAMES))?,
-        };
-        let words = index_words(merges)?;
-        let found = index.len();
-        let index = index.get_mut(..words).ok_or_else(|| too_small(found, words))?;
-        index.fill(NONE);
-        let (bytes, slots) = index.split_at_mut(256);
-        for (byte, slot) in (0..=255).zip(&mut *bytes) {
-            let (text, len) = bytes::encode(byte);
-            *slot = vocab.find(&text[..len]).unwrap_or(NONE);
-        }
-        for (rank, text) in (0..).zip(merges.strings().into_iter().flatten()) {
-            insert(slots, vocab, rank, text)?;
-        }
-        Ok(Self { pre, bytes, merges: Merges(slots) })
+    /// The part of an index, which may say anything; `None` if it is too short.
+    pub(super) fn open(pre: &'static PreTokenizer, index: &'a [Word]) -> Option<Self> {
+        let (bytes, slots) = index.split_first_chunk()?;
+        Some(Self { pre, bytes, merges: Merges(slots.as_chunks().0) })
     }
 
     /// The token of a byte, [`NONE`] if it has none.
     pub(super) fn byte(&self, byte: u8) -> u32 {
-        self.bytes[usize::from(byte)]
+        read(&self.bytes[usize::from(byte)])
     }
 
     /// Appends the tokens of a text without special tokens; a byte that has none is left out.
@@ -103,8 +96,8 @@ impl Pairs for Merges<'_> {
     /// Rank and result of merging two tokens.
     fn pair(&self, left: u32, right: u32) -> (u32, u32) {
         if left != NONE {
-            for i in probes(hash_pair(left, right), self.0.len() / 4) {
-                match self.0[4 * i..4 * i + 4] {
+            for i in probes(hash_pair(left, right), self.0.len()) {
+                match self.0[i].map(u32::from_le_bytes) {
                     [l, r, rank, merged] if l == left && r == right => return (rank, merged),
                     [NONE, ..] => break,
                     _ => {}
@@ -115,7 +108,7 @@ impl Pairs for Merges<'_> {
     }
 }
 
-fn insert(slots: &mut [u32], vocab: &Vocab<'_>, rank: u32, text: &[u8]) -> Result<()> {
+fn insert(slots: &mut [Slot], vocab: &Vocab<'_>, rank: u32, text: &[u8]) -> Result<()> {
     let error =
         |hint| Error::new(Code::BadVocabulary, "tokenizer.ggml.merges").found(u64::from(rank), 0).hint(hint);
     // The space may be the left part itself, as in llama.cpp.
@@ -128,13 +121,13 @@ fn insert(slots: &mut [u32], vocab: &Vocab<'_>, rank: u32, text: &[u8]) -> Resul
     });
     let (left, right, merged) =
         ids.ok_or_else(|| error("expected two tokens whose joined text is a token"))?;
-    for i in probes(hash_pair(left, right), slots.len() / 4) {
-        let slot = &mut slots[4 * i..4 * i + 4];
-        if slot[0] == NONE {
-            slot.copy_from_slice(&[left, right, rank, merged]);
+    for i in probes(hash_pair(left, right), slots.len()) {
+        let slot = &mut slots[i];
+        if slot[0] == EMPTY {
+            *slot = [left, right, rank, merged].map(u32::to_le_bytes);
             return Ok(());
         }
-        if slot[0] == left && slot[1] == right {
+        if slot[..2] == [left, right].map(u32::to_le_bytes) {
             // A repeated merge keeps its first rank, as in llama.cpp.
             return Ok(());
         }

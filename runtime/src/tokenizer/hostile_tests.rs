@@ -69,8 +69,8 @@ impl File {
 
     pub(super) fn open(&self) -> Result<Tokenizer<'static>> {
         let file = Gguf::parse(self.bytes().leak())?;
-        let words = Tokenizer::index_words(&file)?;
-        Tokenizer::new(&file, vec![0; words].leak())
+        let bytes = Tokenizer::index_bytes(&file)?;
+        Tokenizer::new(&file, vec![0; bytes].leak())
     }
 
     pub(super) fn refused(&self) -> (Code, &'static str, u64) {
@@ -196,9 +196,8 @@ fn broken_metadata_is_refused() {
     let no_bos = small().with("add_bos_token", 7, &[1]);
     assert_eq!(no_bos.refused(), (Code::MissingKey, "tokenizer.ggml.bos_token_id", 0));
     assert_eq!(small().strings("tokens", &[""; 0]).kinds(&[]).refused().0, Code::BadLength);
-    let index = &mut [0; 100];
-    let error =
-        Tokenizer::new(&Gguf::parse(small().bytes().leak()).unwrap(), index.to_vec().leak()).unwrap_err();
+    let index = vec![0; 401].leak();
+    let error = Tokenizer::new(&Gguf::parse(small().bytes().leak()).unwrap(), index).unwrap_err();
     assert_eq!((error.code, error.found), (Code::BufferTooSmall, 100));
 }
 
@@ -243,8 +242,73 @@ fn a_chain_of_merges() {
     assert_eq!(ids.iter().map(|id| id + 1).sum::<u32>(), 1_000_000);
 }
 
+/// The index of a file.
+fn index(file: &Gguf<'_>) -> Vec<u8> {
+    let mut index = vec![0; Tokenizer::index_bytes(file).unwrap()];
+    let bytes = Tokenizer::build_index(file, &mut index).unwrap();
+    index.truncate(bytes);
+    index
+}
+
+#[test]
+fn an_index_is_as_long_as_it_says_and_of_this_vocabulary() {
+    for (file, other) in [(small(), sentence_piece_tests::small()), (sentence_piece_tests::small(), small())]
+    {
+        let (bytes, other) = (file.bytes(), other.bytes());
+        let file = Gguf::parse(&bytes).unwrap();
+        let good = index(&file);
+        assert!(Tokenizer::with_index(&file, &good).is_ok());
+        let refused = |index: &[u8]| {
+            let error = Tokenizer::with_index(&file, index).unwrap_err();
+            assert_eq!((error.code, error.name.as_str()), (Code::BadLength, "tokenizer index"));
+        };
+        (0..good.len()).for_each(|bytes| refused(&good[..bytes]));
+        refused(&[&good[..], &[0; 4]].concat());
+        refused(&index(&Gguf::parse(&other).unwrap()));
+        // The header but its last number, which bounds no part.
+        for at in 0..12 {
+            let mut bad = good.clone();
+            bad[at] ^= 0x81;
+            refused(&bad);
+        }
+    }
+}
+
+/// A number in place of a word of an index: any, that of a token, or none.
+fn word() -> impl Strategy<Value = u32> {
+    prop_oneof![any::<u32>(), 0..300u32, Just(NONE), (0..2000u32).prop_map(|low| 0x7FFF_FF00 + low)]
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(3000))]
+
+    /// An index may say anything behind its header.
+    #[test]
+    fn an_index_that_lies_does_no_harm(changes in prop::collection::vec((any::<prop::sample::Index>(), word()), 1..40),
+                                       fill in prop::option::weighted(0.2, word()),
+                                       text in "(<c>|<u>>|[abc<u>é \\n]){0,90}", by_score: bool) {
+        let bytes = if by_score { sentence_piece_tests::small() } else { small() }.bytes();
+        let file = Gguf::parse(&bytes).unwrap();
+        let mut index = index(&file);
+        let words = &mut index.as_chunks_mut::<4>().0[4..];
+        if let Some(word) = fill {
+            words.fill(word.to_le_bytes());
+        }
+        for (at, word) in changes {
+            words[at.index(words.len())] = word.to_le_bytes();
+        }
+        let tokenizer = Tokenizer::with_index(&file, &index).unwrap();
+        let tokens = tokenizer.len() as u32;
+        for id in encode(&tokenizer, &text, true).into_iter().chain(0..=tokens) {
+            match tokenizer.piece(id, &mut vec![0; bytes.len()]) {
+                Ok(len) => prop_assert!(id < tokens && len < bytes.len()),
+                Err(error) => prop_assert!(id >= tokens && error.code == Code::BadToken),
+            }
+            tokenizer.is_end_of_generation(id);
+        }
+        let found = tokenizer.find(text.as_bytes()).or(tokenizer.find(b"")).or(tokenizer.byte(b'a'));
+        prop_assert!(found.is_none() || tokenizer.byte(b'a') == found || found < Some(tokens));
+    }
 
     /// Whatever a file holds, it is refused or it works.
     #[test]
@@ -257,8 +321,8 @@ proptest! {
             bytes[at] = byte;
         }
         let Ok(file) = Gguf::parse(&bytes) else { return Ok(()) };
-        let Ok(words) = Tokenizer::index_words(&file) else { return Ok(()) };
-        let mut index = vec![0x1234_5678; words];
+        let Ok(bytes) = Tokenizer::index_bytes(&file) else { return Ok(()) };
+        let mut index = vec![0x56; bytes];
         let Ok(tokenizer) = Tokenizer::new(&file, &mut index) else { return Ok(()) };
         for id in encode(&tokenizer, &text, true) {
             prop_assert!((id as usize) < tokenizer.len());

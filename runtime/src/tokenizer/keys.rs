@@ -1,5 +1,6 @@
 //! The tokenizer's metadata, read in one walk over the file.
 
+use super::pretokenize::{self, PreTokenizer};
 use crate::format::{Array, Gguf, Value, ValueType};
 use crate::{Code, Error, Name, Result};
 
@@ -25,9 +26,9 @@ pub(super) enum Model<'a> {
     /// `gpt2`.
     ByteLevel {
         /// `tokenizer.ggml.pre`.
-        pre: Option<&'a [u8]>,
-        /// Merges: an array of strings.
-        merges: Array<'a>,
+        pre: &'static PreTokenizer,
+        /// Merges: an array of strings. A pack has none.
+        merges: Option<Array<'a>>,
     },
     /// `llama`.
     SentencePiece {
@@ -124,7 +125,14 @@ impl<'a> Keys<'a> {
                 phi3: is_phi3(file),
             }
         } else {
-            Model::ByteLevel { pre: text(found.pre, "pre")?, merges: strings(found.merges, "merges")? }
+            let pre = match text(found.pre, "pre")? {
+                None => &pretokenize::TABLE[0],
+                Some(name) => {
+                    PreTokenizer::find(name).ok_or_else(|| unsupported(name, pretokenize::NAMES))?
+                }
+            };
+            let merges = found.merges.map(|merges| strings(Some(merges), "merges")).transpose()?;
+            Model::ByteLevel { pre, merges }
         };
         let kinds = [ValueType::I32, ValueType::U32];
         Ok(Self {
@@ -137,6 +145,19 @@ impl<'a> Keys<'a> {
             tokens,
         })
     }
+
+    /// The merges, which byte-level BPE must have.
+    pub(super) fn merges(&self) -> Result<Array<'a>> {
+        match self.model {
+            Model::ByteLevel { merges: Some(merges), .. } => Ok(merges),
+            _ => Err(missing("merges")),
+        }
+    }
+
+    /// Bytes of the longest text of a token.
+    pub(super) fn longest_text(&self) -> usize {
+        self.tokens.texts().fold(0, |longest, text| longest.max(text.len()))
+    }
 }
 
 /// llama.cpp knows by the model's name that special tokens take white space with them: no key says so.
@@ -147,7 +168,7 @@ fn is_phi3(file: &Gguf<'_>) -> bool {
 }
 
 /// The refusal of something that the file names and that does not exist here.
-pub(super) fn unsupported(found: &[u8], known: &'static str) -> Error {
+fn unsupported(found: &[u8], known: &'static str) -> Error {
     Error::new(Code::Unsupported, core::str::from_utf8(found).unwrap_or("a name that is not UTF-8"))
         .hint(known)
 }

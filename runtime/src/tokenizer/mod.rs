@@ -3,7 +3,8 @@
 //! Two tokenizer models, with llama.cpp's ids: byte-level BPE as GPT-2, Llama 3, Qwen2 and SmolLM2 have it
 //! (`byte_level`), and SentencePiece's BPE as Llama 2, Mistral, Phi-3 and Gemma have it (`sentence_piece`).
 //! Vocabulary, special tokens and merging are the same for both. [`Tokenizer`] is a view over the file's
-//! bytes and an index in the caller's memory; nothing here allocates, recurses or normalizes text. Another
+//! bytes and an [index](Tokenizer::build_index) that a pack has in it and that is built in the caller's memory for any
+//! other file; nothing here allocates, recurses or normalizes text. Another
 //! tokenizer model or pre-tokenizer is refused by name.
 //!
 //! Two things differ from llama.cpp, both for texts that are not plain UTF-8: bytes of malformed UTF-8
@@ -15,6 +16,7 @@
 
 mod byte_level;
 mod bytes;
+mod index;
 mod keys;
 mod merge;
 mod pretokenize;
@@ -35,6 +37,7 @@ mod tests;
 use crate::format::Gguf;
 use crate::{Code, Error, Result};
 use byte_level::ByteLevel;
+use index::Header;
 use keys::Keys;
 use sentence_piece::SentencePiece;
 pub use stream::Utf8Stream;
@@ -69,16 +72,35 @@ pub struct Encode {
 }
 
 impl<'a> Tokenizer<'a> {
-    /// Words of index that [`Self::new`] needs for this file: for byte-level BPE about 9 for each token with
-    /// its merge, for SentencePiece 5 for each token.
+    /// Bytes of memory that [`Self::new`] needs for this file: for byte-level BPE about 37 for each token with
+    /// its merge, for SentencePiece 21 for each token, and none for a pack.
     ///
     /// # Errors
     /// As [`Self::new`], as far as the metadata alone can tell.
-    pub fn index_words(file: &Gguf<'_>) -> Result<usize> {
-        index_words(&Keys::read(file)?)
+    pub fn index_bytes(file: &Gguf<'_>) -> Result<usize> {
+        match file.tokenizer_index() {
+            Some(_) => Ok(0),
+            None => Ok(4 * index::most_words(&Keys::read(file)?)?),
+        }
     }
 
-    /// Reads the vocabulary of `file` and builds its index in `index`, in time linear in the vocabulary.
+    /// The tokenizer of `file`, with the index of a pack, or with one that is built in `memory` in time linear in
+    /// the vocabulary.
+    ///
+    /// # Errors
+    /// Those of [`Self::build_index`] and [`Self::with_index`].
+    pub fn new(file: &Gguf<'a>, memory: &'a mut [u8]) -> Result<Self> {
+        let index = match file.tokenizer_index() {
+            Some(index) => index,
+            None => {
+                let bytes = Self::build_index(file, memory)?;
+                &memory[..bytes]
+            }
+        };
+        Self::with_index(file, index)
+    }
+
+    /// Builds the index of the vocabulary of `file` in `memory` and returns the bytes that it has.
     ///
     /// # Errors
     /// - [`Code::Unsupported`]: a tokenizer model or pre-tokenizer that is not there, with those that are.
@@ -87,30 +109,48 @@ impl<'a> Tokenizer<'a> {
     /// - [`Code::BadVocabulary`]: two tokens of the same text, a merge of what are no tokens, a score that is
     ///   not a number, a special token of more than 1024 bytes, or texts made to collide, with the number of
     ///   the entry; no token for a space.
-    /// - [`Code::BufferTooSmall`]: `index` is smaller than [`Self::index_words`].
-    pub fn new(file: &Gguf<'a>, index: &'a mut [u32]) -> Result<Self> {
+    /// - [`Code::BufferTooSmall`]: `memory` is smaller than [`Self::index_bytes`].
+    pub fn build_index(file: &Gguf<'_>, memory: &mut [u8]) -> Result<usize> {
+        Ok(4 * index::build(&Keys::read(file)?, memory.as_chunks_mut().0)?)
+    }
+
+    /// The tokenizer of `file` with an index that was built before. Whatever it holds, nothing panics: an index of
+    /// another vocabulary gives other tokens, or such as are not there.
+    ///
+    /// # Errors
+    /// As for [`Self::build_index`] what the metadata tells, and [`Code::BadLength`] for an index that is not as long as it says, or
+    /// of another number of tokens.
+    pub fn with_index(file: &Gguf<'a>, index: &'a [u8]) -> Result<Self> {
         let keys = Keys::read(file)?;
-        let needed = index_words(&keys)?;
-        if index.len() < needed {
-            return Err(vocab::too_small(index.len(), needed));
-        }
-        let (vocab, index) = Vocab::build(&keys, index)?;
+        let (vocab, rest) = Vocab::open(&keys, index)?;
         let (model, usual) = match keys.model {
-            keys::Model::ByteLevel { pre, merges } => {
-                let model = ByteLevel::build(pre, &merges, &vocab, index)?;
-                (Model::ByteLevel(model), model.pre.add_bos)
+            keys::Model::ByteLevel { pre, .. } => {
+                (ByteLevel::open(pre, rest).map(Model::ByteLevel), pre.add_bos)
             }
             keys::Model::SentencePiece { scores, unknown, add_space_prefix, phi3 } => {
-                let mut model = SentencePiece::build(scores, unknown, add_space_prefix, &vocab, index)?;
-                model.strips_behind_specials = phi3;
-                (Model::SentencePiece(model), true)
+                let tokens = vocab.len();
+                let model = SentencePiece::open(scores, unknown, add_space_prefix, phi3, tokens, rest);
+                (model.map(Model::SentencePiece), true)
             }
         };
+        let model =
+            model.ok_or_else(|| index::damaged(rest.len(), 0).hint("words of the tokenizer model"))?;
         let add_bos = keys.add_bos.unwrap_or(usual);
         if add_bos && keys.bos.is_none() {
             return Err(keys::missing("bos_token_id"));
         }
         Ok(Self { vocab, model, bos: keys.bos, eos: keys.eos, ends: keys.ends, add_bos })
+    }
+
+    /// Bytes of the longest text of a token of `file`: no [piece](Self::piece) has more.
+    ///
+    /// # Errors
+    /// As [`Self::with_index`].
+    pub fn longest_text(file: &Gguf<'_>) -> Result<usize> {
+        match file.tokenizer_index() {
+            Some(index) => Ok(Header::open(index)?.0.longest),
+            None => Ok(Keys::read(file)?.longest_text()),
+        }
     }
 
     /// Words of scratch with which encoding a text of `bytes` bytes never fails.
@@ -319,14 +359,6 @@ impl<'a> Tokenizer<'a> {
         };
         Some(token).filter(|&token| token != NONE)
     }
-}
-
-fn index_words(keys: &Keys<'_>) -> Result<usize> {
-    let model = match &keys.model {
-        keys::Model::ByteLevel { merges, .. } => byte_level::index_words(merges)?,
-        keys::Model::SentencePiece { .. } => sentence_piece::index_words(keys.tokens.len()),
-    };
-    Ok(vocab::index_words(keys)? + model)
 }
 
 /// Takes ids, counting those beyond the end of the buffer.

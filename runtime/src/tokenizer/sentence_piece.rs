@@ -10,17 +10,19 @@
 //! has what stands before that space followed by a space: no merge can reach across, so the ids are the
 //! same, and words are short.
 //!
-//! Behind the vocabulary's part of the index:
+//! Its part of the index:
 //!
 //! | part | words |
 //! |---|---|
 //! | token of each byte | 256 |
+//! | bytes that stand before a space within a token, a bit each | 8 |
 //! | hash of each token's text: two words | 2 x tokens |
 
 use super::Ids;
+use super::index::{EMPTY, Word, read};
 use super::merge::{self, Pairs};
 use super::unicode::character;
-use super::vocab::{Hash, NONE, Vocab, too_small};
+use super::vocab::{Hash, NONE, Vocab};
 use crate::{Code, Error, Result};
 
 /// How a space is spelled: U+2581.
@@ -33,12 +35,11 @@ const BYTE: u32 = 1 << 30;
 /// Scores and what characters without a token become.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct SentencePiece<'a> {
-    /// An f32 in 4 bytes for each token, none of them NaN.
+    /// An f32 in 4 bytes for each token.
     scores: &'a [u8],
-    bytes: &'a [u32],
-    hashes: &'a [u32],
-    /// Bytes that stand before a space within a token, a bit each.
-    before_space: [u32; 8],
+    bytes: &'a [Word; 256],
+    before_space: &'a [Word; 8],
+    hashes: &'a [[Word; 2]],
     unknown: Option<u32>,
     /// A text, and what follows a special token, begins with a space that is not there.
     pub(super) add_space_prefix: bool,
@@ -48,61 +49,64 @@ pub(super) struct SentencePiece<'a> {
 
 /// Words of index for that many tokens.
 pub(super) fn index_words(tokens: usize) -> usize {
-    256 + 2 * tokens
+    256 + 8 + 2 * tokens
+}
+
+/// Builds the part of the index in the front of `memory` and returns the words that it has.
+pub(super) fn build(scores: &[u8], vocab: &Vocab<'_>, memory: &mut [Word]) -> Result<usize> {
+    let words = index_words(vocab.len());
+    let (bytes, rest) = memory[..words].split_at_mut(256);
+    let (before, hashes) = rest.split_at_mut(8);
+    for (byte, slot) in (0..=255).zip(bytes) {
+        let token = vocab.find(&byte_name(byte)).or_else(|| vocab.find(&[byte]));
+        *slot = token.map_or(EMPTY, u32::to_le_bytes);
+    }
+    let mut before_space = [0u32; 8];
+    for (token, slot) in (0..).zip(hashes.as_chunks_mut().0) {
+        let text = vocab.text(token);
+        let Hash { value, power } = Hash::of(text);
+        *slot = [value, power].map(u32::to_le_bytes);
+        for (at, _) in text.windows(4).enumerate().filter(|(_, window)| &window[1..] == SPACE) {
+            if !text[..=at].ends_with(SPACE) {
+                before_space[usize::from(text[at] >> 5)] |= 1 << (text[at] & 31);
+            }
+        }
+    }
+    before.copy_from_slice(&before_space.map(u32::to_le_bytes));
+    if vocab.find(SPACE).is_none() {
+        return Err(Error::new(Code::BadVocabulary, "tokenizer.ggml.tokens")
+            .hint("no token for a space, which is spelled U+2581"));
+    }
+    match scores.as_chunks().0.iter().position(|score| f32::from_le_bytes(*score).is_nan()) {
+        Some(token) => Err(Error::new(Code::BadVocabulary, "tokenizer.ggml.scores")
+            .found(token as u64, 0)
+            .hint("a score that is not a number")),
+        None => Ok(words),
+    }
 }
 
 impl<'a> SentencePiece<'a> {
-    /// Builds the index in `index`, behind that of `vocab`.
-    pub(super) fn build(
+    /// The part of an index of that many tokens, which may say anything; `None` if it is not as long as theirs.
+    pub(super) fn open(
         scores: &'a [u8],
         unknown: Option<u32>,
         add_space_prefix: bool,
-        vocab: &Vocab<'_>,
-        index: &'a mut [u32],
-    ) -> Result<Self> {
-        let words = index_words(vocab.len());
-        let found = index.len();
-        let index = index.get_mut(..words).ok_or_else(|| too_small(found, words))?;
-        let (bytes, hashes) = index.split_at_mut(256);
-        for (byte, slot) in (0..=255).zip(&mut *bytes) {
-            let token = vocab.find(&byte_name(byte)).or_else(|| vocab.find(&[byte]));
-            *slot = token.unwrap_or(NONE);
+        strips_behind_specials: bool,
+        tokens: usize,
+        index: &'a [Word],
+    ) -> Option<Self> {
+        if index.len() != index_words(tokens) {
+            return None;
         }
-        let mut before_space = [0; 8];
-        for (token, slot) in (0..).zip(hashes.chunks_exact_mut(2)) {
-            let text = vocab.text(token);
-            let Hash { value, power } = Hash::of(text);
-            slot.copy_from_slice(&[value, power]);
-            for (at, _) in text.windows(4).enumerate().filter(|(_, window)| &window[1..] == SPACE) {
-                if !text[..=at].ends_with(SPACE) {
-                    before_space[usize::from(text[at] >> 5)] |= 1 << (text[at] & 31);
-                }
-            }
-        }
-        if vocab.find(SPACE).is_none() {
-            return Err(Error::new(Code::BadVocabulary, "tokenizer.ggml.tokens")
-                .hint("no token for a space, which is spelled U+2581"));
-        }
-        let model = Self {
-            scores,
-            bytes,
-            hashes,
-            before_space,
-            unknown,
-            add_space_prefix,
-            strips_behind_specials: false,
-        };
-        match (0..vocab.len() as u32).find(|&token| model.score(token).is_nan()) {
-            Some(token) => Err(Error::new(Code::BadVocabulary, "tokenizer.ggml.scores")
-                .found(u64::from(token), 0)
-                .hint("a score that is not a number")),
-            None => Ok(model),
-        }
+        let (bytes, rest) = index.split_first_chunk()?;
+        let (before_space, hashes) = rest.split_first_chunk()?;
+        let hashes = hashes.as_chunks().0;
+        Some(Self { scores, bytes, before_space, hashes, unknown, add_space_prefix, strips_behind_specials })
     }
 
     /// The token of a byte, [`NONE`] if it has none.
     pub(super) fn byte(&self, byte: u8) -> u32 {
-        self.bytes[usize::from(byte)]
+        read(&self.bytes[usize::from(byte)])
     }
 
     /// Appends the tokens of a text without special tokens; `begins` says that it stands at the beginning or behind
@@ -150,7 +154,7 @@ impl<'a> SentencePiece<'a> {
 
     /// A token may have a space behind this byte.
     fn joins_space(&self, byte: u8) -> bool {
-        self.before_space[usize::from(byte >> 5)] >> (byte & 31) & 1 == 1
+        read(&self.before_space[usize::from(byte >> 5)]) >> (byte & 31) & 1 == 1
     }
 
     fn score(&self, token: u32) -> f32 {
@@ -202,8 +206,8 @@ impl Pieces<'_> {
 
     fn hash(&self, symbol: u32) -> Hash {
         if symbol & CHARACTER == 0 {
-            let at = 2 * symbol as usize;
-            return Hash { value: self.model.hashes[at], power: self.model.hashes[at + 1] };
+            let [value, power] = self.model.hashes[symbol as usize].map(u32::from_le_bytes);
+            return Hash { value, power };
         }
         Hash::of(self.text(symbol, &mut [0; 4]))
     }

@@ -3,7 +3,8 @@
 //! Control and unknown tokens are matched only where the caller asks for it; user-defined ones always,
 //! before any pre-tokenizer. The leftmost match wins, the longest of those that start together.
 
-use super::vocab::{Kind, NONE, Vocab};
+use super::index::{EMPTY, Word, read};
+use super::vocab::{Kind, Vocab};
 use crate::{Code, Error, Result, sort};
 
 /// Texts that make a token a control token whatever type the file gives it, and whether it ends a
@@ -66,71 +67,63 @@ pub(super) struct Match {
     pub(super) token: u32,
 }
 
-impl<'a> Vocab<'a> {
-    /// Fills `slots`, one for each of [`MARKERS`], with their tokens.
-    pub(super) fn find_markers(&self, slots: &'a mut [u32]) -> &'a [u32] {
-        for (slot, (text, _)) in slots.iter_mut().zip(MARKERS) {
-            *slot = self.find(text.as_bytes()).unwrap_or(NONE);
-        }
-        slots
-    }
-
+impl Vocab<'_> {
     /// The token is a marker that ends a generation.
     pub(super) fn ends_generation(&self, token: u32) -> bool {
-        self.markers.iter().zip(MARKERS).any(|(&marker, (_, ends))| ends && marker == token)
+        self.markers.iter().zip(MARKERS).any(|(marker, (_, ends))| ends && read(marker) == token)
     }
 
-    /// Fills `slots` with the tokens that `wanted` accepts, sorted by their text.
-    pub(super) fn sort_specials(
-        &self,
-        slots: &'a mut [u32],
-        wanted: impl Fn(Kind) -> bool,
-    ) -> Result<&'a [u32]> {
+    /// Puts the tokens that texts may name into the front of `slots`, sorted by their text, and returns how many they
+    /// are.
+    pub(super) fn sort_specials(&self, slots: &mut [Word]) -> Result<usize> {
+        let special = |token: &Word| {
+            matches!(self.kind_in_file(read(token)), Kind::Unknown | Kind::Control | Kind::UserDefined)
+        };
+        let typed = (0..self.len() as u32).map(u32::to_le_bytes).filter(special);
+        let markers = self.markers.iter().copied().filter(|token| *token != EMPTY && !special(token));
         let mut count = 0;
-        for token in 0..self.len() as u32 {
-            let len = self.text(token).len();
-            if len == 0 || !wanted(self.kind(token)) {
-                continue;
-            }
+        for token in typed.chain(markers) {
+            let len = self.text(read(&token)).len();
             if len > MAX_BYTES {
                 return Err(Error::new(Code::BadVocabulary, "tokenizer.ggml.tokens")
-                    .found(u64::from(token), 0)
+                    .found(u64::from(read(&token)), 0)
                     .hint("a special token of more than 1024 bytes"));
             }
-            slots[count] = token;
-            count += 1;
+            if len > 0 {
+                slots[count] = token;
+                count += 1;
+            }
         }
-        let slots = &mut slots[..count];
-        sort::sort(slots, |a, b| self.text(a) < self.text(b));
-        Ok(slots)
+        sort::sort(&mut slots[..count], |a, b| self.text(read(&a)) < self.text(read(&b)));
+        Ok(count)
     }
 }
 
 /// Finds special tokens in texts.
 pub(super) struct Finder<'v> {
     vocab: &'v Vocab<'v>,
-    /// Tokens to find, sorted by their text.
-    sorted: &'v [u32],
-    /// The first bytes of their texts.
+    /// Control and unknown tokens are found too.
+    control: bool,
+    /// The first bytes of the texts of tokens to find.
     starts: [bool; 256],
 }
 
 impl<'v> Finder<'v> {
     /// A finder of user-defined tokens, and of control and unknown ones too if `control`.
     pub(super) fn new(vocab: &'v Vocab<'v>, control: bool) -> Self {
-        let sorted = if control { vocab.specials } else { vocab.user_defined };
         let mut starts = [false; 256];
-        for &token in sorted {
-            starts[usize::from(vocab.text(token)[0])] = true;
+        for token in vocab.specials.iter().map(read) {
+            if let Some(first) = vocab.text(token).first()
+                && (control || vocab.kind_in_file(token) == Kind::UserDefined)
+            {
+                starts[usize::from(*first)] = true;
+            }
         }
-        Self { vocab, sorted, starts }
+        Self { vocab, control, starts }
     }
 
     /// The first special token in `text`.
     pub(super) fn find(&self, text: &[u8]) -> Option<Match> {
-        if self.sorted.is_empty() {
-            return None;
-        }
         (0..text.len()).filter(|&start| self.starts[usize::from(text[start])]).find_map(|start| {
             let (len, token) = self.longest_at(&text[start..])?;
             Some(Match { start, len, token })
@@ -139,19 +132,23 @@ impl<'v> Finder<'v> {
 
     /// The longest special token at the start of `text`: narrows the sorted list byte by byte.
     fn longest_at(&self, text: &[u8]) -> Option<(usize, u32)> {
-        let mut range = self.sorted;
+        let mut range = self.vocab.specials;
         let mut longest = None;
-        for (depth, &byte) in text.iter().enumerate() {
-            let at = |&token: &u32| self.vocab.text(token).get(depth).copied();
+        for (depth, &byte) in text.iter().take(MAX_BYTES).enumerate() {
+            let at = |token: &Word| self.vocab.text(read(token)).get(depth).copied();
             range = &range[range.partition_point(|token| at(token) < Some(byte))..];
             range = &range[..range.partition_point(|token| at(token) == Some(byte))];
             // Texts are unique and the shortest sorts first.
             match range.first() {
                 None => break,
-                Some(&token) if self.vocab.text(token).len() == depth + 1 => {
-                    longest = Some((depth + 1, token))
+                Some(token) => {
+                    let token = read(token);
+                    if self.vocab.text(token).len() == depth + 1
+                        && (self.control || self.vocab.kind(token) == Kind::UserDefined)
+                    {
+                        longest = Some((depth + 1, token));
+                    }
                 }
-                Some(_) => {}
             }
         }
         longest

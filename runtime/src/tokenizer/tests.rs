@@ -4,6 +4,7 @@ extern crate std;
 
 use super::pretokenize::PreTokenizer;
 use super::*;
+use crate::format::pack_header;
 use proptest::prelude::*;
 use std::{fs, path::PathBuf, string::String, vec, vec::Vec};
 
@@ -25,6 +26,18 @@ fn texts() -> Vec<String> {
 
 /// A vocabulary file that lives as long as the test process, its pre-tokenizer's name replaced.
 pub(super) fn vocabulary(name: &str, pre: Option<&str>) -> Tokenizer<'static> {
+    open(vocabulary_file(name, pre)).unwrap()
+}
+
+/// The same as a GGUF file and as a pack.
+fn both(name: &str, pre: Option<&str>) -> [Tokenizer<'static>; 2] {
+    let file = vocabulary_file(name, pre);
+    let packed = open(pack(&file)).unwrap();
+    [open(file).unwrap(), packed]
+}
+
+/// A vocabulary file, its pre-tokenizer's name replaced.
+fn vocabulary_file(name: &str, pre: Option<&str>) -> Vec<u8> {
     let mut file = golden(&std::format!("ggml-vocab-{name}.gguf"));
     if let Some(pre) = pre {
         let key = b"tokenizer.ggml.pre";
@@ -32,13 +45,33 @@ pub(super) fn vocabulary(name: &str, pre: Option<&str>) -> Tokenizer<'static> {
         let old = u64::from_le_bytes(file[at..at + 8].try_into().unwrap()) as usize;
         file.splice(at..at + 8 + old, [&(pre.len() as u64).to_le_bytes(), pre.as_bytes()].concat());
     }
-    open(file).unwrap()
+    file
+}
+
+/// The pack of a vocabulary file: without merges, with an index.
+fn pack(file: &[u8]) -> Vec<u8> {
+    let parsed = Gguf::parse(file).unwrap();
+    let mut index = vec![0x55; Tokenizer::index_bytes(&parsed).unwrap()];
+    let bytes = Tokenizer::build_index(&parsed, &mut index).unwrap();
+    let mut body = file.to_vec();
+    let key = b"tokenizer.ggml.merges";
+    if let Some(at) = file.windows(key.len()).position(|window| window == key) {
+        let merges = parsed.get("tokenizer.ggml.merges").and_then(|merges| merges.as_array()).unwrap();
+        // The length of the key before it, type, type of elements and their number behind it.
+        body.drain(at - 8..at + key.len() + 16 + merges.bytes().len());
+        let entries = parsed.metadata().count() as u64 - 1;
+        body[16..24].copy_from_slice(&entries.to_le_bytes());
+    }
+    body.resize(body.len().next_multiple_of(64), 0);
+    let header = pack_header(&[0; 32], body.len() as u64, bytes as u32);
+    [&header[..], &body, &index[..bytes]].concat()
 }
 
 fn open(file: Vec<u8>) -> Result<Tokenizer<'static>> {
     let file = Gguf::parse(file.leak())?;
-    let words = Tokenizer::index_words(&file)?;
-    Tokenizer::new(&file, vec![0x5555_5555; words].leak())
+    let bytes = Tokenizer::index_bytes(&file)?;
+    assert_eq!(file.tokenizer_index().is_some(), bytes == 0);
+    Tokenizer::new(&file, vec![0x55; bytes].leak())
 }
 
 fn encode(tokenizer: &Tokenizer<'_>, text: &[u8], options: Encode) -> Vec<u32> {
@@ -61,7 +94,6 @@ fn decode(tokenizer: &Tokenizer<'_>, ids: &[u32]) -> Vec<u8> {
 #[test]
 fn every_case_of_llama_cpp() {
     for name in ["gpt-2", "llama-spm"] {
-        let tokenizer = vocabulary(name, None);
         let [texts, ids] = ["inp", "out"]
             .map(|end| String::from_utf8(golden(&std::format!("ggml-vocab-{name}.gguf.{end}"))).unwrap());
         let texts: Vec<&str> = texts.split("\n__ggml_vocab_test__\n").collect();
@@ -70,9 +102,11 @@ fn every_case_of_llama_cpp() {
         // The last separator is followed by nothing.
         assert_eq!(texts.len(), ids.len() + 1);
         assert!(ids.len() > 40);
-        for (text, ids) in texts.iter().zip(&ids) {
-            assert_eq!(&encode(&tokenizer, text.as_bytes(), PLAIN), ids, "{name} {text:?}");
-            assert_eq!(decode(&tokenizer, ids), text.as_bytes(), "{name}");
+        for tokenizer in both(name, None) {
+            for (text, ids) in texts.iter().zip(&ids) {
+                assert_eq!(&encode(&tokenizer, text.as_bytes(), PLAIN), ids, "{name} {text:?}");
+                assert_eq!(decode(&tokenizer, ids), text.as_bytes(), "{name}");
+            }
         }
     }
 }
@@ -83,16 +117,15 @@ fn ids_of_llama_cpp() {
     let oracles = json("ids.json");
     for oracle in oracles.as_array().unwrap() {
         let (name, pre) = (oracle["vocabulary"].as_str().unwrap(), oracle["pre"].as_str());
-        let tokenizer = vocabulary(name, pre);
+        let tokenizers = both(name, pre);
         let options = Encode { add_bos: false, parse_special: oracle["parse_special"].as_bool().unwrap() };
         for (text, ids) in texts.iter().zip(oracle["ids"].as_array().unwrap()) {
             let ids: Vec<u32> =
                 ids.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect();
-            assert_eq!(
-                encode(&tokenizer, text.as_bytes(), options),
-                ids,
-                "{name} {pre:?} {options:?} {text:?}"
-            );
+            for tokenizer in &tokenizers {
+                let found = encode(tokenizer, text.as_bytes(), options);
+                assert_eq!(found, ids, "{name} {pre:?} {options:?} {text:?}");
+            }
         }
     }
 }
@@ -118,7 +151,7 @@ fn ids_of_llama_cpp_for_a_long_text() {
     let text = long_text(&long);
     for oracle in long["ids"].as_array().unwrap() {
         let (name, pre) = (oracle["vocabulary"].as_str().unwrap(), oracle["pre"].as_str());
-        let tokenizer = vocabulary(name, pre);
+        let [tokenizer, packed] = both(name, pre);
         let options = Encode { add_bos: false, parse_special: oracle["parse_special"].as_bool().unwrap() };
         let ids = encode(&tokenizer, text.as_bytes(), options);
         let first: Vec<u32> = serde_json::from_value(oracle["first"].clone()).unwrap();
@@ -129,6 +162,7 @@ fn ids_of_llama_cpp_for_a_long_text() {
         let found = (ids.len() as u64, std::format!("{hash:016x}"));
         let expected = (oracle["count"].as_u64().unwrap(), oracle["hash"].as_str().unwrap().into());
         assert_eq!(found, expected, "{name} {options:?}");
+        assert!(encode(&packed, text.as_bytes(), options) == ids, "{name} {options:?}, from a pack");
     }
 }
 

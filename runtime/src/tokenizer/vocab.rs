@@ -1,27 +1,19 @@
-//! The vocabulary: token texts, where the file has them, and the index that finds them.
-//!
-//! The index is plain words in the caller's memory, holds no pointers, and is built in one pass over the
-//! tokens. This part of it every tokenizer model has; each puts its own behind it:
-//!
-//! | part | words |
-//! |---|---|
-//! | offset of each token's text in the file's array | tokens |
-//! | texts: open-addressed hash of token texts, tag and token in one word | 2 x tokens + 1 |
-//! | markers: tokens that are special by their text | as many as are known |
-//! | specials: tokens that are matched in a text, sorted by their text | those of such a type, and markers |
-//! | user-defined: those of them that are matched always | those of that type |
+//! The vocabulary: token texts, where the file has them, and the parts of the [index](super::index) that every
+//! tokenizer model has.
 //!
 //! Look-ups probe at most [`MAX_PROBES`] slots. A vocabulary that collides more often is refused, so
 //! that building and reading stay linear on a hostile file; at these loads an honest one stays far below.
 
+use super::index::{EMPTY, Header, Word, damaged, read};
 use super::{keys::Keys, special::MARKERS};
+use crate::format::Array;
 use crate::{Code, Error, Result};
 
 /// No token, no rank, an empty slot.
 pub(super) const NONE: u32 = u32::MAX;
 
 /// Most tokens, and most merges: a slot of the text hash keeps a token in 24 bits.
-pub(super) const MAX_ENTRIES: usize = (1 << 24) - 1;
+const MAX_ENTRIES: usize = (1 << 24) - 1;
 
 /// Most slots that a look-up reads.
 const MAX_PROBES: usize = 1024;
@@ -46,73 +38,48 @@ pub(super) struct Vocab<'a> {
     texts: &'a [u8],
     /// The token types, 4 bytes each; empty where the file has none.
     kinds: &'a [u8],
-    offsets: &'a [u32],
-    text_slots: &'a [u32],
-    pub(super) markers: &'a [u32],
-    pub(super) specials: &'a [u32],
-    pub(super) user_defined: &'a [u32],
+    offsets: &'a [Word],
+    text_slots: &'a [Word],
+    pub(super) markers: &'a [Word],
+    pub(super) specials: &'a [Word],
 }
 
-/// Sizes of the parts of the index.
-struct Layout {
-    tokens: usize,
-    text_slots: usize,
-    specials: usize,
-    user_defined: usize,
+/// Slots of the hash of that many texts.
+const fn text_slots(tokens: usize) -> usize {
+    2 * tokens + 1
 }
 
-impl Layout {
-    fn new(keys: &Keys<'_>) -> Result<Self> {
-        let tokens = keys.tokens.len();
-        if tokens > MAX_ENTRIES {
-            return Err(
-                Error::new(Code::BadLength, "tokenizer.ggml.tokens").found(tokens as u64, MAX_ENTRIES as u64)
-            );
-        }
-        let texts = keys.tokens.bytes().len();
-        if tokens == 0 || texts >= NONE as usize {
-            return Err(Error::new(Code::BadLength, "tokenizer.ggml.tokens")
-                .found(texts as u64, u64::from(NONE - 1))
-                .hint("bytes of token texts, at least one token"));
-        }
-        let kinds = || keys.kinds.chunks_exact(4);
-        Ok(Self {
-            tokens,
-            text_slots: 2 * tokens + 1,
-            specials: kinds().filter(|kind| matches!(kind, [2..=4, 0, 0, 0])).count() + MARKERS.len(),
-            user_defined: kinds().filter(|kind| matches!(kind, [4, 0, 0, 0])).count(),
-        })
+/// Number of entries of a list of tokens or merges, which must be `least` or more.
+pub(super) fn entries(list: &Array<'_>, name: &'static str, least: usize) -> Result<usize> {
+    if !(least..=MAX_ENTRIES).contains(&list.len()) || list.bytes().len() >= NONE as usize {
+        return Err(Error::new(Code::BadLength, name)
+            .found(list.len() as u64, MAX_ENTRIES as u64)
+            .hint("entries, of less than 4 GiB, and at least one token"));
     }
-
-    fn words(&self) -> usize {
-        self.tokens + self.text_slots + MARKERS.len() + self.specials + self.user_defined
-    }
+    Ok(list.len())
 }
 
-/// Words of index that the vocabulary needs.
-pub(super) fn index_words(keys: &Keys<'_>) -> Result<usize> {
-    Ok(Layout::new(keys)?.words())
+/// Words of index that the vocabulary never exceeds.
+pub(super) fn most_words(keys: &Keys<'_>) -> Result<usize> {
+    let tokens = entries(&keys.tokens, "tokenizer.ggml.tokens", 1)?;
+    let kinds = keys.kinds.chunks_exact(4);
+    let specials = kinds.filter(|kind| matches!(kind, [2..=4, 0, 0, 0])).count() + MARKERS.len();
+    Ok(tokens + 1 + text_slots(tokens) + MARKERS.len() + specials)
 }
 
 impl<'a> Vocab<'a> {
-    /// Builds the index in the first [`index_words`] of `index` and gives the rest back.
-    pub(super) fn build(keys: &Keys<'a>, index: &'a mut [u32]) -> Result<(Self, &'a mut [u32])> {
-        let layout = Layout::new(keys)?;
-        if index.len() < layout.words() {
-            return Err(too_small(index.len(), layout.words()));
+    /// Builds the parts in `memory`, which is [`EMPTY`], and gives the rest back.
+    pub(super) fn build(keys: &Keys<'a>, memory: &'a mut [Word]) -> Result<(Self, &'a mut [Word])> {
+        let tokens = keys.tokens.len();
+        let (offsets, memory) = memory.split_at_mut(tokens + 1);
+        let (text_slots, memory) = memory.split_at_mut(text_slots(tokens));
+        let (markers, memory) = memory.split_at_mut(MARKERS.len());
+        let mut at = 0u32;
+        for (offset, text) in offsets.iter_mut().zip(keys.tokens.texts()) {
+            *offset = at.to_le_bytes();
+            at += 8 + text.len() as u32;
         }
-        index[..layout.words()].fill(NONE);
-        let (offsets, rest) = index.split_at_mut(layout.tokens);
-        let (text_slots, rest) = rest.split_at_mut(layout.text_slots);
-        let (markers, rest) = rest.split_at_mut(MARKERS.len());
-        let (specials, rest) = rest.split_at_mut(layout.specials);
-        let (user_defined, rest) = rest.split_at_mut(layout.user_defined);
-
-        let mut at = 0;
-        for (offset, text) in offsets.iter_mut().zip(keys.tokens.strings().into_iter().flatten()) {
-            *offset = at as u32;
-            at += 8 + text.len();
-        }
+        offsets[tokens] = at.to_le_bytes();
         let mut vocab = Self {
             texts: keys.tokens.bytes(),
             kinds: keys.kinds,
@@ -120,20 +87,52 @@ impl<'a> Vocab<'a> {
             text_slots: &[],
             markers: &[],
             specials: &[],
-            user_defined: &[],
         };
-        for token in 0..layout.tokens as u32 {
+        for token in 0..tokens as u32 {
             vocab.insert_text(text_slots, token)?;
         }
         vocab.text_slots = text_slots;
-        vocab.markers = vocab.find_markers(markers);
-        let special = |kind| matches!(kind, Kind::Unknown | Kind::Control | Kind::UserDefined);
-        vocab.specials = vocab.sort_specials(specials, special)?;
-        vocab.user_defined = vocab.sort_specials(user_defined, |kind| kind == Kind::UserDefined)?;
-        Ok((vocab, rest))
+        for (slot, (text, _)) in markers.iter_mut().zip(MARKERS) {
+            *slot = vocab.find(text.as_bytes()).map_or(EMPTY, u32::to_le_bytes);
+        }
+        vocab.markers = markers;
+        let count = vocab.sort_specials(memory)?;
+        let (specials, memory) = memory.split_at_mut(count);
+        vocab.specials = specials;
+        Ok((vocab, memory))
     }
 
-    fn insert_text(&self, slots: &mut [u32], token: u32) -> Result<()> {
+    /// The parts of `index` behind its header, and those of the tokenizer model.
+    ///
+    /// # Errors
+    /// [`Code::BadLength`] if the index is not as long as the header says, or is that of other tokens.
+    pub(super) fn open(keys: &Keys<'a>, index: &'a [u8]) -> Result<(Self, &'a [Word])> {
+        let (header, mut rest) = Header::open(index)?;
+        if header.tokens != keys.tokens.len() {
+            return Err(damaged(header.tokens, keys.tokens.len()).hint("tokens"));
+        }
+        let parts =
+            [header.tokens + 1, text_slots(header.tokens), MARKERS.len(), header.specials, header.model];
+        let expected = parts.iter().fold(0, |sum: usize, words| sum.saturating_add(*words));
+        if rest.len() != expected {
+            return Err(damaged(rest.len(), expected));
+        }
+        // The parts together are all that there is.
+        let [offsets, text_slots, markers, specials, model] = parts.map(|words| {
+            let (part, behind) = rest.split_at(words);
+            rest = behind;
+            part
+        });
+        let (texts, kinds) = (keys.tokens.bytes(), keys.kinds);
+        Ok((Self { texts, kinds, offsets, text_slots, markers, specials }, model))
+    }
+
+    /// Words of index that it has.
+    pub(super) fn words(&self) -> usize {
+        self.offsets.len() + self.text_slots.len() + self.markers.len() + self.specials.len()
+    }
+
+    fn insert_text(&self, slots: &mut [Word], token: u32) -> Result<()> {
         let text = self.text(token);
         // llama.cpp gives empty texts a name of its own; they can never be met in a text.
         if text.is_empty() {
@@ -144,9 +143,9 @@ impl<'a> Vocab<'a> {
         };
         let hash = Hash::of(text).finish();
         for i in probes(hash, slots.len()) {
-            let slot = slots[i];
+            let slot = read(&slots[i]);
             if slot == NONE {
-                slots[i] = tag(hash) | token;
+                slots[i] = (tag(hash) | token).to_le_bytes();
                 return Ok(());
             }
             if slot & TAG == tag(hash) && self.text(slot & !TAG) == text {
@@ -158,22 +157,26 @@ impl<'a> Vocab<'a> {
 
     /// Number of tokens.
     pub(super) fn len(&self) -> usize {
-        self.offsets.len()
+        self.offsets.len() - 1
     }
 
-    /// The text of a token that is in the vocabulary.
+    /// The text of a token; empty beyond the vocabulary.
     pub(super) fn text(&self, token: u32) -> &'a [u8] {
-        let start = self.offsets[token as usize] as usize + 8;
-        let mut len = [0; 8];
-        len.copy_from_slice(&self.texts[start - 8..start]);
-        &self.texts[start..start + u64::from_le_bytes(len) as usize]
+        let Some([start, end, ..]) = self.offsets.get(token as usize..) else { return &[] };
+        let (start, end) = (read(start) as usize, read(end) as usize);
+        self.texts.get(start.wrapping_add(8)..end).unwrap_or(&[])
     }
 
-    /// What a token that is in the vocabulary is.
+    /// What a token is.
     pub(super) fn kind(&self, token: u32) -> Kind {
-        if self.markers.contains(&token) {
+        if self.markers.contains(&token.to_le_bytes()) {
             return Kind::Control;
         }
+        self.kind_in_file(token)
+    }
+
+    /// What the file says that a token is.
+    pub(super) fn kind_in_file(&self, token: u32) -> Kind {
         match self.kinds.get(4 * token as usize..) {
             None | Some([] | [1, 0, 0, 0, ..]) => Kind::Normal,
             Some([2, 0, 0, 0, ..]) => Kind::Unknown,
@@ -193,21 +196,17 @@ impl<'a> Vocab<'a> {
     pub(super) fn probe(&self, hash: Hash, matches: impl Fn(&[u8]) -> bool) -> Option<u32> {
         let hash = hash.finish();
         for i in probes(hash, self.text_slots.len()) {
-            let slot = self.text_slots[i];
+            let slot = read(&self.text_slots[i]);
             if slot == NONE {
                 break;
             }
-            if slot & TAG == tag(hash) && matches(self.text(slot & !TAG)) {
-                return Some(slot & !TAG);
+            let token = slot & !TAG;
+            if slot & TAG == tag(hash) && (token as usize) < self.len() && matches(self.text(token)) {
+                return Some(token);
             }
         }
         None
     }
-}
-
-/// The refusal of an index of `found` words where `expected` are needed.
-pub(super) fn too_small(found: usize, expected: usize) -> Error {
-    Error::new(Code::BufferTooSmall, "tokenizer index").found(found as u64, expected as u64).hint("words")
 }
 
 /// The part of a slot of the text hash that is not the token: the top bits of the text's hash.
