@@ -114,12 +114,12 @@ impl<'a> Tokenizer<'a> {
         Ok(4 * index::build(&Keys::read(file)?, memory.as_chunks_mut().0)?)
     }
 
-    /// The tokenizer of `file` with an index that was built before. Whatever it holds, nothing panics: an index of
-    /// another vocabulary gives other tokens, or such as are not there.
+    /// The tokenizer of `file` with an index that was built before. Whatever it holds, nothing panics: one that lies
+    /// gives other tokens, such as are not there, or more than [`Self::most_ids`], which encoding refuses.
     ///
     /// # Errors
-    /// As for [`Self::build_index`] what the metadata tells, and [`Code::BadLength`] for an index that is not as long as it says, or
-    /// of another number of tokens.
+    /// As for [`Self::build_index`] what the metadata tells, and [`Code::BadLength`] for an index that is not as long
+    /// as it says, or of another number of tokens.
     pub fn with_index(file: &Gguf<'a>, index: &'a [u8]) -> Result<Self> {
         let keys = Keys::read(file)?;
         let (vocab, rest) = Vocab::open(&keys, index)?;
