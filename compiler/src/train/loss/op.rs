@@ -257,13 +257,16 @@ fn gradients(
     }
 }
 
+/// Logits of some rows, and the rows with their targets.
+type Part<'s, 'r> = (&'s mut [f32], &'r [(usize, u32)]);
+
 /// The logits of each group, and of each row outside of groups.
 fn split<'s, 'r>(
     mut s: &'s mut [f32],
     vocab: usize,
     mut chunk: &'r [(usize, u32)],
     targets: &Universal,
-) -> Vec<(&'s mut [f32], &'r [(usize, u32)])> {
+) -> Vec<Part<'s, 'r>> {
     let mut parts = Vec::new();
     while let Some((row, _)) = chunk.first() {
         let count = targets.group_of(*row).map_or(1, |group| group.student.len());
