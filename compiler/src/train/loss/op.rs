@@ -257,7 +257,7 @@ fn gradients(
     }
 }
 
-/// Logits, and the rows and targets that they are of.
+/// Logits of some rows, and the rows with their targets.
 type Part<'s, 'r> = (&'s mut [f32], &'r [(usize, u32)]);
 
 /// The logits of each group, and of each row outside of groups.
