@@ -289,8 +289,14 @@ mod tests {
             round_model(&teacher, Mix::Q4_0.into(), sample, Rounding::default(), &mut |_, _, _| {}).unwrap();
         let student = quantized(teacher.clone(), start).unwrap();
         let folder = tempfile::tempdir().unwrap();
-        let config =
-            TrainConfig { tokens: 64 * 80, length: 16, batch: 4, lr: 1e-3, ..TrainConfig::default() };
+        let config = TrainConfig {
+            tokens: 64 * 80,
+            length: 16,
+            batch: 4,
+            lr: 1e-3,
+            warmup: 0.05,
+            ..TrainConfig::default()
+        };
         let scored = vec![true; ids.len()];
         let mut losses = Losses(Vec::new());
         let run = RunFolder::new(folder.path(), false, None);

@@ -97,9 +97,17 @@ impl SparseRow {
         self.ids.is_empty()
     }
 
-    /// The row of some tokens with their probabilities, in any order, each once; what they leave of 1 is the bucket's.
+    /// The row of some tokens with their probabilities, in any order; those of a token that is there again add up. What
+    /// they leave of 1 is the bucket's.
     pub fn bucketed(mut known: Vec<(u32, f32)>) -> Self {
         known.sort_unstable_by_key(|(id, _)| *id);
+        known.dedup_by(|again, kept| {
+            let same = again.0 == kept.0;
+            if same {
+                kept.1 += again.1;
+            }
+            same
+        });
         let sum: f64 = known.iter().map(|(_, p)| f64::from(*p)).sum();
         // Rounded logarithms may sum to a little more than 1.
         let scale = 1.0 / sum.max(1.0);

@@ -145,6 +145,20 @@ mod tests {
         assert!(parts(&targets, 1.0).loss > parts(&targets, 1.0).kl + 0.1);
     }
 
+    /// As where a vocabulary ends texts with either of two tokens.
+    #[test]
+    fn tokens_that_mean_the_same_add_up() {
+        let (theirs, teacher) = (check::matrix(3, 1, 5), head(check::matrix(4, 4, 5)));
+        let one = translated(&theirs, &teacher, &[2, 0, 2, NOT_SHARED], &[(0, 0)], 1.0, 1).unwrap();
+        let logits = teacher.logits(&theirs).unwrap().to_vec2::<f32>().unwrap();
+        let sum: f32 = logits[0].iter().map(|x| x.exp()).sum();
+        let p = |id: usize| logits[0][id].exp() / sum;
+        assert_eq!(one.rows[0].ids, [0, 2]);
+        for (found, expected) in one.rows[0].probabilities.iter().zip([p(1), p(0) + p(2)]) {
+            assert!((found - expected).abs() < 1e-6, "{found} {expected}");
+        }
+    }
+
     #[test]
     fn what_does_not_fit_is_refused() {
         let (theirs, teacher) = (check::matrix(3, 5, 5), head(check::matrix(4, 11, 5)));
