@@ -12,6 +12,8 @@ const STEPS: usize = 8;
 fn distill(out: &Path) -> Ran {
     let mut command = edgec();
     command.args(["distill", "--layers", "1", "--length", "64", "--batch", "4", "--tokens", "2048"]);
+    // Nothing is mended, so that there is something to learn in a few steps.
+    command.args(["--mend-tokens", "0", "--lr", "6e-4"]);
     command.args(["--quant", "Q4_0", "--target", TARGET, "--out"]).arg(out);
     command.arg("--teacher").arg(teacher().join("model.gguf"));
     command.arg("--data").arg(text()).arg("--eval-data").arg(text());

@@ -170,7 +170,7 @@ impl Arguments {
             return Ok(Budget::File(file));
         }
         let (Some(ms), Some(target)) = (self.budget_ms, &self.target) else {
-            bail!("what to write is not said; give --type or one of the budgets");
+            bail!("what to write is not said; give --type, or --budget-bytes, --budget-ram or --budget-ms");
         };
         if !(ms > 0.0 && ms.is_finite()) {
             bail!("--budget-ms is {ms}, expected above 0");

@@ -32,6 +32,8 @@ const ALIGNMENT: u32 = 64;
 /// Columns that are whole blocks of every type.
 const LARGEST_BLOCK: usize = 256;
 const TOKENIZER: &str = "tokenizer.ggml.model";
+/// The model of a tokenizer where there is none.
+const NO_VOCABULARY: &str = "none";
 const MERGES: &str = "tokenizer.ggml.merges";
 
 /// A hash as people read it.
@@ -81,9 +83,9 @@ pub fn pack(source: &ModelFile, out: &Path) -> Result<PackReport, PackError> {
     let limits = Limits { context: 1, ..Limits::default() };
     let plan = Plan::new(&file, limits).map_err(refused)?;
     let (body, tiled, left) = body(&file, &plan).map_err(|error| PackError::Layout(out.into(), error))?;
-    let index = match file.get(TOKENIZER) {
+    let index = match file.get(TOKENIZER).and_then(|model| model.as_str()) {
+        None | Some(NO_VOCABULARY) => Vec::new(),
         Some(_) => tokenizer_index(&file).map_err(refused)?,
-        None => Vec::new(),
     };
     // At most 2^24 tokens and as many merges, 37 bytes each.
     let index_bytes = index.len() as u32;

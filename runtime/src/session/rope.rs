@@ -36,7 +36,7 @@ impl<'a> Frequencies<'a> {
         } else {
             Err(Error::new(Code::OutOfRange, "rope scaling")
                 .found(index as u64, 0)
-                .hint("the frequency of this pair of elements is not a positive number"))
+                .hint("this frequency is not a positive number"))
         }
     }
 

@@ -272,9 +272,9 @@ impl<'a> Vectors<'_, 'a> {
 fn advice(id: u32) -> &'static str {
     match id {
         // Q3_K and IQ4_NL, whose values wider types hold.
-        11 | 20 => "`edgec pack` makes a pack of it that runs here",
+        11 | 20 => "use `edgec pack`",
         // Q2_K.
-        10 => "needs a build with the feature `low-bit`",
+        10 => "build feature `low-bit`",
         _ => "",
     }
 }

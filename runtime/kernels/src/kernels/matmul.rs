@@ -219,8 +219,7 @@ pub(crate) unsafe fn run<const N: usize>(
             return Err(Error::new(Code::WrongShape, "matmul").found(acts.cols() as u64, weight.cols as u64));
         }
         if !weight.dtype.is_float() && acts.quantized_for() != Some(weight.layout) {
-            return Err(Error::new(Code::BadArgument, "matmul")
-                .hint("quantized weights need activations quantized for their layout"));
+            return Err(Error::new(Code::BadArgument, "matmul").hint("activations quantized for this layout"));
         }
         let expected = tokens.saturating_mul(weight.rows);
         if out.len() != expected {
