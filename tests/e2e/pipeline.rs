@@ -150,6 +150,6 @@ fn a_killed_pipeline_goes_on_and_a_changed_one_does_no_more_than_it_must() {
     let other = folder.path().join("other");
     fs::create_dir(&other).unwrap();
     fs::write(other.join("mine"), "mine").unwrap();
-    Ran::of(&mut pipeline(&asked_for, &other))
+    Ran::of(&mut pipeline(&changed(&[]), &other))
         .assert_refused("a folder in use", &["pipeline.json is missing"]);
 }
