@@ -42,7 +42,7 @@ pub(super) enum Model<'a> {
 }
 
 /// What exists, for errors.
-const MODELS: &str = "gpt2 (byte-level BPE) or llama (SentencePiece BPE)";
+const MODELS: &str = "tokenizer models: gpt2, llama";
 
 const ENDS: [&str; 5] =
     ["eot_token_id", "eom_token_id", "fim_pad_token_id", "fim_rep_token_id", "fim_sep_token_id"];
