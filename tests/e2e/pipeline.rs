@@ -3,11 +3,11 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant, SystemTime};
+use std::process::Command;
+use std::time::{Duration, SystemTime};
 
 use edge_tests::server::{Asked, Reply, Server};
-use edge_tests::{Ran, edgec, run, text, workspace};
+use edge_tests::{Ran, edgec, kill_when, run, text, workspace};
 use serde_json::{Value, json};
 
 /// The example of the repository with a few keys of it set otherwise, so that a test can run it.
@@ -81,15 +81,9 @@ fn a_killed_pipeline_goes_on_and_a_changed_one_does_no_more_than_it_must() {
     let dry = Ran::of(pipeline(&asked_for, &out).arg("--dry-run"));
     assert!(dry.success && dry.err.contains("edgec distill") && !out.exists(), "{}", dry.err);
 
-    let mut child = pipeline(&asked_for, &out).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-    let started = Instant::now();
-    while !out.join("distill/checkpoint.safetensors").exists() {
-        assert!(child.try_wait().unwrap().is_none(), "the pipeline was over before it could be killed");
-        assert!(started.elapsed() < Duration::from_secs(300), "the pipeline hangs: {:?}", stages(&out));
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    child.kill().unwrap();
-    assert!(!child.wait().unwrap().success());
+    kill_when(&mut pipeline(&asked_for, &out), Duration::from_secs(300), || {
+        out.join("distill/checkpoint.safetensors").exists()
+    });
     let done = |names: &[(&str, bool)]| {
         names.iter().map(|(name, done)| ((*name).to_owned(), *done)).collect::<Vec<_>>()
     };

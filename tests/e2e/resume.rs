@@ -4,12 +4,14 @@
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
-use edge_tests::{Ran, edgec, teacher, text};
+use edge_tests::{Ran, edgec, kill, kill_when, teacher, text};
 
 const STEPS: usize = 320;
+/// How long a run may take to where it is killed.
+const LIMIT: Duration = Duration::from_secs(120);
 /// What has to be the same, byte for byte.
 const RESULTS: [&str; 4] =
     ["student.gguf", "student/model.safetensors", "student/config.json", "student/tokenizer.json"];
@@ -49,23 +51,6 @@ fn assert_whole_metrics(out: &Path) {
     assert_eq!(steps, wanted);
 }
 
-/// Starts a run and kills it (SIGKILL on Unix) as soon as `now` says so of its folder.
-fn kill_when(out: &Path, now: &dyn Fn(&Path) -> bool) {
-    let mut child = distill(out).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-    let started = Instant::now();
-    while !now(out) {
-        assert!(child.try_wait().unwrap().is_none(), "the run was over before it could be killed");
-        assert!(started.elapsed() < Duration::from_secs(120), "the run hangs");
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    kill(child);
-}
-
-fn kill(mut child: Child) {
-    child.kill().unwrap();
-    assert!(!child.wait().unwrap().success(), "the run was over before it could be killed");
-}
-
 fn lines(path: &Path) -> usize {
     fs::read_to_string(path).map_or(0, |text| text.lines().count())
 }
@@ -88,13 +73,15 @@ fn a_killed_run_ends_as_if_it_had_not_been() {
     assert!(choosing.join("recipe.json").exists() && !choosing.join("layers.json").exists());
 
     let training = at("killed in training");
-    kill_when(&training, &|out| lines(&out.join("metrics.jsonl")) >= 20);
+    kill_when(&mut distill(&training), LIMIT, || lines(&training.join("metrics.jsonl")) >= 20);
     assert!(training.join("layers.json").exists() && !training.join("student").exists());
     assert!(lines(&training.join("metrics.jsonl")) < STEPS);
     assert!(training.join("checkpoint.safetensors").exists());
 
     let exporting = at("killed after training");
-    kill_when(&exporting, &|out| lines(&out.join("metrics.jsonl")) == STEPS && out.join("student").exists());
+    kill_when(&mut distill(&exporting), LIMIT, || {
+        lines(&exporting.join("metrics.jsonl")) == STEPS && exporting.join("student").exists()
+    });
     assert!(!exporting.join("manifest.json").exists());
 
     for (out, said) in

@@ -5,12 +5,12 @@ use std::collections::HashSet;
 use std::fs;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use edge_tests::server::{Asked, Reply, Server, chat};
-use edge_tests::{Ran, edgec, teacher, text};
+use edge_tests::{Ran, edgec, kill_when, teacher, text};
 use serde_json::{Value, json};
 
 const KEY: &str = "sk-not-to-be-seen-0123456789";
@@ -236,17 +236,8 @@ fn a_killed_run_goes_on_without_losing_or_doubling_a_row() {
     let prompts = prompts(60);
     let prompts: Vec<&str> = prompts.iter().map(String::as_str).collect();
     let mut command = synth(folder.path(), &server.url, &prompts);
-    let mut child =
-        command.args(["--concurrency", "4"]).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-    let started = Instant::now();
     let lines = || fs::read_to_string(out(folder.path())).map_or(0, |text| text.lines().count());
-    while lines() < 15 {
-        assert!(child.try_wait().unwrap().is_none(), "the run was over before it could be killed");
-        assert!(started.elapsed() < Duration::from_secs(60), "the run hangs");
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    child.kill().unwrap();
-    assert!(!child.wait().unwrap().success());
+    kill_when(command.args(["--concurrency", "4"]), Duration::from_secs(60), || lines() >= 15);
     let there = lines();
     assert!(there < 60, "the run was over before it could be killed");
 
@@ -356,8 +347,9 @@ fn passages_become_rows_with_probabilities_that_are_distilled() {
 
     // Without a teacher the rows are all that there is to learn from.
     let mut distill = edgec();
-    distill.args(["distill", "--length", "32", "--batch", "2", "--tokens", "2048", "--mask-prompts"]);
-    distill.args(["--target", "x86_64-linux", "--student"]).arg(run.join("student"));
+    distill.args(["distill", "--length", "32", "--batch", "2", "--tokens", "8192", "--mask-prompts"]);
+    // A rate at which a model this small learns whatever the order is in which the rows arrived.
+    distill.args(["--lr", "3e-3", "--target", "x86_64-linux", "--student"]).arg(run.join("student"));
     distill.arg("--data").arg(out(folder.path())).arg("--eval-data").arg(text());
     let alone = folder.path().join("alone");
     let ran = Ran::of(distill.arg("--out").arg(&alone));
@@ -374,7 +366,7 @@ fn passages_become_rows_with_probabilities_that_are_distilled() {
         .collect();
     let mean = |losses: &[f64]| losses.iter().sum::<f64>() / losses.len() as f64;
     let (first, last) = (mean(&losses[..8]), mean(&losses[losses.len() - 8..]));
-    assert!(last < first - 0.2, "{first} {last}");
+    assert!(last < first - 0.5, "{first} {last}");
 
     // Of the sum of all other tokens no other temperature is known.
     let mut warm = edgec();

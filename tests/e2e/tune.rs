@@ -2,11 +2,11 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::sync::OnceLock;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use edge_tests::{Ran, edgec, run, teacher, text, workspace};
+use edge_tests::{Ran, edgec, kill_when, run, teacher, text, workspace};
 use serde_json::Value;
 
 fn model() -> PathBuf {
@@ -148,16 +148,8 @@ fn a_killed_run_ends_as_if_it_had_not_been() {
         command
     };
     assert!(Ran::of(&mut run(&whole, false)).success);
-    let mut child = run(&killed, false).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-    let started = Instant::now();
     let lines = || fs::read_to_string(killed.join("metrics.jsonl")).map_or(0, |text| text.lines().count());
-    while lines() < 8 {
-        assert!(child.try_wait().unwrap().is_none(), "the run was over before it could be killed");
-        assert!(started.elapsed() < Duration::from_secs(120), "the run hangs");
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    child.kill().unwrap();
-    assert!(!child.wait().unwrap().success());
+    kill_when(&mut run(&killed, false), Duration::from_secs(120), || lines() >= 8);
     assert!(!killed.join("adapter").exists());
     let ran = Ran::of(&mut run(&killed, true));
     assert!(ran.success && ran.err.contains("resumed after step"), "{}", ran.err);

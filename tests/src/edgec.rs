@@ -2,8 +2,9 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output, Stdio};
 use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
 use crate::tools::{build, run, target_folder, workspace};
 
@@ -68,6 +69,25 @@ fn scratch() -> &'static Path {
         fs::create_dir_all(&folder).expect("a writable target folder");
         folder
     })
+}
+
+/// Starts a command and kills it (SIGKILL on Unix) as soon as `now` says so, which must be within `limit` and before
+/// it is over.
+pub fn kill_when(command: &mut Command, limit: Duration, now: impl Fn() -> bool) {
+    let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("a program");
+    let started = Instant::now();
+    while !now() {
+        assert!(child.try_wait().unwrap().is_none(), "the run was over before it could be killed");
+        assert!(started.elapsed() < limit, "the run hangs");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    kill(child);
+}
+
+/// Kills a command, which must not be over.
+pub fn kill(mut child: Child) {
+    child.kill().unwrap();
+    assert!(!child.wait().unwrap().success(), "the run was over before it could be killed");
 }
 
 /// How a command ended and what it said.

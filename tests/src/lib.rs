@@ -5,7 +5,7 @@ pub mod server;
 mod tiny;
 mod tools;
 
-pub use edgec::{Ran, edgec, teacher, text, wide_teacher};
+pub use edgec::{Ran, edgec, kill, kill_when, teacher, text, wide_teacher};
 pub use tiny::{TinyAdapter, TinyModel};
 pub use tools::{
     build, command, require_mpi, require_python, require_smollm2, require_tool, run, skip, target_folder,

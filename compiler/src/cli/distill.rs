@@ -35,9 +35,9 @@ pub struct Arguments {
     /// The student has another vocabulary: compare tokens that spell the same, learn the others as text
     #[arg(long, requires = "student")]
     align: bool,
-    /// Whose probabilities to learn: teacher, or data (what `edgec synth` wrote with --top-logprobs) [default: data where
+    /// Whose probabilities to learn; data has those that `edgec synth` wrote with --top-logprobs [default: data where
     /// it has any]
-    #[arg(long, value_name = "FROM", value_parser = soft_source)]
+    #[arg(long, value_name = "FROM", value_enum)]
     soft_targets: Option<SoftSource>,
     /// Share of the teacher's layers that the student keeps [default: 0.5]
     #[arg(long, conflicts_with = "layers")]
@@ -152,14 +152,6 @@ fn loss(text: &str) -> Result<Loss, String> {
     match text {
         ULD => Ok(Loss::Universal),
         text => text.parse().map(Loss::Divergence).map_err(|error: String| format!("{error}, or {ULD}")),
-    }
-}
-
-fn soft_source(name: &str) -> Result<SoftSource, &'static str> {
-    match name {
-        "teacher" => Ok(SoftSource::Teacher),
-        "data" => Ok(SoftSource::Data),
-        _ => Err("expected teacher or data"),
     }
 }
 

@@ -7,6 +7,7 @@ mod model;
 mod writer;
 
 pub use crate::quantize::Mix;
+pub(crate) use model::NO_VOCABULARY;
 pub(crate) use model::source_row;
 pub use model::{
     ExportError, Summary, encoded_to_vec, export, export_encoded, export_to_vec, measure, vocabulary_file,

@@ -19,7 +19,7 @@ use edge_runtime::session::{Limits, Plan};
 use sha2::{Digest, Sha256};
 
 use crate::atomic;
-use crate::export::gguf::{GgufWriteError, GgufWriter};
+use crate::export::gguf::{GgufWriteError, GgufWriter, NO_VOCABULARY};
 use crate::model::owned;
 use crate::profile::ModelFile;
 use crate::quantize::widen::{widen, wider};
@@ -32,8 +32,6 @@ const ALIGNMENT: u32 = 64;
 /// Columns that are whole blocks of every type.
 const LARGEST_BLOCK: usize = 256;
 const TOKENIZER: &str = "tokenizer.ggml.model";
-/// The model of a tokenizer where there is none.
-const NO_VOCABULARY: &str = "none";
 const MERGES: &str = "tokenizer.ggml.merges";
 
 /// A hash as people read it.
@@ -100,7 +98,8 @@ pub fn pack(source: &ModelFile, out: &Path) -> Result<PackReport, PackError> {
     Ok(PackReport { bytes, tiled, left })
 }
 
-/// The GGUF file inside the pack, without what its tokenizer's index says, and how many quantized matrices are in tiles and in rows.
+/// The GGUF file inside the pack, without what its tokenizer's index says, and how many quantized matrices are in
+/// tiles and in rows.
 fn body<'a>(file: &Gguf<'a>, plan: &Plan) -> Result<(GgufWriter<'a>, usize, usize), GgufWriteError> {
     let mut writer = GgufWriter::aligned(ALIGNMENT)?;
     // Look-ups walk the entries: long lists go last.

@@ -68,7 +68,7 @@ pub enum StudentSource {
 }
 
 /// Whose probabilities a student learns.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 pub enum SoftSource {
     /// The teacher's.
     Teacher,

@@ -5,7 +5,7 @@
 //! [`store`] replaces its integers. Both know the layouts of ggml's blocks and decide nothing.
 
 use edge_runtime::format::{DType, f16_to_f32};
-use edge_runtime::kernels::IQ4_NL_VALUES;
+use edge_runtime::kernels::{IQ4_NL_VALUES, q3_k_scale};
 
 pub(crate) use super::search::{inverse, round};
 use super::{blocks, non_linear, super_blocks};
@@ -93,7 +93,10 @@ impl Grid {
                     let (scale, min) = (block[index] & 15, block[index] >> 4);
                     (half(80) * f32::from(scale), -(half(82) * f32::from(min)))
                 }
-                DType::Q3K => (half(108) * f32::from(super_blocks::signed_scale(&block[96..], index)), NONE),
+                DType::Q3K => {
+                    let scale = q3_k_scale(block.first_chunk().expect("a super-block"), index);
+                    (half(108) * f32::from(scale), NONE)
+                }
                 DType::Q6K => (half(208) * f32::from(block[192 + index] as i8), NONE),
                 _ => (half(0), NONE),
             };

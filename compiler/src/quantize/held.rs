@@ -1,8 +1,8 @@
-//! A matrix in blocks: what a file is to hold, or what stays as a file has it, in a fraction of the memory that its values
-//! in f32 take.
+//! A matrix in blocks: what a file is to hold, or what stays as a file has it, in a fraction of the memory that its
+//! values in f32 take.
 //!
-//! Rows are in Hugging Face's order, as all
-//! weights in memory. Nothing here computes with a matrix; whoever does gets its values for as long as needed.
+//! Rows are in Hugging Face's order, as all weights in memory. Nothing here computes with a matrix; whoever does gets
+//! its values for as long as needed.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

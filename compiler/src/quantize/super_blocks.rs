@@ -140,7 +140,8 @@ fn neighbors(ideal: f32, low: f32, high: f32) -> [f32; 3] {
 }
 
 impl Affine {
-    /// The 12 bytes of the scales and minimums of eight sub-blocks: four whole scales, four whole minimums, then the low nibbles
+    /// The 12 bytes of the scales and minimums of eight sub-blocks: four whole scales, four whole minimums, then the low
+    /// nibbles
     /// of the other four, whose upper two bits go to the upper bits of the first eight bytes.
     fn packed_scales(&self) -> [u8; 12] {
         let mut out = [0; 12];
@@ -252,13 +253,6 @@ pub(super) fn q3_k(x: &[f32; 256], importance: Option<&[f32; 256]>) -> [u8; 110]
     }
     out[108..].copy_from_slice(&block.d.to_le_bytes());
     out
-}
-
-/// The 6-bit scale of sub-block `j` in the 12 bytes of a super-block of Q3_K, less 32.
-pub(super) fn signed_scale(packed: &[u8], j: usize) -> i8 {
-    let low = packed[j % 8] >> (j / 8 * 4) & 15;
-    let high = packed[8 + j % 4] >> (j / 4 * 2) & 3;
-    (low | high << 4) as i8 - 32
 }
 
 /// Replaces the two low bits of the integers of a super-block of Q2_K or Q3_K: of each 128, 32 in the lowest bits of

@@ -1,9 +1,9 @@
 //! Types that have no tiles, as wider ones that have: the same values, bit for bit.
 
 use edge_runtime::format::DType;
-use edge_runtime::kernels::IQ4_NL_VALUES;
+use edge_runtime::kernels::{IQ4_NL_VALUES, q3_k_scale};
 
-use super::super_blocks::{signed_scale, store_q6_k};
+use super::super_blocks::store_q6_k;
 
 /// The type that holds every value of `dtype` and lies in tiles, if that is another one.
 pub(crate) fn wider(dtype: DType) -> Option<DType> {
@@ -42,7 +42,7 @@ fn q3_k_to_q6_k(block: &[u8; 110]) -> [u8; 210] {
     let mut out = [0; 210];
     store_q6_k(&q, &mut out);
     for (j, scale) in out[192..208].iter_mut().enumerate() {
-        *scale = signed_scale(&block[96..108], j) as u8;
+        *scale = q3_k_scale(block, j) as u8;
     }
     out[208..].copy_from_slice(&block[108..]);
     out

@@ -409,17 +409,13 @@ fn scorer<'a>(
         Err(TrainError::Setting { setting, found, expected: "none without a teacher" })
     };
     Ok(match teacher {
-        None if config.on_policy > 0.0 => {
+        None | Some(Teacher::Said(_)) if config.on_policy > 0.0 => {
             return nobody("share on policy", config.on_policy.to_string());
         }
-        None if config.hidden.any() => return nobody("hidden-state term", config.hidden.to_string()),
-        None => ("none".into(), Scorer::Text, None),
-        Some(Teacher::Said(_)) if config.on_policy > 0.0 => {
-            return nobody("share on policy", config.on_policy.to_string());
-        }
-        Some(Teacher::Said(_)) if config.hidden.any() => {
+        None | Some(Teacher::Said(_)) if config.hidden.any() => {
             return nobody("hidden-state term", config.hidden.to_string());
         }
+        None => ("none".into(), Scorer::Text, None),
         Some(Teacher::Said(_)) if config.cache.is_some() || config.other_vocabulary() => {
             return nobody("a cache of the teacher, --align or uld", "asked for".into());
         }

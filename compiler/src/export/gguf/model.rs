@@ -22,7 +22,7 @@ const CHUNK: usize = 1 << 20;
 /// `tokenizer.ggml.token_type` of a token that only fills up the embedding table.
 const UNUSED_TOKEN: i32 = 5;
 /// What llama.cpp's converter writes as `tokenizer.ggml.model` for a model without a vocabulary.
-const NO_VOCABULARY: &str = "none";
+pub(crate) const NO_VOCABULARY: &str = "none";
 
 /// Why a model could not be written as GGUF.
 #[derive(Debug, thiserror::Error)]

@@ -5,7 +5,7 @@
 
 use super::activations::GROUP;
 #[cfg(feature = "low-bit")]
-use super::generic::{IQ4_NL_VALUES, signed_scale};
+use super::generic::{IQ4_NL_VALUES, q3_k_scale};
 use super::simd::Simd;
 
 /// Eight blocks of weights; those beyond a row's end have scale and minimum 0.
@@ -391,8 +391,7 @@ mod low_bit {
         #[inline(always)]
         fn group<S: Simd>(s: S, group: &[u8]) -> Group<S, Self> {
             let block: &[u8; 110] = super_block(group);
-            let packed = block[96..].first_chunk().unwrap_or(&[0; 12]);
-            let scales: [i8; 16] = core::array::from_fn(|i| signed_scale(packed, i));
+            let scales: [i8; 16] = core::array::from_fn(|i| q3_k_scale(block, i));
             let bytes = |at| bytes16(block, at);
             let (first, second) = (bytes(0), bytes(16));
             let pairs = [

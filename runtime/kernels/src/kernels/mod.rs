@@ -30,9 +30,9 @@ pub use activations::{Activations, ActivationsMut};
 pub use attention::{KeyValues, Q8Block, Query, Ring, Scores};
 pub use dispatch::{Features, Kernels};
 pub use exp::exp;
-#[cfg(feature = "low-bit")]
-pub use generic::IQ4_NL_VALUES;
 pub use generic::dequantize_row;
+#[cfg(feature = "low-bit")]
+pub use generic::{IQ4_NL_VALUES, q3_k_scale};
 pub use integers::q8_0_block;
 pub use low_rank::{LowRank, MAX_RANK, Precision};
 pub use matmul::Matrix;

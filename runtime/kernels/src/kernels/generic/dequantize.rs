@@ -157,22 +157,21 @@ fn q2_k(b: &[u8; 84], out: &mut [f32; 256]) {
     }
 }
 
-/// The 6-bit scale of sub-block `j` (of 16) in the 12 packed bytes of Q3_K, less 32: low nibbles of eight, high nibbles
-/// of the other eight, and in each of four more bytes the upper two bits of every fourth.
+/// The 6-bit scale of sub-block `j` (of 16) of a super-block of Q3_K, less 32, in 12 packed bytes: low nibbles of eight,
+/// high nibbles of the other eight, and in each of four more bytes the upper two bits of every fourth.
 #[cfg(feature = "low-bit")]
-pub(crate) fn signed_scale(packed: &[u8; 12], j: usize) -> i8 {
-    let low = packed[j % 8] >> (j / 8 * 4) & 15;
-    let high = packed[8 + j % 4] >> (j / 4 * 2) & 3;
+pub fn q3_k_scale(block: &[u8; 110], j: usize) -> i8 {
+    let low = block[96 + j % 8] >> (j / 8 * 4) & 15;
+    let high = block[104 + j % 4] >> (j / 4 * 2) & 3;
     (low | high << 4) as i8 - 32
 }
 
 #[cfg(feature = "low-bit")]
 fn q3_k(b: &[u8; 110], out: &mut [f32; 256]) {
     let d = half(b, 108);
-    let packed = b[96..].first_chunk().unwrap_or(&[0; 12]);
     for (i, o) in out.iter_mut().enumerate() {
         let q = two_bits(&b[32..], i) | (b[i % 32] >> (i / 32) & 1) << 2;
-        *o = d * f32::from(signed_scale(packed, i / 16)) * (f32::from(q) - 4.0);
+        *o = d * f32::from(q3_k_scale(b, i / 16)) * (f32::from(q) - 4.0);
     }
 }
 

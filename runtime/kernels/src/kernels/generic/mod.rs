@@ -5,11 +5,9 @@ mod dequantize;
 use super::simd::{Op, Simd};
 use crate::format::{bf16_to_f32, f16_to_f32, f32_to_f16};
 
-#[cfg(feature = "low-bit")]
-pub use dequantize::IQ4_NL_VALUES;
 pub use dequantize::dequantize_row;
 #[cfg(feature = "low-bit")]
-pub(crate) use dequantize::signed_scale;
+pub use dequantize::{IQ4_NL_VALUES, q3_k_scale};
 pub(crate) use dequantize::{fifth_bit, nibble, scale_min};
 
 /// No vector unit at all.
