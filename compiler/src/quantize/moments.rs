@@ -11,6 +11,9 @@ use crate::train::ops::{Matrix, gemm, with_values};
 /// Columns that are factored at a time.
 const PANEL: usize = 48;
 
+/// Columns whose products with those before them are worked out at a time.
+const SQUARE: usize = 384;
+
 /// Sums over tokens of the inputs `x` of a matrix, and perhaps of targets `t` beside them.
 pub struct Moments {
     cols: usize,
@@ -43,8 +46,8 @@ impl Moments {
         }
         let x = x.contiguous()?;
         with_values(&x, |x| {
+            add_square(&mut self.gram, x, tokens, cols);
             let x = Matrix::new(x, tokens, cols);
-            add_product(&mut self.gram, x, x);
             match target {
                 None => Ok(()),
                 Some(target) => with_values(&target.contiguous()?, |target| {
@@ -54,6 +57,24 @@ impl Moments {
             }
         })?;
         Ok(())
+    }
+}
+
+/// `sums += x^T x`. The lower triangle is worked out, some columns at a time, and mirrored.
+fn add_square(sums: &mut [f64], x: &[f32], tokens: usize, cols: usize) {
+    let mut product = Vec::new();
+    for first in (0..cols).step_by(SQUARE) {
+        let last = (first + SQUARE).min(cols);
+        product.resize((last - first) * last, 0.0);
+        let rows = Matrix::strided(&x[first..], tokens, last - first, cols);
+        gemm(&mut product, rows.t(), Matrix::strided(x, tokens, last, cols), 1.0, false, true);
+        sums[first * cols..].par_chunks_mut(cols).zip(product.par_chunks(last)).for_each(|(sums, terms)| {
+            sums.iter_mut().zip(terms).for_each(|(sum, &term)| *sum += f64::from(term));
+        });
+    }
+    for row in 1..cols {
+        let (above, below) = sums.split_at_mut(row * cols);
+        above.chunks_mut(cols).zip(below).for_each(|(above, &mut sum)| above[row] = sum);
     }
 }
 
@@ -194,16 +215,19 @@ mod tests {
 
     #[test]
     fn sums_are_those_of_the_definition() {
-        let moments = moments(5, 9);
-        let mix = check::matrix(3, 5, 5);
-        let x: Vec<Tensor> =
-            (0..2).map(|chunk| check::matrix(10 + chunk, 9, 5).matmul(&mix).unwrap()).collect();
-        let x = Tensor::cat(&x, 0).unwrap();
-        let t = Tensor::cat(&[check::matrix(20, 9, 3), check::matrix(21, 9, 3)], 0).unwrap();
-        let product = |a: &Tensor| a.t().unwrap().matmul(&x).unwrap().flatten_all().unwrap();
-        for (found, expected) in [(&moments.gram, product(&x)), (&moments.cross, product(&t))] {
-            for (found, expected) in found.iter().zip(expected.to_vec1::<f32>().unwrap()) {
-                assert!((found - f64::from(expected)).abs() < 1e-4, "{found} {expected}");
+        for cols in [5, SQUARE + 9] {
+            let moments = moments(cols, 9);
+            let mix = check::matrix(3, cols, cols);
+            let x: Vec<Tensor> =
+                (0..2).map(|chunk| check::matrix(10 + chunk, 9, cols).matmul(&mix).unwrap()).collect();
+            let x = Tensor::cat(&x, 0).unwrap();
+            let t = Tensor::cat(&[check::matrix(20, 9, 3), check::matrix(21, 9, 3)], 0).unwrap();
+            let product = |a: &Tensor| a.t().unwrap().matmul(&x).unwrap().flatten_all().unwrap();
+            for (found, expected) in [(&moments.gram, product(&x)), (&moments.cross, product(&t))] {
+                for (found, expected) in found.iter().zip(expected.to_vec1::<f32>().unwrap()) {
+                    let bound = 1e-4 * f64::from(expected).abs().max(1.0);
+                    assert!((found - f64::from(expected)).abs() < bound, "{found} {expected}");
+                }
             }
         }
     }

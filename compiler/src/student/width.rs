@@ -18,6 +18,10 @@ use crate::train::Projection;
 use crate::train::graph::Decoder;
 use crate::train::ops::with_values;
 
+/// Added to the diagonal of a Gram matrix, as a share of its mean: how firmly columns that stay hold on to the weights
+/// that were there.
+const DAMPING: f64 = 0.02;
+
 /// How wide a student is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Widths {
@@ -143,7 +147,7 @@ fn thin(
     let kept = most_important(energies(&weight, &moments.gram, size)?, keep)?;
     let columns: Vec<usize> =
         kept.iter().flat_map(|&group| (0..size).map(move |i| group as usize * size + i)).collect();
-    let fitted = regress(&weight, &moments, &columns).ok_or(StudentError::NotFinite)??;
+    let fitted = regress(&weight, &moments, &columns, DAMPING).ok_or(StudentError::NotFinite)??;
     decoder.replace(role, layer, Projection::Dense(replace_columns(&weight, &columns, &fitted)?))?;
     Ok(kept)
 }
