@@ -211,9 +211,12 @@ impl<S: Simd, T: Element> Op<S> for WidenKeys<'_, T> {
                 }
             }
             if !rest.is_empty() {
-                let columns = s.transpose(rows.map(|row| load_last(s, &row[eights * 8..])));
-                for (to, column) in rest.iter_mut().zip(columns) {
-                    s.store(column, to);
+                for (i, row) in rows.into_iter().enumerate() {
+                    let mut last = [0.0; 8];
+                    s.store(load_last(s, &row[eights * 8..]), &mut last);
+                    for (to, x) in rest.iter_mut().zip(last) {
+                        to[i] = x;
+                    }
                 }
             }
         }
