@@ -54,7 +54,7 @@ macro_rules! kernel_table {
 
         /// The kernels for quantized weights in tiles.
         pub(crate) static TILES: tiles::TileKernels =
-            tiles::TileKernels { one_token: &ONE_TOKEN, fill: &FILL, multiply: &MULTIPLY, wide: None };
+            tiles::TileKernels { one_token: &ONE_TOKEN, fill: &FILL, multiply: &MULTIPLY, wide: false };
     };
 }
 

@@ -124,8 +124,8 @@ fn fill<T: Format>(_: I8mm, panel: &mut Panel, tile: &[u8], first: usize, count:
 }
 
 /// Weights: eight columns of rows 0 and 1, of rows 2 and 3, and so on. Scales: those of rows 0, 0, 1, 1, then of
-/// 2, 2, 3, 3, and so on. Where a block has but one segment, the other's place gets what the scales have more than
-/// those of the run's next block: see [`tiles::TileKernels::wide`].
+/// 2, 2, 3, 3, and so on; in a wide panel what they have more than those of the run's next block (see
+/// [`tiles::TileKernels::wide`]).
 #[inline(never)]
 fn arrange(panel: &mut Panel, segments: bool) {
     let blocks = panel.blocks;
@@ -143,23 +143,22 @@ fn arrange(panel: &mut Panel, segments: bool) {
             vst1q_u8_x4(to.add(64), uint8x16x4_t(c.0, c.1, d.0, d.1));
         });
     }
+    let (wide, mut block) = (panel.wide, 0usize);
     let mut rest = &mut panel.scales[..blocks];
-    let mut block = 0usize;
     while let Some(([first, second], behind)) = rest.split_first_mut() {
         block += 1;
-        if !segments {
-            match behind.first() {
-                Some([next, _]) if !block.is_multiple_of(RUN) => neon!({
-                    let (a, b) = (vld1q_f32_x4(first.as_ptr()), vld1q_f32_x4(next.as_ptr()));
-                    let (c, d) = (vsubq_f32(a.0, b.0), vsubq_f32(a.1, b.1));
-                    let more = float32x4x4_t(c, d, vsubq_f32(a.2, b.2), vsubq_f32(a.3, b.3));
-                    vst1q_f32_x4(second.as_mut_ptr(), more);
-                }),
-                _ => *second = *first,
-            }
+        if let (true, false, Some([next, _])) = (wide, block.is_multiple_of(RUN), behind.first()) {
+            neon!({
+                let (a, b) = (vld1q_f32_x4(first.as_ptr()), vld1q_f32_x4(next.as_ptr()));
+                let (c, d) = (vsubq_f32(a.0, b.0), vsubq_f32(a.1, b.1));
+                let more = float32x4x4_t(c, d, vsubq_f32(a.2, b.2), vsubq_f32(a.3, b.3));
+                vst1q_f32_x4(first.as_mut_ptr(), more);
+            });
         }
         twice(first);
-        twice(second);
+        if segments {
+            twice(second);
+        }
         rest = behind;
     }
 }
@@ -219,12 +218,8 @@ crate::kernels::table::block_entries! {
 }
 
 /// The kernels for quantized weights in tiles.
-static TILES: tiles::TileKernels = tiles::TileKernels {
-    one_token: &dotprod::ONE_TOKEN,
-    fill: &FILL,
-    multiply: &MULTIPLY,
-    wide: Some(i8mm_panel::multiply_wide),
-};
+static TILES: tiles::TileKernels =
+    tiles::TileKernels { one_token: &dotprod::ONE_TOKEN, fill: &FILL, multiply: &MULTIPLY, wide: true };
 
 /// The kernels of this instruction set: those of NEON, and tiles.
 pub(crate) static TABLE: Kernels =

@@ -140,19 +140,14 @@ macro_rules! wide_block {
 }
 
 /// Sums of eight rows and four tokens: rows `2i` and `2i + 1` of tokens `2j` and `2j + 1` are at `2i + j`.
-type EightSums = [float32x4_t; 8];
+type Sums = [float32x4_t; 8];
 
 /// Adds the products of eight rows of a panel, the first or the second ones, with four tokens of wide activations.
 ///
 /// # Safety
 /// The CPU must have FEAT_I8MM, and the activations as many blocks as the panel.
 #[inline(always)]
-unsafe fn add_wide_products(
-    panel: &Panel,
-    half: usize,
-    Quad { quants, scales, .. }: Quad,
-    sums: &mut EightSums,
-) {
+unsafe fn add_wide_products(panel: &Panel, half: usize, Quad { quants, scales, .. }: Quad, sums: &mut Sums) {
     const { assert!(RUN == 3) }
     debug_assert!(half < 2 && quants.len() == panel.blocks && scales.len() == panel.blocks);
     let [a, b, c, d, e, f, g, h] = sums;
@@ -162,7 +157,8 @@ unsafe fn add_wide_products(
     // `blocks` of each. Nothing is written but the registers named.
     unsafe {
         asm!(
-            "cbz {runs}, 5f",
+            "subs {left}, {left}, #3",
+            "b.lo 5f",
             "2:",
             clear!(),
             wide_block!("fmul"),
@@ -175,24 +171,24 @@ unsafe fn add_wide_products(
             "fmla v2.4s, v10.4s, v24.4s", "fmla v3.4s, v11.4s, v25.4s",
             "fmla v4.4s, v12.4s, v24.4s", "fmla v5.4s, v13.4s, v25.4s",
             "fmla v6.4s, v14.4s, v24.4s", "fmla v7.4s, v15.4s, v25.4s",
-            "subs {runs}, {runs}, #1",
-            "b.gt 2b",
+            "subs {left}, {left}, #3",
+            "b.hs 2b",
             "5:",
-            "cbz {left}, 6f",
+            "adds {left}, {left}, #3",
+            "b.eq 6f",
             clear!(),
             "movi v8.4s, #0", "movi v9.4s, #0", "movi v10.4s, #0", "movi v11.4s, #0",
             "movi v12.4s, #0", "movi v13.4s, #0", "movi v14.4s, #0", "movi v15.4s, #0",
-            "subs {left}, {left}, #1",
-            "b.eq 4b",
+            "cmp {left}, #1",
             "mov {left}, #0",
+            "b.eq 4b",
             "b 3b",
             "6:",
-            runs = inout(reg) panel.blocks / RUN => _,
-            left = inout(reg) panel.blocks % RUN => _,
+            left = inout(reg) panel.blocks => _,
             weights = inout(reg) panel.weights.as_ptr().cast::<u8>().add(64 * half) => _,
             octet = in(reg) 128usize,
             acts = inout(reg) quants.as_ptr() => _,
-            rows = inout(reg) panel.scales.as_ptr().cast::<f32>().add(2 * ROWS + ROWS * half) => _,
+            rows = inout(reg) panel.scales.as_ptr().cast::<f32>().add(ROWS * half) => _,
             next = in(reg) 256usize,
             tokens = inout(reg) scales.as_ptr() => _,
             run = in(reg) 16 * RUN,
@@ -214,7 +210,7 @@ unsafe fn add_wide_products(
 /// # Safety
 /// As [`add_wide_products`]; the panel must have at least one block.
 #[inline(always)]
-unsafe fn add_products(panel: &Panel, half: usize, Quad { quants, scales, .. }: Quad, sums: &mut EightSums) {
+unsafe fn add_products(panel: &Panel, half: usize, Quad { quants, scales, .. }: Quad, sums: &mut Sums) {
     debug_assert!(panel.blocks > 0 && half < 2);
     debug_assert!(quants.len() == panel.blocks && scales.len() == panel.blocks);
     let [a, b, c, d, e, f, g, h] = sums;
@@ -252,65 +248,57 @@ unsafe fn add_products(panel: &Panel, half: usize, Quad { quants, scales, .. }: 
 
 /// [`Multiply`](crate::kernels::tiles::Multiply).
 #[target_feature(enable = "i8mm")]
-pub(super) fn multiply(panel: &Panel, acts: Quad, out: [&mut [f32; ROWS]; SIDE]) {
-    both_halves(panel, acts, out, false);
+pub(super) fn multiply(panel: &Panel, acts: Quad, mut out: [&mut [f32; ROWS]; SIDE]) {
+    if panel.blocks > 0 {
+        eight_rows(panel, acts, &mut out, 0);
+        eight_rows(panel, acts, &mut out, 1);
+    }
 }
 
-/// [`Multiply`](crate::kernels::tiles::Multiply) for wide activations.
-#[target_feature(enable = "i8mm")]
-pub(super) fn multiply_wide(panel: &Panel, acts: Quad, out: [&mut [f32; ROWS]; SIDE]) {
-    both_halves(panel, acts, out, true);
-}
-
+/// The first or the second eight rows of a panel that has a block.
 #[inline(never)]
 #[target_feature(enable = "i8mm")]
-fn both_halves(panel: &Panel, acts: Quad, out: [&mut [f32; ROWS]; SIDE], wide: bool) {
-    if panel.blocks == 0 {
-        return;
+fn eight_rows(panel: &Panel, acts: Quad, out: &mut [&mut [f32; ROWS]; SIDE], half: usize) {
+    let mut sums = neon!([vdupq_n_f32(0.0); 8]);
+    if !(panel.first && panel.wide) {
+        load(out, half, &mut sums);
     }
-    let mut sums = if panel.first && wide { neon!([vdupq_n_f32(0.0); 16]) } else { load(&out) };
-    for (half, sums) in sums.as_chunks_mut().0.iter_mut().enumerate() {
-        // SAFETY: this function is compiled for the instructions; the panel has a block, and whoever multiplies gives
-        // as many of the activations.
-        unsafe {
-            if wide {
-                add_wide_products(panel, half, acts, sums);
-            } else {
-                add_products(panel, half, acts, sums);
-            }
+    // SAFETY: this function is compiled for the instructions; the panel has a block, and whoever multiplies gives as many
+    // of the activations.
+    unsafe {
+        if panel.wide {
+            add_wide_products(panel, half, acts, &mut sums);
+        } else {
+            add_products(panel, half, acts, &mut sums);
         }
     }
-    store(&sums, out);
+    store(&sums, out, half);
 }
 
-/// Sums of sixteen rows and four tokens, those of the first eight rows first.
-type Sums = [float32x4_t; 16];
-
 #[inline(always)]
-fn load(from: &[&mut [f32; ROWS]; SIDE]) -> Sums {
-    neon!({
-        let mut sums = [vdupq_n_f32(0.0); 16];
-        for j in 0..2 {
-            let (even, odd) = (from[2 * j].as_ptr(), from[2 * j + 1].as_ptr());
-            for i in 0..4 {
-                let (even, odd) = (vld1q_f32(even.add(4 * i)), vld1q_f32(odd.add(4 * i)));
+fn load(from: &[&mut [f32; ROWS]; SIDE], half: usize, sums: &mut Sums) {
+    for j in 0..2 {
+        let [even, odd] = [2 * j, 2 * j + 1].map(|token| &from[token].as_chunks::<4>().0[2 * half..][..2]);
+        for i in 0..2 {
+            neon!({
+                let (even, odd) = (vld1q_f32(even[i].as_ptr()), vld1q_f32(odd[i].as_ptr()));
                 sums[4 * i + j] = vzip1q_f32(even, odd);
                 sums[4 * i + 2 + j] = vzip2q_f32(even, odd);
-            }
+            });
         }
-        sums
-    })
+    }
 }
 
 #[inline(always)]
-fn store(sums: &Sums, to: [&mut [f32; ROWS]; SIDE]) {
-    neon!({
-        for j in 0..2 {
-            for i in 0..4 {
-                let (first, second) = (sums[4 * i + j], sums[4 * i + 2 + j]);
-                vst1q_f32(to[2 * j].as_mut_ptr().add(4 * i), vuzp1q_f32(first, second));
-                vst1q_f32(to[2 * j + 1].as_mut_ptr().add(4 * i), vuzp2q_f32(first, second));
-            }
+fn store(sums: &Sums, to: &mut [&mut [f32; ROWS]; SIDE], half: usize) {
+    for token in 0..SIDE {
+        let to = &mut to[token].as_chunks_mut::<4>().0[2 * half..][..2];
+        for (i, to) in to.iter_mut().enumerate() {
+            let (first, second) = (sums[4 * i + token / 2], sums[4 * i + 2 + token / 2]);
+            neon!({
+                let pair = if token % 2 == 0 { vuzp1q_f32(first, second) } else { vuzp2q_f32(first, second) };
+                vst1q_f32(to.as_mut_ptr(), pair);
+            });
         }
-    });
+    }
 }

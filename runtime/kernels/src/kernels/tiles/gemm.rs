@@ -22,6 +22,8 @@ pub(crate) struct Panel {
     pub blocks: usize,
     /// Whether they are a row's first ones.
     pub first: bool,
+    /// Whether they are for wide activations.
+    pub wide: bool,
     /// For each block, the weights of its eight groups of four columns as [`Lanes::keep`] wrote them; an instruction
     /// set may want each two groups in another order.
     pub weights: [[[[u8; 64]; 2]; 4]; BLOCKS],
@@ -35,6 +37,7 @@ impl Panel {
     const EMPTY: Self = Self {
         blocks: 0,
         first: true,
+        wide: false,
         weights: [[[[0; 64]; 2]; 4]; BLOCKS],
         scales: [[[0.0; 2 * ROWS]; 2]; BLOCKS],
         mins: [[0.0; ROWS]; BLOCKS],
@@ -73,8 +76,7 @@ impl Panel {
 /// Unpacks blocks `first..first + count` of a tile's bytes, whole shares from the first on.
 pub(crate) type Fill = unsafe fn(panel: &mut Panel, tile: &[u8], first: usize, count: usize);
 
-/// Adds the products of a panel with four tokens to `out`; one for wide activations begins at zero if the panel is a
-/// row's first.
+/// Adds the products of a panel with four tokens to `out`; those of a wide panel begin at zero if it is a row's first.
 pub(crate) type Multiply = unsafe fn(panel: &Panel, acts: Quad, out: [&mut [f32; ROWS]; SIDE]);
 
 /// [`Fill`] with the operations of an instruction set.
@@ -107,7 +109,7 @@ pub(crate) unsafe fn many_tokens(
     debug_assert!(BLOCKS.is_multiple_of(whole));
     let panels = acts.blocks.div_ceil(BLOCKS).max(1);
     let size = acts.blocks.div_ceil(panels).next_multiple_of(whole).max(1);
-    let mut panel = Panel::EMPTY;
+    let mut panel = Panel { wide, ..Panel::EMPTY };
     for row in rows.step_by(ROWS) {
         let Some(bytes) = weight.tile(row) else { return };
         for first in (0..acts.blocks).step_by(size) {

@@ -50,7 +50,7 @@ pub(crate) struct TileKernels {
     pub fill: &'static ByType<Fill>,
     /// Many tokens: adds the products of unpacked weights.
     pub multiply: &'static ByType<Multiply>,
-    /// Many tokens, wide: if that is faster than both, for types with one scale a block and no minimum.
+    /// Many tokens, wide: whether `fill` and `multiply` do so, and faster, for types with one scale a block and no minimum.
     ///
     /// Of a run's blocks only the scales of weights differ, `w`, not those of a token's activations, `a`. With `s` the
     /// exact sum of products of each block and `S` that of all blocks of the run so far, the run's product is
@@ -60,7 +60,7 @@ pub(crate) struct TileKernels {
     /// This is the one kernel that does not agree with the others bit for bit: a scale for a run is coarser where
     /// magnitudes differ, and sums are rounded otherwise, within `2e-6` of the sum of the products' magnitudes, each taken
     /// with the largest weight of the row. A weight's scale that is not finite makes the sum NaN or infinite.
-    pub wide: Option<Multiply>,
+    pub wide: bool,
 }
 
 /// Least tokens of a batch whose activations are quantized wide. Fewer are computed as each alone is: what a draft
@@ -73,20 +73,20 @@ pub(crate) struct TileKernel {
     one_token: RowsKernel,
     fill: Fill,
     multiply: Multiply,
-    wide: Option<Multiply>,
+    wide: bool,
 }
 
 impl TileKernels {
     /// The kernels for a type; `None` for floats.
     pub fn of(&self, dtype: DType) -> Option<TileKernel> {
         let (one_token, fill) = (self.one_token.of(dtype)?, self.fill.of(dtype)?);
-        let wide = self.wide.filter(|_| one_scale(dtype));
+        let wide = self.wide && one_scale(dtype);
         Some(TileKernel { one_token, fill, multiply: self.multiply.of(dtype)?, wide })
     }
 
     /// Whether a batch of `tokens` that meets weights of these types is to be quantized wide.
     pub fn takes_wide(&self, tokens: usize, mut types: impl Iterator<Item = DType>) -> bool {
-        self.wide.is_some() && tokens >= WIDE_TOKENS && types.all(one_scale)
+        self.wide && tokens >= WIDE_TOKENS && types.all(one_scale)
     }
 }
 
@@ -106,9 +106,8 @@ impl TileKernel {
             if acts.tokens() == 1 {
                 (self.one_token)(weight, acts, out);
             } else {
-                let wide = self.wide.filter(|_| acts.wide());
-                let multiply = wide.unwrap_or(self.multiply);
-                gemm::many_tokens(self.fill, multiply, wide.is_some(), weight, &acts.tile_acts(), out);
+                let wide = self.wide && acts.wide();
+                gemm::many_tokens(self.fill, self.multiply, wide, weight, &acts.tile_acts(), out);
             }
         }
     }
