@@ -16,8 +16,8 @@ use edge_models::{Activation, DecoderSpec};
 
 /// Multiplications below which other threads are not worth waking.
 const WORTH_SHARING: usize = 1 << 15;
-/// Most tokens whose attention is one piece of work.
-const TOKENS_TOGETHER: usize = 10;
+/// Tokens whose attention is one piece of work.
+const TOKENS_TOGETHER: usize = 8;
 /// Query heads that are handed to the kernel at once.
 const LANES: usize = 32;
 
@@ -227,12 +227,11 @@ impl<'s> Step<'s> {
         let cost = 2 * out.len().saturating_mul(position + self.tokens);
         // Some tokens together, because they see nearly the same rows; of one token each group of heads.
         let (q_width, alone) = (spec.q_width(), self.tokens == 1);
-        let together = (LANES / group).clamp(1, TOKENS_TOGETHER);
-        let part = if alone { group * width } else { together * q_width };
+        let part = if alone { group * width } else { TOKENS_TOGETHER * q_width };
         for_each_chunk(self.workers, cost >= WORTH_SHARING, out, part, &|index, out| {
             let queries = &queries[index * part..][..out.len()];
             let (kv_heads, first_token) =
-                if alone { (index..index + 1, 0) } else { (0..spec.kv_heads, index * together) };
+                if alone { (index..index + 1, 0) } else { (0..spec.kv_heads, index * TOKENS_TOGETHER) };
             for (kv_at, kv_head) in kv_heads.enumerate() {
                 let (cache, ring) = cache.view(kv_head * width);
                 let mut lanes = [Query { at: 0, first: 0, end: 0 }; LANES];

@@ -115,8 +115,8 @@ proptest! {
 /// Blocks that share a scale in wide activations.
 const RUN: usize = 3;
 
-/// A product as a large batch has it, whether its activations are wide, and the product of the same ones with the
-/// portable kernels, which know nothing of runs.
+/// A product as a large batch has it, whether its activations are wide, and the product of the same ones with kernels
+/// that know nothing of runs: NEON's beside those that do, which need no sums of activations.
 fn large_batch(
     kernels: &Kernels,
     weight: &Matrix,
@@ -126,16 +126,17 @@ fn large_batch(
     let mut batch = Batch::new(tokens, weight.cols(), values);
     let mut rows = batch.rows();
     let acts = kernels.quantize_for(&mut rows, &[weight]);
-    let expected = matmul(Kernels::generic(), weight, &acts.narrow());
+    let twin = if acts.wide() { Kernels::by_name("neon").unwrap() } else { Kernels::generic() };
+    let expected = matmul(twin, weight, &acts.narrow());
     (matmul(kernels, weight, &acts), acts.wide(), expected)
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, cases: 48, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { failure_persistence: None, cases: 24, ..ProptestConfig::default() })]
 
     #[test]
     fn large_batches_are_within_their_contract(
-        dtype in quantized_dtype(), rows in 1..40usize, tokens in 30..45usize, blocks in 1..60usize, seed: u64,
+        dtype in quantized_dtype(), rows in 1..24usize, tokens in 30..40usize, blocks in 1..30usize, seed: u64,
     ) {
         let cols = if dtype.block_len() == 256 { blocks.div_ceil(8) * 256 } else { blocks * 32 };
         let mut random = Random(seed);

@@ -84,7 +84,8 @@ impl<'a> TileActs<'a> {
 }
 
 /// Fills the twin that [`TileActs`] reads; each `run` blocks of a row, at least one, share a scale, which all of them
-/// have. A run with a value that is not finite gets the scale NaN.
+/// have. A run with a value that is not finite gets the scale NaN. Sums are left out where runs are longer than a block:
+/// no type with one scale a block needs them once its bias is off a panel.
 #[inline(always)]
 pub(crate) fn quantize<S: Simd>(s: S, acts: &mut ActivationsMut, run: usize) {
     match acts.tokens() {
@@ -131,8 +132,10 @@ fn quantize_groups<S: Simd, const N: usize>(s: S, acts: &mut ActivationsMut, run
                 left -= 1;
                 let quants;
                 (scale[lane], quants) = quantize_block(s, values, highest);
-                let (first, second) = (s.sum_i8(&quants[0]), s.sum_i8(&quants[1]));
-                (sum[lane], half[lane]) = (bits(first + second), bits(first));
+                if run == 1 {
+                    let (first, second) = (s.sum_i8(&quants[0]), s.sum_i8(&quants[1]));
+                    (sum[lane], half[lane]) = (bits(first + second), bits(first));
+                }
                 for (octet, from) in octets.iter_mut().zip(quants.as_flattened().as_chunks::<8>().0) {
                     octet[lane] = *from;
                 }

@@ -15,15 +15,9 @@ use crate::kernels::output::Columns;
 /// Most blocks of a panel, a whole number of shares and of runs.
 pub(crate) const BLOCKS: usize = 24;
 
-/// The unpacked weights of one tile.
-#[repr(align(64))]
+/// The unpacked weights of one tile. In this order, so that weights are aligned.
+#[repr(C, align(64))]
 pub(crate) struct Panel {
-    /// Blocks that are filled.
-    pub blocks: usize,
-    /// Whether they are a row's first ones.
-    pub first: bool,
-    /// Whether they are for wide activations.
-    pub wide: bool,
     /// For each block, the weights of its eight groups of four columns as [`Lanes::keep`] wrote them; an instruction
     /// set may want each two groups in another order.
     pub weights: [[[[u8; 64]; 2]; 4]; BLOCKS],
@@ -31,6 +25,12 @@ pub(crate) struct Panel {
     pub scales: [[[f32; 2 * ROWS]; 2]; BLOCKS],
     /// Minimums of each block.
     pub mins: [[f32; ROWS]; BLOCKS],
+    /// Blocks that are filled.
+    pub blocks: usize,
+    /// Whether they are a row's first ones.
+    pub first: bool,
+    /// Whether they are for wide activations.
+    pub wide: bool,
 }
 
 impl Panel {
