@@ -3,13 +3,19 @@
 //! Blocks of 32 as everywhere (see [`super::super::activations`]), but four tokens side by side: of each
 //! eight columns the eight integers of the first token, then those of the second, and so on. A last group
 //! with fewer tokens is filled with zeros; one token alone has its columns one after another.
+//!
+//! Where an instruction set gains by it, large batches are quantized wide: [`RUN`] blocks of a token share the largest
+//! of their scales.
 
 use super::super::activations::{ActivationsMut, BLOCK};
-use super::super::float::quantize_block;
+use super::super::float::{peak, quantize_block};
 use super::super::simd::Simd;
 
 /// Tokens side by side.
 pub(crate) const SIDE: usize = 4;
+
+/// Blocks of a run, which share a scale in wide activations; the last run of a row may be shorter.
+pub(crate) const RUN: usize = 3;
 
 /// Tokens that a batch is filled up to.
 pub(crate) const fn padded_tokens(tokens: usize) -> usize {
@@ -77,20 +83,22 @@ impl<'a> TileActs<'a> {
     }
 }
 
-/// Fills the twin that [`TileActs`] reads. A block with a value that is not finite gets the scale NaN.
+/// Fills the twin that [`TileActs`] reads; each `run` blocks of a row, at least one, share a scale, which all of them
+/// have. A run with a value that is not finite gets the scale NaN. Sums are left out where runs are longer than a block:
+/// no type with one scale a block needs them once its bias is off a panel.
 #[inline(always)]
-pub(crate) fn quantize<S: Simd>(s: S, acts: &mut ActivationsMut) {
+pub(crate) fn quantize<S: Simd>(s: S, acts: &mut ActivationsMut, run: usize) {
     match acts.tokens() {
         _ if acts.scales.is_empty() => {}
         0 => {}
-        1 => quantize_groups::<S, 1>(s, acts),
-        _ => quantize_groups::<S, SIDE>(s, acts),
+        1 => quantize_groups::<S, 1>(s, acts, run),
+        _ => quantize_groups::<S, SIDE>(s, acts, run),
     }
 }
 
 /// [`quantize`] with `N` tokens side by side.
 #[inline(always)]
-fn quantize_groups<S: Simd, const N: usize>(s: S, acts: &mut ActivationsMut) {
+fn quantize_groups<S: Simd, const N: usize>(s: S, acts: &mut ActivationsMut, run: usize) {
     let (tokens, cols) = (acts.tokens(), acts.cols());
     let blocks = cols / BLOCK;
     let (sums, halves) = acts.sums.split_at_mut(acts.scales.len());
@@ -112,12 +120,22 @@ fn quantize_groups<S: Simd, const N: usize>(s: S, acts: &mut ActivationsMut) {
                 }
                 continue;
             }
-            let values = acts.values[token * cols..][..cols].as_chunks::<BLOCK>().0;
-            for ((((scale, sum), half), octets), values) in blocks.zip(values) {
+            let row = acts.values[token * cols..][..cols].as_chunks::<BLOCK>().0;
+            let (mut highest, mut left) = (0.0, 0);
+            for (index, ((((scale, sum), half), octets), values)) in blocks.zip(row).enumerate() {
+                if left == 0 {
+                    // What is not finite has the highest bits.
+                    let peaks = row[index..].iter().take(run).map(|values| peak(s, values).to_bits());
+                    highest = f32::from_bits(peaks.max().unwrap_or(0));
+                    left = run;
+                }
+                left -= 1;
                 let quants;
-                (scale[lane], quants) = quantize_block(s, values);
-                let (first, second) = (s.sum_i8(&quants[0]), s.sum_i8(&quants[1]));
-                (sum[lane], half[lane]) = (bits(first + second), bits(first));
+                (scale[lane], quants) = quantize_block(s, values, highest);
+                if run == 1 {
+                    let (first, second) = (s.sum_i8(&quants[0]), s.sum_i8(&quants[1]));
+                    (sum[lane], half[lane]) = (bits(first + second), bits(first));
+                }
                 for (octet, from) in octets.iter_mut().zip(quants.as_flattened().as_chunks::<8>().0) {
                     octet[lane] = *from;
                 }

@@ -4,7 +4,7 @@
 //! all tokens pass, four side by side. Sums wait in the output between two panels, so a token's sums are
 //! formed in the same order as alone.
 
-use super::activations::{Quad, SIDE, TileActs, integer};
+use super::activations::{Quad, RUN, SIDE, TileActs, integer};
 use super::formats::{AnyShare, Format, bias, scales, shares};
 use super::gemv::{dot, finish};
 use super::lanes::Lanes;
@@ -12,14 +12,12 @@ use crate::format::{Geometry, TILE_ROWS as ROWS};
 use crate::kernels::matmul::Matrix;
 use crate::kernels::output::Columns;
 
-/// Most blocks of a panel, a whole number of shares.
+/// Most blocks of a panel, a whole number of shares and of runs.
 pub(crate) const BLOCKS: usize = 24;
 
-/// The unpacked weights of one tile.
-#[repr(align(64))]
+/// The unpacked weights of one tile. In this order, so that weights are aligned.
+#[repr(C, align(64))]
 pub(crate) struct Panel {
-    /// Blocks that are filled.
-    pub blocks: usize,
     /// For each block, the weights of its eight groups of four columns as [`Lanes::keep`] wrote them; an instruction
     /// set may want each two groups in another order.
     pub weights: [[[[u8; 64]; 2]; 4]; BLOCKS],
@@ -27,11 +25,19 @@ pub(crate) struct Panel {
     pub scales: [[[f32; 2 * ROWS]; 2]; BLOCKS],
     /// Minimums of each block.
     pub mins: [[f32; ROWS]; BLOCKS],
+    /// Blocks that are filled.
+    pub blocks: usize,
+    /// Whether they are a row's first ones.
+    pub first: bool,
+    /// Whether they are for wide activations.
+    pub wide: bool,
 }
 
 impl Panel {
     const EMPTY: Self = Self {
         blocks: 0,
+        first: true,
+        wide: false,
         weights: [[[[0; 64]; 2]; 4]; BLOCKS],
         scales: [[[0.0; 2 * ROWS]; 2]; BLOCKS],
         mins: [[0.0; ROWS]; BLOCKS],
@@ -70,7 +76,7 @@ impl Panel {
 /// Unpacks blocks `first..first + count` of a tile's bytes, whole shares from the first on.
 pub(crate) type Fill = unsafe fn(panel: &mut Panel, tile: &[u8], first: usize, count: usize);
 
-/// Adds the products of a panel with four tokens to `out`.
+/// Adds the products of a panel with four tokens to `out`; those of a wide panel begin at zero if it is a row's first.
 pub(crate) type Multiply = unsafe fn(panel: &Panel, acts: Quad, out: [&mut [f32; ROWS]; SIDE]);
 
 /// [`Fill`] with the operations of an instruction set.
@@ -92,26 +98,29 @@ pub(crate) fn multiply<W: Format>(s: impl Lanes, panel: &Panel, acts: Quad, out:
 pub(crate) unsafe fn many_tokens(
     fill: Fill,
     multiply: Multiply,
+    wide: bool,
     weight: &Matrix,
     acts: &TileActs,
     out: &mut Columns,
 ) {
     let rows = out.rows();
-    let whole = Geometry::of(weight.dtype()).map_or(1, |geometry| geometry.factors.blocks());
-    // Panels of about one size, each a whole number of shares.
+    // Panels of about one size, each a whole number of shares, and of runs of wide activations.
+    let whole = Geometry::of(weight.dtype()).map_or(1, |geometry| geometry.factors.blocks()) * RUN;
+    debug_assert!(BLOCKS.is_multiple_of(whole));
     let panels = acts.blocks.div_ceil(BLOCKS).max(1);
     let size = acts.blocks.div_ceil(panels).next_multiple_of(whole).max(1);
-    let mut panel = Panel::EMPTY;
+    let mut panel = Panel { wide, ..Panel::EMPTY };
     for row in rows.step_by(ROWS) {
         let Some(bytes) = weight.tile(row) else { return };
         for first in (0..acts.blocks).step_by(size) {
             let count = size.min(acts.blocks - first);
             // SAFETY: the caller's promise.
             unsafe { fill(&mut panel, bytes, first, count) };
+            panel.first = first == 0;
             for quad in 0..acts.tokens.div_ceil(SIDE) {
                 let token = quad * SIDE;
                 let multiply = |mut out: [&mut [f32; ROWS]; SIDE]| {
-                    if first == 0 {
+                    if panel.first && !wide {
                         out.iter_mut().for_each(|sums| **sums = [0.0; ROWS]);
                     }
                     // SAFETY: as above.
