@@ -7,7 +7,8 @@ use super::neon;
 use super::rows16::{F, W, for_panel, keep, neon, shared_lanes};
 use crate::kernels::dispatch::Kernels;
 use crate::kernels::low_rank::{self, LowRank};
-use crate::kernels::tiles::{self, Format, Lanes, Panel, Quad, SIDE};
+use crate::kernels::output::Strip;
+use crate::kernels::tiles::{self, Format, Lanes, Panel, Quad, Quads, SIDE, each_quad};
 use core::arch::aarch64::*;
 use core::arch::asm;
 
@@ -139,19 +140,21 @@ impl Lanes for Dotprod {
     }
 
     #[inline(always)]
-    fn multiply_quad<T: Format>(self, panel: &Panel, acts: Quad, out: [&mut [f32; 16]; SIDE]) {
+    fn multiply_quads<T: Format>(self, panel: &Panel, acts: Quads, out: Strip<16>) {
         // SAFETY: a token exists, so the CPU has the extension.
         unsafe { for_panel!(T, multiply(self, panel, acts, out)) }
     }
 }
 
-/// [`Lanes::multiply_quad`].
+/// [`Lanes::multiply_quads`].
 #[inline(never)]
 #[target_feature(enable = "dotprod")]
-fn multiply<T: Format>(s: Dotprod, panel: &Panel, acts: Quad, mut out: [&mut [f32; 16]; SIDE]) {
-    for half in 0..2 {
-        s.eight_rows::<T>(panel, acts, half, &mut out);
-    }
+fn multiply<T: Format>(s: Dotprod, panel: &Panel, acts: Quads, out: Strip<16>) {
+    each_quad(panel, acts, out, |acts, mut out| {
+        for half in 0..2 {
+            s.eight_rows::<T>(panel, acts, half, &mut out);
+        }
+    });
 }
 
 crate::kernels::table::tile_tables! {

@@ -9,7 +9,8 @@
 
 use super::rows16::neon;
 use crate::format::TILE_ROWS as ROWS;
-use crate::kernels::tiles::{Panel, Quad, RUN, SIDE};
+use crate::kernels::output::Strip;
+use crate::kernels::tiles::{Panel, Quad, Quads, RUN, SIDE};
 use core::arch::aarch64::*;
 use core::arch::asm;
 
@@ -247,32 +248,31 @@ unsafe fn add_products(panel: &Panel, half: usize, Quad { quants, scales, .. }: 
 }
 
 /// [`Multiply`](crate::kernels::tiles::Multiply).
-#[target_feature(enable = "i8mm")]
-pub(super) fn multiply(panel: &Panel, acts: Quad, mut out: [&mut [f32; ROWS]; SIDE]) {
-    if panel.blocks > 0 {
-        eight_rows(panel, acts, &mut out, 0);
-        eight_rows(panel, acts, &mut out, 1);
-    }
-}
-
-/// The first or the second eight rows of a panel that has a block.
 #[inline(never)]
 #[target_feature(enable = "i8mm")]
-fn eight_rows(panel: &Panel, acts: Quad, out: &mut [&mut [f32; ROWS]; SIDE], half: usize) {
-    let mut sums = neon!([vdupq_n_f32(0.0); 8]);
-    if !(panel.first && panel.wide) {
-        load(out, half, &mut sums);
-    }
-    // SAFETY: this function is compiled for the instructions; the panel has a block, and whoever multiplies gives as many
-    // of the activations.
-    unsafe {
-        if panel.wide {
-            add_wide_products(panel, half, acts, &mut sums);
-        } else {
-            add_products(panel, half, acts, &mut sums);
+pub(super) fn multiply(panel: &Panel, acts: Quads, mut out: Strip<ROWS>) {
+    for quad in 0..acts.len() {
+        let (acts, Some(mut out)) = (acts.get(quad), out.tokens_mut(quad * SIDE)) else { return };
+        if acts.quants.len() != panel.blocks || panel.blocks == 0 {
+            return;
+        }
+        for half in 0..2 {
+            let mut sums = neon!([vdupq_n_f32(0.0); 8]);
+            if !panel.first {
+                load(&out, half, &mut sums);
+            }
+            // SAFETY: this function is compiled for the instructions; the panel has a block, and as many as the
+            // activations.
+            unsafe {
+                if panel.wide {
+                    add_wide_products(panel, half, acts, &mut sums);
+                } else {
+                    add_products(panel, half, acts, &mut sums);
+                }
+            }
+            store(&sums, &mut out, half);
         }
     }
-    store(&sums, out, half);
 }
 
 #[inline(always)]

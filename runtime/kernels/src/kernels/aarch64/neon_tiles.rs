@@ -6,7 +6,8 @@
 
 use super::neon::Neon;
 use super::rows16::{F, W, for_panel, keep, neon, shared_lanes};
-use crate::kernels::tiles::{Format, Lanes, Panel, Quad, SIDE, multiply_each};
+use crate::kernels::output::Strip;
+use crate::kernels::tiles::{Format, Lanes, Panel, Quads, multiply_each};
 use core::arch::aarch64::*;
 
 /// Sums on the way: in 16 bits for small weights, in 32 for others. Only one of the two is ever used.
@@ -79,13 +80,13 @@ impl Lanes for Neon {
     }
 
     #[inline(always)]
-    fn multiply_quad<T: Format>(self, panel: &Panel, acts: Quad, out: [&mut [f32; 16]; SIDE]) {
+    fn multiply_quads<T: Format>(self, panel: &Panel, acts: Quads, out: Strip<16>) {
         for_panel!(T, multiply(self, panel, acts, out));
     }
 }
 
-/// [`Lanes::multiply_quad`].
+/// [`Lanes::multiply_quads`].
 #[inline(never)]
-fn multiply<T: Format>(s: Neon, panel: &Panel, acts: Quad, out: [&mut [f32; 16]; SIDE]) {
+fn multiply<T: Format>(s: Neon, panel: &Panel, acts: Quads, out: Strip<16>) {
     multiply_each::<Neon, T>(s, panel, acts, out);
 }

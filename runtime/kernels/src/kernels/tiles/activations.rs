@@ -67,18 +67,46 @@ pub(crate) struct Quad<'a> {
     pub halves: &'a [[f32; SIDE]],
 }
 
+/// Some blocks of fours of tokens.
+#[derive(Clone, Copy)]
+pub(crate) struct Quads<'a> {
+    acts: TileActs<'a>,
+    /// The first four.
+    start: usize,
+    /// Fours of tokens.
+    len: usize,
+    /// The first block.
+    first: usize,
+    /// Blocks.
+    count: usize,
+}
+
 impl<'a> TileActs<'a> {
-    /// Blocks `first..first + count` of the tokens from `4 * index` on.
+    /// Blocks `first..first + count` of `len` fours of tokens, from the four `start` on.
     #[inline(always)]
-    pub fn quad(&self, index: usize, first: usize, count: usize) -> Quad<'a> {
-        let start = index * self.blocks + first;
-        let range = start..start + count;
-        let quants = self.quants.as_chunks::<32>().0.as_chunks::<4>().0;
+    pub fn quads(&self, start: usize, len: usize, first: usize, count: usize) -> Quads<'a> {
+        Quads { acts: *self, start, len, first, count }
+    }
+}
+
+impl<'a> Quads<'a> {
+    /// Fours of tokens.
+    #[inline(always)]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The blocks of one four.
+    #[inline(always)]
+    pub fn get(&self, index: usize) -> Quad<'a> {
+        let start = (self.start + index) * self.acts.blocks + self.first;
+        let range = start..start + self.count;
+        let quants = self.acts.quants.as_chunks::<32>().0.as_chunks::<4>().0;
         Quad {
             quants: &quants[range.clone()],
-            scales: &self.scales.as_chunks().0[range.clone()],
-            sums: &self.sums.as_chunks().0[range.clone()],
-            halves: &self.halves.as_chunks().0[range],
+            scales: &self.acts.scales.as_chunks().0[range.clone()],
+            sums: &self.acts.sums.as_chunks().0[range.clone()],
+            halves: &self.acts.halves.as_chunks().0[range],
         }
     }
 }

@@ -4,13 +4,13 @@
 //! all tokens pass, four side by side. Sums wait in the output between two panels, so a token's sums are
 //! formed in the same order as alone.
 
-use super::activations::{Quad, RUN, SIDE, TileActs, integer};
+use super::activations::{Quad, Quads, RUN, SIDE, TileActs, integer};
 use super::formats::{AnyShare, Format, bias, scales, shares};
 use super::gemv::{dot, finish};
 use super::lanes::Lanes;
 use crate::format::{Geometry, TILE_ROWS as ROWS};
 use crate::kernels::matmul::Matrix;
-use crate::kernels::output::Columns;
+use crate::kernels::output::{Columns, Strip};
 
 /// Most blocks of a panel, a whole number of shares and of runs.
 pub(crate) const BLOCKS: usize = 24;
@@ -27,16 +27,17 @@ pub(crate) struct Panel {
     pub mins: [[f32; ROWS]; BLOCKS],
     /// Blocks that are filled.
     pub blocks: usize,
-    /// Whether they are a row's first ones.
+    /// Whether they are a row's first ones, so that sums begin at zero.
     pub first: bool,
     /// Whether they are for wide activations.
     pub wide: bool,
 }
 
 impl Panel {
+    /// Zeros alone: anything else would be kept as 20 KiB of constants.
     const EMPTY: Self = Self {
         blocks: 0,
-        first: true,
+        first: false,
         wide: false,
         weights: [[[[0; 64]; 2]; 4]; BLOCKS],
         scales: [[[0.0; 2 * ROWS]; 2]; BLOCKS],
@@ -76,8 +77,8 @@ impl Panel {
 /// Unpacks blocks `first..first + count` of a tile's bytes, whole shares from the first on.
 pub(crate) type Fill = unsafe fn(panel: &mut Panel, tile: &[u8], first: usize, count: usize);
 
-/// Adds the products of a panel with four tokens to `out`; those of a wide panel begin at zero if it is a row's first.
-pub(crate) type Multiply = unsafe fn(panel: &Panel, acts: Quad, out: [&mut [f32; ROWS]; SIDE]);
+/// Adds the products of a panel with fours of tokens to `out`, which has all of them.
+pub(crate) type Multiply = unsafe fn(panel: &Panel, acts: Quads, out: Strip<ROWS>);
 
 /// [`Fill`] with the operations of an instruction set.
 #[inline(always)]
@@ -87,8 +88,25 @@ pub(crate) fn fill<W: Format>(s: impl Lanes, panel: &mut Panel, tile: &[u8], fir
 
 /// [`Multiply`] with the operations of an instruction set.
 #[inline(always)]
-pub(crate) fn multiply<W: Format>(s: impl Lanes, panel: &Panel, acts: Quad, out: [&mut [f32; ROWS]; SIDE]) {
-    s.multiply_quad::<W>(panel, acts, out);
+pub(crate) fn multiply<W: Format>(s: impl Lanes, panel: &Panel, acts: Quads, out: Strip<ROWS>) {
+    s.multiply_quads::<W>(panel, acts, out);
+}
+
+/// Calls `multiply` for each four of tokens, whose sums are zeros where they begin.
+#[inline(always)]
+pub(crate) fn each_quad(
+    panel: &Panel,
+    acts: Quads,
+    mut out: Strip<ROWS>,
+    multiply: impl Fn(Quad, [&mut [f32; ROWS]; SIDE]),
+) {
+    for quad in 0..acts.len() {
+        let Some(mut out) = out.tokens_mut(quad * SIDE) else { return };
+        if panel.first {
+            out.iter_mut().for_each(|sums| **sums = [0.0; ROWS]);
+        }
+        multiply(acts.get(quad), out);
+    }
 }
 
 /// The rows of one part, for several tokens.
@@ -109,7 +127,8 @@ pub(crate) unsafe fn many_tokens(
     debug_assert!(BLOCKS.is_multiple_of(whole));
     let panels = acts.blocks.div_ceil(BLOCKS).max(1);
     let size = acts.blocks.div_ceil(panels).next_multiple_of(whole).max(1);
-    let mut panel = Panel { wide, ..Panel::EMPTY };
+    let mut panel = Panel::EMPTY;
+    panel.wide = wide;
     for row in rows.step_by(ROWS) {
         let Some(bytes) = weight.tile(row) else { return };
         for first in (0..acts.blocks).step_by(size) {
@@ -117,25 +136,21 @@ pub(crate) unsafe fn many_tokens(
             // SAFETY: the caller's promise.
             unsafe { fill(&mut panel, bytes, first, count) };
             panel.first = first == 0;
-            for quad in 0..acts.tokens.div_ceil(SIDE) {
-                let token = quad * SIDE;
-                let multiply = |mut out: [&mut [f32; ROWS]; SIDE]| {
-                    if panel.first && !wide {
-                        out.iter_mut().for_each(|sums| **sums = [0.0; ROWS]);
-                    }
-                    // SAFETY: as above.
-                    unsafe { multiply(&panel, acts.quad(quad, first, count), out) }
-                };
-                if let Some(out) = out.block_mut(token, row) {
-                    multiply(out);
-                    continue;
-                }
+            let mut done = 0;
+            if let Some(out) = out.strip(row) {
+                done = out.tokens() / SIDE;
+                // SAFETY: as above.
+                unsafe { multiply(&panel, acts.quads(0, done, first, count), out) }
+            }
+            for quad in done..acts.tokens.div_ceil(SIDE) {
                 // Tokens or rows that are not there.
+                let token = quad * SIDE;
                 let mut sums = [[0.0; ROWS]; SIDE];
                 for (lane, sums) in sums.iter_mut().enumerate() {
                     out.get_rows(token + lane, row, sums);
                 }
-                multiply(sums.each_mut());
+                // SAFETY: as above.
+                unsafe { multiply(&panel, acts.quads(quad, 1, first, count), Strip::of(&mut sums)) }
                 for (lane, sums) in sums.iter().enumerate() {
                     out.set_rows(token + lane, row, sums);
                 }
@@ -144,9 +159,15 @@ pub(crate) unsafe fn many_tokens(
     }
 }
 
-/// [`Lanes::multiply_quad`] for instruction sets whose registers hold it as it is written.
+/// [`Lanes::multiply_quads`] for instruction sets whose registers hold it as it is written.
 #[inline(always)]
-pub(crate) fn multiply_quad<S: Lanes, W: Format>(
+pub(crate) fn multiply_quads<S: Lanes, W: Format>(s: S, panel: &Panel, acts: Quads, out: Strip<ROWS>) {
+    each_quad(panel, acts, out, |acts, out| multiply_quad::<S, W>(s, panel, acts, out));
+}
+
+/// Adds the products of a panel with four tokens.
+#[inline(always)]
+fn multiply_quad<S: Lanes, W: Format>(
     s: S,
     panel: &Panel,
     acts: Quad,
@@ -202,20 +223,16 @@ pub(crate) fn multiply_quad<S: Lanes, W: Format>(
     }
 }
 
-/// [`Lanes::multiply_quad`] for instruction sets that have no registers for more than one token.
+/// [`Lanes::multiply_quads`] for instruction sets that have no registers for more than one token.
 #[cfg_attr(not(target_arch = "aarch64"), expect(dead_code, reason = "for NEON"))]
 #[inline(always)]
-pub(crate) fn multiply_each<S: Lanes, W: Format>(
-    s: S,
-    panel: &Panel,
-    acts: Quad,
-    out: [&mut [f32; ROWS]; SIDE],
-) {
-    let [a, b, c, d] = out;
-    one_of_four::<S, W, 0>(s, panel, acts, a);
-    one_of_four::<S, W, 1>(s, panel, acts, b);
-    one_of_four::<S, W, 2>(s, panel, acts, c);
-    one_of_four::<S, W, 3>(s, panel, acts, d);
+pub(crate) fn multiply_each<S: Lanes, W: Format>(s: S, panel: &Panel, acts: Quads, out: Strip<ROWS>) {
+    each_quad(panel, acts, out, |acts, [a, b, c, d]| {
+        one_of_four::<S, W, 0>(s, panel, acts, a);
+        one_of_four::<S, W, 1>(s, panel, acts, b);
+        one_of_four::<S, W, 2>(s, panel, acts, c);
+        one_of_four::<S, W, 3>(s, panel, acts, d);
+    });
 }
 
 /// Adds the products of a panel whose bias was taken off with token `TOKEN` of four.

@@ -22,12 +22,12 @@ mod lanes;
 mod pack;
 mod scalar;
 
-pub(crate) use activations::{Quad, RUN, SIDE, TileActs, padded_tokens, quantize};
+pub(crate) use activations::{Quad, Quads, RUN, SIDE, TileActs, padded_tokens, quantize};
 pub(crate) use formats::{Format, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
 #[cfg(target_arch = "aarch64")]
-pub(crate) use gemm::multiply_each;
+pub(crate) use gemm::{each_quad, multiply_each};
 #[cfg(target_arch = "x86_64")]
-pub(crate) use gemm::multiply_quad;
+pub(crate) use gemm::multiply_quads;
 pub(crate) use gemm::{Fill, Multiply, Panel, fill, multiply};
 pub(crate) use gemv::one_token;
 pub(crate) use lanes::Lanes;

@@ -4,7 +4,8 @@
 
 use crate::kernels::dispatch::Kernels;
 use crate::kernels::low_rank::{self, LowRank};
-use crate::kernels::tiles::{self, Format, Lanes, Panel, Quad, SIDE, multiply_quad};
+use crate::kernels::output::Strip;
+use crate::kernels::tiles::{self, Format, Lanes, Panel, Quads, multiply_quads};
 use core::arch::x86_64::*;
 
 /// Proof that the CPU has what `TABLE` is compiled for.
@@ -139,8 +140,8 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
-    fn multiply_quad<T: Format>(self, panel: &Panel, acts: Quad, out: [&mut [f32; 16]; SIDE]) {
-        multiply_quad::<Self, T>(self, panel, acts, out);
+    fn multiply_quads<T: Format>(self, panel: &Panel, acts: Quads, out: Strip<16>) {
+        multiply_quads::<Self, T>(self, panel, acts, out);
     }
 }
 
