@@ -17,9 +17,9 @@ use edge_models::{Activation, DecoderSpec};
 /// Multiplications below which other threads are not worth waking.
 const WORTH_SHARING: usize = 1 << 15;
 /// Tokens whose attention is one piece of work.
-const TOKENS_TOGETHER: usize = 8;
+const TOKENS_TOGETHER: usize = 16;
 /// Query heads that are handed to the kernel at once.
-const LANES: usize = 32;
+const LANES: usize = 48;
 
 /// Room for everything between the embedding and the logits of one batch.
 pub(super) struct Buffers<'a> {

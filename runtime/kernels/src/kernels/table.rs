@@ -63,7 +63,7 @@ macro_rules! kernel_table {
 
         /// The kernels for quantized weights in tiles.
         pub(crate) static TILES: tiles::TileKernels =
-            tiles::TileKernels { one_token: &ONE_TOKEN, fill: &FILL, multiply: &MULTIPLY, wide: false };
+            tiles::TileKernels { one_token: &ONE_TOKEN, fill: &FILL, multiply: &MULTIPLY, wide: None };
     };
 }
 
@@ -107,12 +107,9 @@ macro_rules! tile_tables {
     ($context:tt MULTIPLY $($rest:tt)*) => {
         $crate::kernels::table::block_entries! {
             $context
-            /// Products of unpacked weights with fours of tokens.
-            static MULTIPLY: fn(
-                panel: &tiles::Panel,
-                x: tiles::Quads,
-                out: $crate::kernels::output::Strip<16>
-            ) = tiles::multiply, tiles;
+            /// Products of unpacked weights with four tokens.
+            static MULTIPLY: fn(panel: &tiles::Panel, x: tiles::Quad, out: [&mut [f32; 16]; 4])
+                = tiles::multiply, tiles;
         }
         $crate::kernels::table::tile_tables! { $context $($rest)* }
     };

@@ -7,8 +7,7 @@ use super::neon;
 use super::rows16::{F, W, for_panel, keep, neon, shared_lanes};
 use crate::kernels::dispatch::Kernels;
 use crate::kernels::low_rank::{self, LowRank};
-use crate::kernels::output::Strip;
-use crate::kernels::tiles::{self, Format, Lanes, Panel, Quad, Quads, SIDE, each_quad};
+use crate::kernels::tiles::{self, Format, Lanes, Panel, Quad, SIDE};
 use core::arch::aarch64::*;
 use core::arch::asm;
 
@@ -140,21 +139,19 @@ impl Lanes for Dotprod {
     }
 
     #[inline(always)]
-    fn multiply_quads<T: Format>(self, panel: &Panel, acts: Quads, out: Strip<16>) {
+    fn multiply_quad<T: Format>(self, panel: &Panel, acts: Quad, out: [&mut [f32; 16]; SIDE]) {
         // SAFETY: a token exists, so the CPU has the extension.
         unsafe { for_panel!(T, multiply(self, panel, acts, out)) }
     }
 }
 
-/// [`Lanes::multiply_quads`].
+/// [`Lanes::multiply_quad`].
 #[inline(never)]
 #[target_feature(enable = "dotprod")]
-fn multiply<T: Format>(s: Dotprod, panel: &Panel, acts: Quads, out: Strip<16>) {
-    each_quad(panel, acts, out, |acts, mut out| {
-        for half in 0..2 {
-            s.eight_rows::<T>(panel, acts, half, &mut out);
-        }
-    });
+fn multiply<T: Format>(s: Dotprod, panel: &Panel, acts: Quad, mut out: [&mut [f32; 16]; SIDE]) {
+    for half in 0..2 {
+        s.eight_rows::<T>(panel, acts, half, &mut out);
+    }
 }
 
 crate::kernels::table::tile_tables! {
@@ -177,7 +174,7 @@ crate::kernels::table::entries! {
 
 /// The kernels for quantized weights in tiles.
 static TILES: tiles::TileKernels =
-    tiles::TileKernels { one_token: &ONE_TOKEN, fill: &neon::FILL, multiply: &MULTIPLY, wide: false };
+    tiles::TileKernels { one_token: &ONE_TOKEN, fill: &neon::FILL, multiply: &MULTIPLY, wide: None };
 
 /// The kernels of this instruction set: those of NEON, and tiles.
 pub(crate) static TABLE: Kernels = Kernels { name: "dotprod", tiles: &TILES, add_integers, ..neon::TABLE };

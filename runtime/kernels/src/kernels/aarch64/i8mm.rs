@@ -7,8 +7,7 @@
 use super::rows16::neon;
 use super::{dotprod, i8mm, i8mm_panel, neon};
 use crate::kernels::dispatch::Kernels;
-use crate::kernels::output::Strip;
-use crate::kernels::tiles::{self, Format, Panel, Q4_1, Q6K, Quad, Quads, RUN, SIDE, each_quad};
+use crate::kernels::tiles::{self, Format, Panel, Q4_1, Q6K, Quad, RUN, SIDE};
 use core::arch::aarch64::*;
 use core::arch::asm;
 
@@ -178,7 +177,7 @@ fn twice(to: &mut [f32; 32]) {
 
 /// [`tiles::Multiply`].
 #[inline(always)]
-fn multiply<T: Format>(s: I8mm, panel: &Panel, acts: Quads, out: Strip<16>) {
+fn multiply<T: Format>(s: I8mm, panel: &Panel, acts: Quad, out: [&mut [f32; 16]; SIDE]) {
     // SAFETY: a token exists, so the CPU has both extensions.
     unsafe {
         match (T::SEGMENTS, T::MINS) {
@@ -192,12 +191,10 @@ fn multiply<T: Format>(s: I8mm, panel: &Panel, acts: Quads, out: Strip<16>) {
 /// [`multiply`] for types with a minimum or two scales a block, once for all of each kind.
 #[inline(never)]
 #[target_feature(enable = "dotprod,i8mm")]
-fn multiply_panel<T: Format>(s: I8mm, panel: &Panel, acts: Quads, out: Strip<16>) {
-    each_quad(panel, acts, out, |acts, mut out| {
-        for half in 0..2 {
-            s.eight_rows::<T>(panel, acts, half, &mut out);
-        }
-    });
+fn multiply_panel<T: Format>(s: I8mm, panel: &Panel, acts: Quad, mut out: [&mut [f32; 16]; SIDE]) {
+    for half in 0..2 {
+        s.eight_rows::<T>(panel, acts, half, &mut out);
+    }
 }
 
 crate::kernels::table::block_entries! {
@@ -216,13 +213,17 @@ crate::kernels::table::block_entries! {
         unsafe { I8mm::assume() },
         #[target_feature(enable = "dotprod,i8mm")]
     ]
-    /// Products of unpacked weights with fours of tokens.
-    static MULTIPLY: fn(panel: &Panel, x: Quads, out: Strip<16>) = i8mm::multiply, tiles;
+    /// Products of unpacked weights with four tokens.
+    static MULTIPLY: fn(panel: &Panel, x: Quad, out: [&mut [f32; 16]; 4]) = i8mm::multiply, tiles;
 }
 
 /// The kernels for quantized weights in tiles.
-static TILES: tiles::TileKernels =
-    tiles::TileKernels { one_token: &dotprod::ONE_TOKEN, fill: &FILL, multiply: &MULTIPLY, wide: true };
+static TILES: tiles::TileKernels = tiles::TileKernels {
+    one_token: &dotprod::ONE_TOKEN,
+    fill: &FILL,
+    multiply: &MULTIPLY,
+    wide: Some(i8mm_panel::multiply_wide),
+};
 
 /// The kernels of this instruction set: those of NEON, and tiles.
 pub(crate) static TABLE: Kernels =

@@ -248,30 +248,47 @@ unsafe fn add_products(panel: &Panel, half: usize, Quad { quants, scales, .. }: 
 }
 
 /// [`Multiply`](crate::kernels::tiles::Multiply).
+#[target_feature(enable = "i8mm")]
+pub(super) fn multiply(panel: &Panel, acts: Quad, mut out: [&mut [f32; ROWS]; SIDE]) {
+    if panel.blocks > 0 {
+        eight_rows(panel, acts, &mut out, 0);
+        eight_rows(panel, acts, &mut out, 1);
+    }
+}
+
+/// The first or the second eight rows of a panel that has a block.
 #[inline(never)]
 #[target_feature(enable = "i8mm")]
-pub(super) fn multiply(panel: &Panel, acts: Quads, mut out: Strip<ROWS>) {
-    for quad in 0..acts.len() {
-        let (acts, Some(mut out)) = (acts.get(quad), out.tokens_mut(quad * SIDE)) else { return };
-        if acts.quants.len() != panel.blocks || panel.blocks == 0 {
-            return;
+fn eight_rows(panel: &Panel, acts: Quad, out: &mut [&mut [f32; ROWS]; SIDE], half: usize) {
+    let mut sums = neon!([vdupq_n_f32(0.0); 8]);
+    load(out, half, &mut sums);
+    // SAFETY: this function is compiled for the instructions; the panel has a block, and whoever multiplies gives as many
+    // of the activations.
+    unsafe { add_products(panel, half, acts, &mut sums) }
+    store(&sums, out, half);
+}
+
+/// [`MultiplyWide`](crate::kernels::tiles::MultiplyWide).
+#[target_feature(enable = "i8mm")]
+pub(super) fn multiply_wide(panel: &Panel, acts: Quads, mut out: Strip<ROWS>) {
+    eight_rows_wide(panel, acts.clone(), &mut out, 0);
+    eight_rows_wide(panel, acts, &mut out, 1);
+}
+
+/// The first or the second eight rows of a wide panel.
+#[inline(never)]
+#[target_feature(enable = "i8mm")]
+fn eight_rows_wide(panel: &Panel, acts: Quads, out: &mut Strip<ROWS>, half: usize) {
+    for (index, acts) in acts.enumerate() {
+        let Some(mut out) = out.tokens_mut(index * SIDE) else { return };
+        let mut sums = neon!([vdupq_n_f32(0.0); 8]);
+        if !panel.first {
+            load(&out, half, &mut sums);
         }
-        for half in 0..2 {
-            let mut sums = neon!([vdupq_n_f32(0.0); 8]);
-            if !panel.first {
-                load(&out, half, &mut sums);
-            }
-            // SAFETY: this function is compiled for the instructions; the panel has a block, and as many as the
-            // activations.
-            unsafe {
-                if panel.wide {
-                    add_wide_products(panel, half, acts, &mut sums);
-                } else {
-                    add_products(panel, half, acts, &mut sums);
-                }
-            }
-            store(&sums, &mut out, half);
-        }
+        // SAFETY: this function is compiled for the instructions, and whoever multiplies gives as many blocks of the
+        // activations as the panel has.
+        unsafe { add_wide_products(panel, half, acts, &mut sums) }
+        store(&sums, &mut out, half);
     }
 }
 

@@ -6,8 +6,7 @@
 
 use super::neon::Neon;
 use super::rows16::{F, W, for_panel, keep, neon, shared_lanes};
-use crate::kernels::output::Strip;
-use crate::kernels::tiles::{Format, Lanes, Panel, Quads, multiply_each};
+use crate::kernels::tiles::{Format, Lanes, Panel, Quad, SIDE, multiply_each};
 use core::arch::aarch64::*;
 
 /// Sums on the way: in 16 bits for small weights, in 32 for others. Only one of the two is ever used.
@@ -80,13 +79,13 @@ impl Lanes for Neon {
     }
 
     #[inline(always)]
-    fn multiply_quads<T: Format>(self, panel: &Panel, acts: Quads, out: Strip<16>) {
+    fn multiply_quad<T: Format>(self, panel: &Panel, acts: Quad, out: [&mut [f32; 16]; SIDE]) {
         for_panel!(T, multiply(self, panel, acts, out));
     }
 }
 
-/// [`Lanes::multiply_quads`].
+/// [`Lanes::multiply_quad`].
 #[inline(never)]
-fn multiply<T: Format>(s: Neon, panel: &Panel, acts: Quads, out: Strip<16>) {
+fn multiply<T: Format>(s: Neon, panel: &Panel, acts: Quad, out: [&mut [f32; 16]; SIDE]) {
     multiply_each::<Neon, T>(s, panel, acts, out);
 }

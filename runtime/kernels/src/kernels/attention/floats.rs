@@ -11,7 +11,7 @@ use crate::kernels::simd::{Op, Simd};
 use core::ops::Range;
 
 /// Queries that share widened rows.
-const LANES: usize = 32;
+const LANES: usize = 48;
 /// Queries of a tile.
 const TILE: usize = 4;
 /// Widened numbers, in eights: 16 KiB, eight rows of half the widest head or four of all of it.
@@ -213,7 +213,7 @@ impl<S: Simd, T: Element> Op<S> for WidenKeys<'_, T> {
             if !rest.is_empty() {
                 for (i, row) in rows.into_iter().enumerate() {
                     let mut last = [0.0; 8];
-                    s.store(load_last(s, &row[eights * 8..]), &mut last);
+                    s.store(T::load8(s, &filled_up(&row[eights * 8..])), &mut last);
                     for (to, x) in rest.iter_mut().zip(last) {
                         to[i] = x;
                     }
@@ -246,22 +246,12 @@ impl<S: Simd, T: Element> Op<S> for WidenValues<'_, T> {
                 s.store(x[1], &mut to[1]);
             }
             if let (false, Some(to)) = (rest.is_empty(), to.next()) {
-                let (a, b) = rest.split_at(rest.len().min(8));
-                s.store(load_last(s, a), &mut to[0]);
-                s.store(load_last(s, b), &mut to[1]);
+                let x = load16(s, &filled_up(rest));
+                s.store(x[0], &mut to[0]);
+                s.store(x[1], &mut to[1]);
             }
         }
     }
-}
-
-/// At most eight numbers, and zeros.
-#[inline(always)]
-fn load_last<S: Simd, T: Element>(s: S, rest: &[T]) -> S::F {
-    let mut eight = [T::default(); 8];
-    for (to, from) in eight.iter_mut().zip(rest) {
-        *to = *from;
-    }
-    T::load8(s, &eight)
 }
 
 /// Queries that meet widened rows.
@@ -366,7 +356,7 @@ impl<S: Simd, const N: usize> Op<S> for AddValues<'_, N> {
                 let keep = s.splat(states[l].keep);
                 sums[l] = match out.as_array() {
                     Some(out) => load16(s, out),
-                    None => filled_up(s, out),
+                    None => load16(s, &filled_up(out)),
                 }
                 .map(|sum| s.mul(sum, keep));
             }
@@ -401,9 +391,12 @@ impl<S: Simd, const N: usize> Op<S> for AddValues<'_, N> {
     }
 }
 
-/// Fewer than sixteen numbers, and zeros.
-#[inline(always)]
-fn filled_up<S: Simd>(s: S, rest: &[f32]) -> [S::F; 2] {
-    let (a, b) = rest.split_at(rest.len().min(8));
-    [load_last(s, a), load_last(s, b)]
+/// At most `N` numbers, and zeros. For last columns alone, so it need not be fast.
+#[inline(never)]
+fn filled_up<T: Element, const N: usize>(rest: &[T]) -> [T; N] {
+    let mut all = [T::default(); N];
+    for (to, from) in all.iter_mut().zip(rest) {
+        *to = *from;
+    }
+    all
 }

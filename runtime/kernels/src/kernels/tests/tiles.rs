@@ -140,12 +140,14 @@ proptest! {
 
     #[test]
     fn large_batches_are_within_their_contract(
-        dtype in quantized_dtype(), rows in 1..24usize, tokens in 30..40usize, blocks in 1..30usize, seed: u64,
+        dtype in quantized_dtype(), rows in 1..36usize, tokens in 30..40usize, blocks in 1..60usize, shift in 0..65usize,
+        seed: u64,
     ) {
         let cols = if dtype.block_len() == 256 { blocks.div_ceil(8) * 256 } else { blocks * 32 };
         let mut random = Random(seed);
-        let tiles = tiled(dtype, rows, cols, &random.weights(dtype, rows, cols));
-        let weight = Matrix::with(Layout::Tiles, dtype, rows, cols, &tiles).unwrap();
+        let mut moved = vec![0; shift];
+        moved.extend(tiled(dtype, rows, cols, &random.weights(dtype, rows, cols)));
+        let weight = Matrix::with(Layout::Tiles, dtype, rows, cols, &moved[shift..]).unwrap();
         let values = random.floats(tokens * cols);
         let exact = exact(&weight, tokens, &values);
         for kernels in Kernels::available() {

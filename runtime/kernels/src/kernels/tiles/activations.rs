@@ -10,6 +10,7 @@
 use super::super::activations::{ActivationsMut, BLOCK};
 use super::super::float::{peak, quantize_block};
 use super::super::simd::Simd;
+use core::ops::Range;
 
 /// Tokens side by side.
 pub(crate) const SIDE: usize = 4;
@@ -67,47 +68,44 @@ pub(crate) struct Quad<'a> {
     pub halves: &'a [[f32; SIDE]],
 }
 
-/// Some blocks of fours of tokens.
-#[derive(Clone, Copy)]
+/// Some blocks of several times four tokens.
+#[derive(Clone)]
 pub(crate) struct Quads<'a> {
-    acts: TileActs<'a>,
-    /// The first four.
-    start: usize,
-    /// Fours of tokens.
-    len: usize,
-    /// The first block.
+    acts: &'a TileActs<'a>,
+    index: Range<usize>,
     first: usize,
-    /// Blocks.
     count: usize,
 }
 
 impl<'a> TileActs<'a> {
-    /// Blocks `first..first + count` of `len` fours of tokens, from the four `start` on.
+    /// Blocks `first..first + count` of the tokens from `4 * index` on.
     #[inline(always)]
-    pub fn quads(&self, start: usize, len: usize, first: usize, count: usize) -> Quads<'a> {
-        Quads { acts: *self, start, len, first, count }
+    pub fn quad(&self, index: usize, first: usize, count: usize) -> Quad<'a> {
+        let start = index * self.blocks + first;
+        let range = start..start + count;
+        let quants = self.quants.as_chunks::<32>().0.as_chunks::<4>().0;
+        Quad {
+            quants: &quants[range.clone()],
+            scales: &self.scales.as_chunks().0[range.clone()],
+            sums: &self.sums.as_chunks().0[range.clone()],
+            halves: &self.halves.as_chunks().0[range],
+        }
+    }
+
+    /// [`Self::quad`] of each of `index`.
+    #[inline(always)]
+    pub fn quads(&'a self, index: Range<usize>, first: usize, count: usize) -> Quads<'a> {
+        Quads { acts: self, index, first, count }
     }
 }
 
-impl<'a> Quads<'a> {
-    /// Fours of tokens.
-    #[inline(always)]
-    pub fn len(&self) -> usize {
-        self.len
-    }
+impl<'a> Iterator for Quads<'a> {
+    type Item = Quad<'a>;
 
-    /// The blocks of one four.
     #[inline(always)]
-    pub fn get(&self, index: usize) -> Quad<'a> {
-        let start = (self.start + index) * self.acts.blocks + self.first;
-        let range = start..start + self.count;
-        let quants = self.acts.quants.as_chunks::<32>().0.as_chunks::<4>().0;
-        Quad {
-            quants: &quants[range.clone()],
-            scales: &self.acts.scales.as_chunks().0[range.clone()],
-            sums: &self.acts.sums.as_chunks().0[range.clone()],
-            halves: &self.acts.halves.as_chunks().0[range],
-        }
+    fn next(&mut self) -> Option<Quad<'a>> {
+        let index = self.index.next()?;
+        Some(self.acts.quad(index, self.first, self.count))
     }
 }
 

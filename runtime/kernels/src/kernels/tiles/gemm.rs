@@ -77,8 +77,12 @@ impl Panel {
 /// Unpacks blocks `first..first + count` of a tile's bytes, whole shares from the first on.
 pub(crate) type Fill = unsafe fn(panel: &mut Panel, tile: &[u8], first: usize, count: usize);
 
-/// Adds the products of a panel with fours of tokens to `out`, which has all of them.
-pub(crate) type Multiply = unsafe fn(panel: &Panel, acts: Quads, out: Strip<ROWS>);
+/// Adds the products of a panel with four tokens to `out`.
+pub(crate) type Multiply = unsafe fn(panel: &Panel, acts: Quad, out: [&mut [f32; ROWS]; SIDE]);
+
+/// Adds the products of a wide panel with fours of tokens, wide too, to `out`, which has all of them; sums begin at
+/// zero if the panel is a row's first.
+pub(crate) type MultiplyWide = unsafe fn(panel: &Panel, acts: Quads, out: Strip<ROWS>);
 
 /// [`Fill`] with the operations of an instruction set.
 #[inline(always)]
@@ -88,35 +92,18 @@ pub(crate) fn fill<W: Format>(s: impl Lanes, panel: &mut Panel, tile: &[u8], fir
 
 /// [`Multiply`] with the operations of an instruction set.
 #[inline(always)]
-pub(crate) fn multiply<W: Format>(s: impl Lanes, panel: &Panel, acts: Quads, out: Strip<ROWS>) {
-    s.multiply_quads::<W>(panel, acts, out);
-}
-
-/// Calls `multiply` for each four of tokens, whose sums are zeros where they begin.
-#[inline(always)]
-pub(crate) fn each_quad(
-    panel: &Panel,
-    acts: Quads,
-    mut out: Strip<ROWS>,
-    multiply: impl Fn(Quad, [&mut [f32; ROWS]; SIDE]),
-) {
-    for quad in 0..acts.len() {
-        let Some(mut out) = out.tokens_mut(quad * SIDE) else { return };
-        if panel.first {
-            out.iter_mut().for_each(|sums| **sums = [0.0; ROWS]);
-        }
-        multiply(acts.get(quad), out);
-    }
+pub(crate) fn multiply<W: Format>(s: impl Lanes, panel: &Panel, acts: Quad, out: [&mut [f32; ROWS]; SIDE]) {
+    s.multiply_quad::<W>(panel, acts, out);
 }
 
 /// The rows of one part, for several tokens.
 ///
 /// # Safety
-/// The CPU must be able to run both functions.
+/// The CPU must be able to run the functions.
 pub(crate) unsafe fn many_tokens(
     fill: Fill,
     multiply: Multiply,
-    wide: bool,
+    wide: Option<MultiplyWide>,
     weight: &Matrix,
     acts: &TileActs,
     out: &mut Columns,
@@ -128,7 +115,7 @@ pub(crate) unsafe fn many_tokens(
     let panels = acts.blocks.div_ceil(BLOCKS).max(1);
     let size = acts.blocks.div_ceil(panels).next_multiple_of(whole).max(1);
     let mut panel = Panel::EMPTY;
-    panel.wide = wide;
+    panel.wide = wide.is_some();
     for row in rows.step_by(ROWS) {
         let Some(bytes) = weight.tile(row) else { return };
         for first in (0..acts.blocks).step_by(size) {
@@ -136,21 +123,40 @@ pub(crate) unsafe fn many_tokens(
             // SAFETY: the caller's promise.
             unsafe { fill(&mut panel, bytes, first, count) };
             panel.first = first == 0;
-            let mut done = 0;
-            if let Some(out) = out.strip(row) {
-                done = out.tokens() / SIDE;
+            let mut quads = 0..acts.tokens.div_ceil(SIDE);
+            if let (Some(multiply), Some(out)) = (wide, out.strip(row)) {
+                quads.start = out.tokens() / SIDE;
                 // SAFETY: as above.
-                unsafe { multiply(&panel, acts.quads(0, done, first, count), out) }
+                unsafe { multiply(&panel, acts.quads(0..quads.start, first, count), out) }
             }
-            for quad in done..acts.tokens.div_ceil(SIDE) {
-                // Tokens or rows that are not there.
+            for quad in quads {
                 let token = quad * SIDE;
+                let multiply = |mut sums: [&mut [f32; ROWS]; SIDE]| {
+                    if panel.first {
+                        sums.iter_mut().for_each(|sums| **sums = [0.0; ROWS]);
+                    }
+                    // SAFETY: as above.
+                    unsafe { multiply(&panel, acts.quad(quad, first, count), sums) }
+                };
+                if let (None, Some(mut strip)) = (wide, out.strip(row))
+                    && let Some(out) = strip.tokens_mut(token)
+                {
+                    multiply(out);
+                    continue;
+                }
+                // Tokens or rows that are not there.
                 let mut sums = [[0.0; ROWS]; SIDE];
                 for (lane, sums) in sums.iter_mut().enumerate() {
                     out.get_rows(token + lane, row, sums);
                 }
-                // SAFETY: as above.
-                unsafe { multiply(&panel, acts.quads(quad, 1, first, count), Strip::of(&mut sums)) }
+                match wide {
+                    None => multiply(sums.each_mut()),
+                    Some(multiply) => {
+                        let quads = acts.quads(quad..quad + 1, first, count);
+                        // SAFETY: as above.
+                        unsafe { multiply(&panel, quads, Strip::of(&mut sums)) }
+                    }
+                }
                 for (lane, sums) in sums.iter().enumerate() {
                     out.set_rows(token + lane, row, sums);
                 }
@@ -159,15 +165,9 @@ pub(crate) unsafe fn many_tokens(
     }
 }
 
-/// [`Lanes::multiply_quads`] for instruction sets whose registers hold it as it is written.
+/// [`Lanes::multiply_quad`] for instruction sets whose registers hold it as it is written.
 #[inline(always)]
-pub(crate) fn multiply_quads<S: Lanes, W: Format>(s: S, panel: &Panel, acts: Quads, out: Strip<ROWS>) {
-    each_quad(panel, acts, out, |acts, out| multiply_quad::<S, W>(s, panel, acts, out));
-}
-
-/// Adds the products of a panel with four tokens.
-#[inline(always)]
-fn multiply_quad<S: Lanes, W: Format>(
+pub(crate) fn multiply_quad<S: Lanes, W: Format>(
     s: S,
     panel: &Panel,
     acts: Quad,
@@ -223,27 +223,32 @@ fn multiply_quad<S: Lanes, W: Format>(
     }
 }
 
-/// [`Lanes::multiply_quads`] for instruction sets that have no registers for more than one token.
+/// [`Lanes::multiply_quad`] for instruction sets that have no registers for more than one token.
 #[cfg_attr(not(target_arch = "aarch64"), expect(dead_code, reason = "for NEON"))]
 #[inline(always)]
-pub(crate) fn multiply_each<S: Lanes, W: Format>(s: S, panel: &Panel, acts: Quads, out: Strip<ROWS>) {
-    each_quad(panel, acts, out, |acts, [a, b, c, d]| {
-        one_of_four::<S, W, 0>(s, panel, acts, a);
-        one_of_four::<S, W, 1>(s, panel, acts, b);
-        one_of_four::<S, W, 2>(s, panel, acts, c);
-        one_of_four::<S, W, 3>(s, panel, acts, d);
-    });
-}
-
-/// Adds the products of a panel whose bias was taken off with token `TOKEN` of four.
-#[inline(always)]
-fn one_of_four<S: Lanes, W: Format, const TOKEN: usize>(
+pub(crate) fn multiply_each<S: Lanes, W: Format>(
     s: S,
     panel: &Panel,
     acts: Quad,
+    mut out: [&mut [f32; ROWS]; SIDE],
+) {
+    for (pair, [even, odd]) in out.as_chunks_mut().0.iter_mut().enumerate() {
+        one_of_two::<S, W, false>(s, panel, acts, pair, even);
+        one_of_two::<S, W, true>(s, panel, acts, pair, odd);
+    }
+}
+
+/// Adds the products of a panel whose bias was taken off with the first or second token of one of two pairs.
+#[inline(always)]
+fn one_of_two<S: Lanes, W: Format, const SECOND: bool>(
+    s: S,
+    panel: &Panel,
+    acts: Quad,
+    pair_of_tokens: usize,
     out: &mut [f32; ROWS],
 ) {
     debug_assert!(S::PANEL_WITHOUT_BIAS);
+    let token = (2 * pair_of_tokens + usize::from(SECOND)) % SIDE;
     let mut sums = s.load(out);
     let weights = panel.weights[..panel.blocks].iter().zip(&panel.scales).zip(&panel.mins);
     let numbers = acts.scales.iter().zip(acts.sums);
@@ -252,21 +257,21 @@ fn one_of_four<S: Lanes, W: Format, const TOKEN: usize>(
             let pairs = 4 / W::SEGMENTS;
             let mut p = s.start(0);
             for pair in segment * pairs..(segment + 1) * pairs {
-                let ([a, b], _) = quants[pair].as_chunks::<16>() else { continue };
-                let a = s.activations(if TOKEN < 2 { a } else { b });
+                let Some(a) = quants[pair].as_chunks::<16>().0.get(pair_of_tokens) else { continue };
+                let a = s.activations(a);
                 let [even, odd] = &weights[pair];
                 let (even, odd) = (s.bytes(even), s.bytes(odd));
-                p = if TOKEN.is_multiple_of(2) {
-                    dot::<S, W, 1>(s, dot::<S, W, 0>(s, p, even, a), odd, a)
-                } else {
+                p = if SECOND {
                     dot::<S, W, 3>(s, dot::<S, W, 2>(s, p, even, a), odd, a)
+                } else {
+                    dot::<S, W, 1>(s, dot::<S, W, 0>(s, p, even, a), odd, a)
                 };
             }
-            let scale = s.mul(s.load(scales.first_chunk().unwrap_or(&[0.0; ROWS])), s.splat(scales_a[TOKEN]));
+            let scale = s.mul(s.load(scales.first_chunk().unwrap_or(&[0.0; ROWS])), s.splat(scales_a[token]));
             sums = s.fma(finish::<S, W>(s, p, 0), scale, sums);
         }
         if W::MINS {
-            sums = s.fma(s.load(mins), s.splat(integer(all[TOKEN]) as f32 * scales_a[TOKEN]), sums);
+            sums = s.fma(s.load(mins), s.splat(integer(all[token]) as f32 * scales_a[token]), sums);
         }
     }
     s.store(sums, out);

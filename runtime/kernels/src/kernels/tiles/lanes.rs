@@ -4,8 +4,7 @@
 //! instruction sets agree bit for bit; `fma` rounds once.
 
 use super::gemm::Panel;
-use super::{Format, Quads};
-use crate::kernels::output::Strip;
+use super::{Format, Quad};
 
 /// A token of an instruction set: holding one proves that the CPU has it.
 pub(crate) trait Lanes: Copy {
@@ -75,6 +74,6 @@ pub(crate) trait Lanes: Copy {
     /// Keeps the weights of eight columns for the product with many tokens, `bias` taken off each if
     /// [`Lanes::PANEL_WITHOUT_BIAS`].
     fn keep(self, w: [Self::W; 2], bias: i32, to: &mut [[u8; 64]; 2]);
-    /// Adds the products of a panel with fours of tokens to `out`.
-    fn multiply_quads<W: Format>(self, panel: &Panel, acts: Quads, out: Strip<16>);
+    /// Adds the products of a panel with four tokens to `out`.
+    fn multiply_quad<W: Format>(self, panel: &Panel, acts: Quad, out: [&mut [f32; 16]; 4]);
 }

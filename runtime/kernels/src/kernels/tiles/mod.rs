@@ -25,10 +25,10 @@ mod scalar;
 pub(crate) use activations::{Quad, Quads, RUN, SIDE, TileActs, padded_tokens, quantize};
 pub(crate) use formats::{Format, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
 #[cfg(target_arch = "aarch64")]
-pub(crate) use gemm::{each_quad, multiply_each};
+pub(crate) use gemm::multiply_each;
 #[cfg(target_arch = "x86_64")]
-pub(crate) use gemm::multiply_quads;
-pub(crate) use gemm::{Fill, Multiply, Panel, fill, multiply};
+pub(crate) use gemm::multiply_quad;
+pub(crate) use gemm::{Fill, Multiply, MultiplyWide, Panel, fill, multiply};
 pub(crate) use gemv::one_token;
 pub(crate) use lanes::Lanes;
 pub use pack::put_q8_0;
@@ -50,7 +50,7 @@ pub(crate) struct TileKernels {
     pub fill: &'static ByType<Fill>,
     /// Many tokens: adds the products of unpacked weights.
     pub multiply: &'static ByType<Multiply>,
-    /// Many tokens, wide: whether `fill` and `multiply` do so, and faster, for types with one scale a block and no minimum.
+    /// Many tokens, wide, for types with one scale a block and no minimum, where it is faster: `fill` knows of it, too.
     ///
     /// Of a run's blocks only the scales of weights differ, `w`, not those of a token's activations, `a`. With `s` the
     /// exact sum of products of each block and `S` that of all blocks of the run so far, the run's product is
@@ -60,7 +60,7 @@ pub(crate) struct TileKernels {
     /// This is the one kernel that does not agree with the others bit for bit: a scale for a run is coarser where
     /// magnitudes differ, and sums are rounded otherwise, within `2e-6` of the sum of the products' magnitudes, each taken
     /// with the largest weight of the row. A weight's scale that is not finite makes the sum NaN or infinite.
-    pub wide: bool,
+    pub wide: Option<MultiplyWide>,
 }
 
 /// Least tokens of a batch whose activations are quantized wide. Fewer are computed as each alone is: what a draft
@@ -73,20 +73,20 @@ pub(crate) struct TileKernel {
     one_token: RowsKernel,
     fill: Fill,
     multiply: Multiply,
-    wide: bool,
+    wide: Option<MultiplyWide>,
 }
 
 impl TileKernels {
     /// The kernels for a type; `None` for floats.
     pub fn of(&self, dtype: DType) -> Option<TileKernel> {
         let (one_token, fill) = (self.one_token.of(dtype)?, self.fill.of(dtype)?);
-        let wide = self.wide && one_scale(dtype);
+        let wide = self.wide.filter(|_| one_scale(dtype));
         Some(TileKernel { one_token, fill, multiply: self.multiply.of(dtype)?, wide })
     }
 
     /// Whether a batch of `tokens` that meets weights of these types is to be quantized wide.
     pub fn takes_wide(&self, tokens: usize, mut types: impl Iterator<Item = DType>) -> bool {
-        self.wide && tokens >= WIDE_TOKENS && types.all(one_scale)
+        self.wide.is_some() && tokens >= WIDE_TOKENS && types.all(one_scale)
     }
 }
 
@@ -106,7 +106,7 @@ impl TileKernel {
             if acts.tokens() == 1 {
                 (self.one_token)(weight, acts, out);
             } else {
-                let wide = self.wide && acts.wide();
+                let wide = self.wide.filter(|_| acts.wide());
                 gemm::many_tokens(self.fill, self.multiply, wide, weight, &acts.tile_acts(), out);
             }
         }

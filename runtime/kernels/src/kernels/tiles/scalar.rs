@@ -1,12 +1,11 @@
 //! The portable instruction set: the definition of what every other one computes.
 
-use super::activations::Quads;
+use super::activations::{Quad, SIDE};
 use super::formats::Format;
-use super::gemm::{Panel, multiply_quads};
+use super::gemm::{Panel, multiply_quad};
 use super::lanes::Lanes;
 use crate::format::{TILE_ROWS as ROWS, f16_to_f32};
 use crate::kernels::generic::Scalar;
-use crate::kernels::output::Strip;
 
 type F = [f32; ROWS];
 
@@ -100,7 +99,7 @@ impl Lanes for Scalar {
         *to = w;
     }
 
-    fn multiply_quads<W: Format>(self, panel: &Panel, acts: Quads, out: Strip<ROWS>) {
-        multiply_quads::<Self, W>(self, panel, acts, out);
+    fn multiply_quad<W: Format>(self, panel: &Panel, acts: Quad, out: [&mut F; SIDE]) {
+        multiply_quad::<Self, W>(self, panel, acts, out);
     }
 }

@@ -4,8 +4,7 @@
 //! the activations.
 
 use super::avx2::Avx2;
-use crate::kernels::output::Strip;
-use crate::kernels::tiles::{Format, Lanes, Panel, Quads, multiply_quads};
+use crate::kernels::tiles::{Format, Lanes, Panel, Quad, SIDE, multiply_quad};
 use core::arch::x86_64::*;
 
 /// Evaluates AVX2 intrinsics.
@@ -161,7 +160,7 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    fn multiply_quads<T: Format>(self, panel: &Panel, acts: Quads, out: Strip<16>) {
-        multiply_quads::<Self, T>(self, panel, acts, out);
+    fn multiply_quad<T: Format>(self, panel: &Panel, acts: Quad, out: [&mut [f32; 16]; SIDE]) {
+        multiply_quad::<Self, T>(self, panel, acts, out);
     }
 }

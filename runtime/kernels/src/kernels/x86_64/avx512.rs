@@ -4,8 +4,7 @@
 
 use crate::kernels::dispatch::Kernels;
 use crate::kernels::low_rank::{self, LowRank};
-use crate::kernels::output::Strip;
-use crate::kernels::tiles::{self, Format, Lanes, Panel, Quads, multiply_quads};
+use crate::kernels::tiles::{self, Format, Lanes, Panel, Quad, SIDE, multiply_quad};
 use core::arch::x86_64::*;
 
 /// Proof that the CPU has what `TABLE` is compiled for.
@@ -140,8 +139,8 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
-    fn multiply_quads<T: Format>(self, panel: &Panel, acts: Quads, out: Strip<16>) {
-        multiply_quads::<Self, T>(self, panel, acts, out);
+    fn multiply_quad<T: Format>(self, panel: &Panel, acts: Quad, out: [&mut [f32; 16]; SIDE]) {
+        multiply_quad::<Self, T>(self, panel, acts, out);
     }
 }
 
@@ -166,7 +165,7 @@ crate::kernels::table::entries! {
 
 /// The kernels for quantized weights in tiles.
 static TILES: tiles::TileKernels =
-    tiles::TileKernels { one_token: &ONE_TOKEN, fill: &FILL, multiply: &MULTIPLY, wide: false };
+    tiles::TileKernels { one_token: &ONE_TOKEN, fill: &FILL, multiply: &MULTIPLY, wide: None };
 
 /// The kernels of this instruction set: those of AVX2, and tiles.
 pub(crate) static TABLE: Kernels =
