@@ -114,58 +114,40 @@ impl<'a> Iterator for Quads<'a> {
 /// no type with one scale a block needs them once its bias is off a panel.
 #[inline(always)]
 pub(crate) fn quantize<S: Simd>(s: S, acts: &mut ActivationsMut, run: usize) {
-    match acts.tokens() {
-        _ if acts.scales.is_empty() => {}
-        0 => {}
-        1 => quantize_groups::<S, 1>(s, acts, run),
-        _ => quantize_groups::<S, SIDE>(s, acts, run),
-    }
-}
-
-/// [`quantize`] with `N` tokens side by side.
-#[inline(always)]
-fn quantize_groups<S: Simd, const N: usize>(s: S, acts: &mut ActivationsMut, run: usize) {
     let (tokens, cols) = (acts.tokens(), acts.cols());
-    let blocks = cols / BLOCK;
+    if acts.scales.is_empty() {
+        return;
+    }
+    let (blocks, side) = (cols / BLOCK, if tokens == 1 { 1 } else { SIDE });
     let (sums, halves) = acts.sums.split_at_mut(acts.scales.len());
-    let groups = acts.scales.chunks_exact_mut(N * blocks).zip(sums.chunks_exact_mut(N * blocks));
-    let groups = groups.zip(halves.chunks_exact_mut(N * blocks));
-    let quants = acts.quants.chunks_exact_mut(N * blocks * BLOCK);
-    for (group, (((scales, sums), halves), quants)) in groups.zip(quants).take(tokens.div_ceil(N)).enumerate()
-    {
-        for lane in 0..N {
-            let token = group * N + lane;
-            let numbers = scales.as_chunks_mut::<N>().0.iter_mut().zip(sums.as_chunks_mut::<N>().0);
-            let numbers = numbers.zip(halves.as_chunks_mut::<N>().0);
-            let quants = quants.as_chunks_mut::<8>().0.as_chunks_mut::<N>().0.as_chunks_mut::<4>().0;
-            let blocks = numbers.zip(quants);
-            if token >= tokens {
-                for (((scale, sum), half), octets) in blocks {
-                    (scale[lane], sum[lane], half[lane]) = (0.0, bits(0), bits(0));
-                    octets.iter_mut().for_each(|octet| octet[lane] = [0; 8]);
-                }
-                continue;
+    let octets = acts.quants.as_chunks_mut::<8>().0;
+    for token in 0..padded_tokens(tokens) {
+        // Behind the last token come zeros.
+        let row = if token < tokens { acts.values[token * cols..][..cols].as_chunks().0 } else { &[] };
+        // Where the token's next block and its next eight integers are.
+        let (first, lane) = (token / side * side * blocks, token % side);
+        let (mut number, mut octet) = (first + lane, first * (BLOCK / 8) + lane);
+        let (mut highest, mut left) = (0.0, 0);
+        for index in 0..blocks {
+            if left == 0 {
+                // What is not finite has the highest bits.
+                let peaks = row.iter().skip(index).take(run).map(|values| peak(s, values).to_bits());
+                highest = f32::from_bits(peaks.max().unwrap_or(0));
+                left = run;
             }
-            let row = acts.values[token * cols..][..cols].as_chunks::<BLOCK>().0;
-            let (mut highest, mut left) = (0.0, 0);
-            for (index, ((((scale, sum), half), octets), values)) in blocks.zip(row).enumerate() {
-                if left == 0 {
-                    // What is not finite has the highest bits.
-                    let peaks = row[index..].iter().take(run).map(|values| peak(s, values).to_bits());
-                    highest = f32::from_bits(peaks.max().unwrap_or(0));
-                    left = run;
-                }
-                left -= 1;
-                let quants;
-                (scale[lane], quants) = quantize_block(s, values, highest);
-                if run == 1 {
-                    let (first, second) = (s.sum_i8(&quants[0]), s.sum_i8(&quants[1]));
-                    (sum[lane], half[lane]) = (bits(first + second), bits(first));
-                }
-                for (octet, from) in octets.iter_mut().zip(quants.as_flattened().as_chunks::<8>().0) {
-                    octet[lane] = *from;
-                }
+            left -= 1;
+            let quants;
+            (acts.scales[number], quants) =
+                quantize_block(s, row.get(index).unwrap_or(&[0.0; BLOCK]), highest);
+            if run == 1 {
+                let (first, second) = (s.sum_i8(&quants[0]), s.sum_i8(&quants[1]));
+                (sums[number], halves[number]) = (bits(first + second), bits(first));
             }
+            for from in quants.as_flattened().as_chunks().0 {
+                octets[octet] = *from;
+                octet += side;
+            }
+            number += side;
         }
     }
 }
