@@ -271,15 +271,15 @@ fn eight_rows(panel: &Panel, acts: Quad, out: &mut [&mut [f32; ROWS]; SIDE], hal
 /// [`MultiplyWide`](crate::kernels::tiles::MultiplyWide).
 #[target_feature(enable = "i8mm")]
 pub(super) fn multiply_wide(panel: &Panel, acts: Quads, mut out: Strip<ROWS>) {
-    eight_rows_wide(panel, acts.clone(), &mut out, 0);
-    eight_rows_wide(panel, acts, &mut out, 1);
+    eight_rows_wide(panel, &acts, &mut out, 0);
+    eight_rows_wide(panel, &acts, &mut out, 1);
 }
 
 /// The first or the second eight rows of a wide panel.
 #[inline(never)]
 #[target_feature(enable = "i8mm")]
-fn eight_rows_wide(panel: &Panel, acts: Quads, out: &mut Strip<ROWS>, half: usize) {
-    for (index, acts) in acts.enumerate() {
+fn eight_rows_wide(panel: &Panel, acts: &Quads, out: &mut Strip<ROWS>, half: usize) {
+    for (index, acts) in acts.iter().enumerate() {
         let Some(mut out) = out.tokens_mut(index * SIDE) else { return };
         let mut sums = neon!([vdupq_n_f32(0.0); 8]);
         if !panel.first {

@@ -68,11 +68,14 @@ pub(crate) struct Quad<'a> {
     pub halves: &'a [[f32; SIDE]],
 }
 
-/// Some blocks of several times four tokens.
-#[derive(Clone)]
+/// Some blocks of several times four tokens, wide, whose sums nobody asks for.
+#[derive(Clone, Copy)]
 pub(crate) struct Quads<'a> {
-    acts: &'a TileActs<'a>,
-    index: Range<usize>,
+    /// All blocks of these tokens.
+    quants: &'a [[[i8; 32]; 4]],
+    scales: &'a [[f32; SIDE]],
+    /// Blocks of a token.
+    blocks: usize,
     first: usize,
     count: usize,
 }
@@ -92,20 +95,32 @@ impl<'a> TileActs<'a> {
         }
     }
 
-    /// [`Self::quad`] of each of `index`.
+    /// Blocks `first..first + count` of the fours of tokens `index`, without sums.
     #[inline(always)]
-    pub fn quads(&'a self, index: Range<usize>, first: usize, count: usize) -> Quads<'a> {
-        Quads { acts: self, index, first, count }
+    pub fn quads(&self, index: Range<usize>, first: usize, count: usize) -> Quads<'a> {
+        let range = index.start * self.blocks..index.end * self.blocks;
+        Quads {
+            quants: &self.quants.as_chunks::<32>().0.as_chunks().0[range.clone()],
+            scales: &self.scales.as_chunks().0[range],
+            blocks: self.blocks,
+            first,
+            count,
+        }
     }
 }
 
-impl<'a> Iterator for Quads<'a> {
-    type Item = Quad<'a>;
-
+impl<'a> Quads<'a> {
+    /// One four after the other.
     #[inline(always)]
-    fn next(&mut self) -> Option<Quad<'a>> {
-        let index = self.index.next()?;
-        Some(self.acts.quad(index, self.first, self.count))
+    pub fn iter(&self) -> impl Iterator<Item = Quad<'a>> {
+        let (range, blocks) = (self.first..self.first + self.count, self.blocks.max(1));
+        let scales = self.scales.chunks_exact(blocks);
+        self.quants.chunks_exact(blocks).zip(scales).map(move |(quants, scales)| Quad {
+            quants: &quants[range.clone()],
+            scales: &scales[range.clone()],
+            sums: &[],
+            halves: &[],
+        })
     }
 }
 

@@ -22,7 +22,9 @@ mod lanes;
 mod pack;
 mod scalar;
 
-pub(crate) use activations::{Quad, Quads, RUN, SIDE, TileActs, padded_tokens, quantize};
+#[cfg(target_arch = "aarch64")]
+pub(crate) use activations::Quads;
+pub(crate) use activations::{Quad, RUN, SIDE, TileActs, padded_tokens, quantize};
 pub(crate) use formats::{Format, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
 #[cfg(target_arch = "aarch64")]
 pub(crate) use gemm::multiply_each;
