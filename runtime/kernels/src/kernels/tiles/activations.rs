@@ -69,6 +69,7 @@ pub(crate) struct Quad<'a> {
 }
 
 /// Some blocks of several times four tokens, wide, whose sums nobody asks for.
+#[cfg_attr(not(target_arch = "aarch64"), expect(dead_code, reason = "for FEAT_I8MM"))]
 #[derive(Clone, Copy)]
 pub(crate) struct Quads<'a> {
     /// All blocks of these tokens.
@@ -111,6 +112,7 @@ impl<'a> TileActs<'a> {
 
 impl<'a> Quads<'a> {
     /// One four after the other.
+    #[cfg_attr(not(target_arch = "aarch64"), expect(dead_code, reason = "for FEAT_I8MM"))]
     #[inline(always)]
     pub fn iter(&self) -> impl Iterator<Item = Quad<'a>> {
         let (range, blocks) = (self.first..self.first + self.count, self.blocks.max(1));
