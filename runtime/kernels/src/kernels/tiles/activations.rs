@@ -69,7 +69,6 @@ pub(crate) struct Quad<'a> {
 }
 
 /// Some blocks of several times four tokens, wide, whose sums nobody asks for.
-#[cfg_attr(not(target_arch = "aarch64"), expect(dead_code, reason = "for FEAT_I8MM"))]
 #[derive(Clone, Copy)]
 pub(crate) struct Quads<'a> {
     /// All blocks of these tokens.
