@@ -66,10 +66,10 @@ const LINK: &[&str] = &[
     "--build-id=sha1",
 ];
 
-/// Relocations in a fortieth of the space. Android reads them so since version 11 (API level 30); elsewhere older
-/// loaders are still about, which would not notice.
-fn relocations(triple: &str) -> Option<&'static str> {
-    triple.ends_with("-android").then_some("--pack-dyn-relocs=relr")
+/// Relocations in a fortieth of the space, and one table of symbols' names, not an older one besides. Android reads them
+/// so since version 11 (API level 30) and 6; elsewhere older loaders are still about, which would not notice.
+fn compact(triple: &str) -> &'static [&'static str] {
+    if triple.ends_with("-android") { &["--pack-dyn-relocs=relr", "--hash-style=gnu"] } else { &[] }
 }
 
 /// Without `crt-static`, since musl's default is a static program, which could not be a shared library.
@@ -168,7 +168,7 @@ impl Workspace {
         let mut command = Command::new(linker);
         command
             .args(LINK)
-            .args(relocations(triple))
+            .args(compact(triple))
             .arg("-T")
             .arg(self.root.join("runtime/capi/libedge.ld"))
             .arg(folder.join("deps/edge.bc"))

@@ -2,7 +2,7 @@
 //!
 //! Driven by the specification alone; it knows no family and no instruction set. Every token's numbers
 //! are computed in the same order whatever the batch and the number of threads, so prefill and decode
-//! agree bit for bit.
+//! agree bit for bit, but where kernels quantize large batches otherwise ([`Kernels::quantize_for`]).
 
 use super::adapters::{Adapters, Target};
 use super::cache::{LayerCache, Part};
@@ -17,9 +17,9 @@ use edge_models::{Activation, DecoderSpec};
 /// Multiplications below which other threads are not worth waking.
 const WORTH_SHARING: usize = 1 << 15;
 /// Tokens whose attention is one piece of work.
-const TOKENS_TOGETHER: usize = 8;
+const TOKENS_TOGETHER: usize = 16;
 /// Query heads that are handed to the kernel at once.
-const LANES: usize = 32;
+const LANES: usize = 48;
 
 /// Room for everything between the embedding and the logits of one batch.
 pub(super) struct Buffers<'a> {
@@ -69,7 +69,8 @@ impl<'s> Step<'s> {
         let Buffers { residual, narrow, narrow_quants, outputs, adapters, .. } = buffers;
         let mut input = ActivationsMut::new(n, spec.hidden, narrow, narrow_quants)?;
         self.norm(residual, layer.attn_norm, input.values_mut());
-        let input = self.quantize(&mut input, &[&layer.q.weight, &layer.k.weight, &layer.v.weight]);
+        let input =
+            self.kernels.quantize_for(&mut input, &[&layer.q.weight, &layer.k.weight, &layer.v.weight]);
 
         let kv_width = spec.kv_width();
         let (queries, rest) = outputs.split_at_mut(n * spec.q_width());
@@ -97,7 +98,7 @@ impl<'s> Step<'s> {
             residual.copy_within(wanted.start * spec.hidden..wanted.end * spec.hidden, 0);
             let mut input = ActivationsMut::new(step.tokens, spec.hidden, narrow, narrow_quants)?;
             step.norm(residual, layer.attn_norm, input.values_mut());
-            let input = step.quantize(&mut input, &[&layer.q.weight]);
+            let input = step.kernels.quantize_for(&mut input, &[&layer.q.weight]);
             step.adapted(&input, [(Target::Q, &layer.q.weight, &mut *queries)], adapters)?;
         }
         step.attention_of(layer, angles, &cache, buffers)?;
@@ -122,7 +123,7 @@ impl<'s> Step<'s> {
 
         let mut attended = ActivationsMut::new(n, spec.q_width(), narrow, narrow_quants)?;
         self.attend(layer.window, queries, cache, attended.values_mut());
-        let attended = self.quantize(&mut attended, &[&layer.attn_out.weight]);
+        let attended = self.kernels.quantize_for(&mut attended, &[&layer.attn_out.weight]);
         let added = &mut outputs[..n * spec.hidden];
         let outs = [(Target::AttnOut, &layer.attn_out.weight, &mut *added)];
         self.adapted(&attended, outs, adapters)?;
@@ -138,7 +139,7 @@ impl<'s> Step<'s> {
         let residual = &mut residual[..n * spec.hidden];
         let mut input = ActivationsMut::new(n, spec.hidden, narrow, narrow_quants)?;
         self.norm(residual, layer.ffn_norm, input.values_mut());
-        let input = self.quantize(&mut input, &[&layer.gate, &layer.up]);
+        let input = self.kernels.quantize_for(&mut input, &[&layer.gate, &layer.up]);
 
         let mut inner = ActivationsMut::new(n, spec.ffn, wide, wide_quants)?;
         let up = &mut outputs[..n * spec.ffn];
@@ -152,7 +153,7 @@ impl<'s> Step<'s> {
                 Activation::GeluTanh => self.kernels.geglu(gate, up),
             }
         });
-        let inner = self.quantize(&mut inner, &[&layer.down]);
+        let inner = self.kernels.quantize_for(&mut inner, &[&layer.down]);
         let added = &mut outputs[..n * spec.hidden];
         self.adapted(&inner, [(Target::Down, &layer.down, &mut *added)], adapters)?;
         self.add(added, layer.ffn_post_norm, residual);
@@ -172,7 +173,7 @@ impl<'s> Step<'s> {
         let Buffers { residual, narrow, narrow_quants, .. } = buffers;
         let mut input = ActivationsMut::new(count, hidden, narrow, narrow_quants)?;
         self.norm(&residual[first * hidden..][..count * hidden], norm, input.values_mut());
-        let input = self.quantize(&mut input, &[head]);
+        let input = self.kernels.quantize_for(&mut input, &[head]);
         self.matmul(head, &input, logits)?;
         if self.spec.final_soft_cap > 0.0 {
             self.rows(logits, self.spec.vocab, 16, &|_, row| {
@@ -280,15 +281,6 @@ impl<'s> Step<'s> {
 
     fn matmul(&self, weight: &Matrix, x: &Activations, out: &mut [f32]) -> Result<()> {
         self.kernels.matmul(self.workers, weight, x, out)
-    }
-
-    /// The activations as `weights` need them: quantized, unless all of these are floats.
-    fn quantize<'x>(&self, x: &'x mut ActivationsMut, weights: &[&Matrix]) -> Activations<'x> {
-        // Matrices that share an input lie alike: they are packed together or not at all.
-        match weights.iter().find(|weight| !weight.dtype().is_float()) {
-            Some(weight) => self.kernels.quantize(x, weight.layout()),
-            None => x.unquantized(),
-        }
     }
 
     /// Calls `job` for every row of `x`, shared among the threads if `cost` multiplications for each

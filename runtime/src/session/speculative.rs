@@ -3,7 +3,8 @@
 //!
 //! Each drafted token `d` was drawn from the draft's distribution `q`; it stays with probability
 //! `min(1, p(d) / q(d))` under the target's distribution `p`, otherwise a token is drawn from what `p` has more than
-//! `q`. What comes out is distributed exactly as without a draft; greedily, it is the same tokens.
+//! `q`. What comes out is distributed exactly as without a draft; greedily, it is the same tokens. (With 32 tokens or
+//! more in a batch, [`Kernels::quantize_for`](crate::kernels::Kernels::quantize_for) says what may differ.)
 
 use super::{Sampler, Session};
 use crate::format::{Array, Gguf, ValueType};

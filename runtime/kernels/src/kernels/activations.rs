@@ -47,6 +47,8 @@ pub struct Activations<'a> {
     sums: &'a [f32],
     /// The weights that the quantized twin is ordered for; `None` without one.
     order: Option<Layout>,
+    /// Whether blocks of a run share a scale, see [`super::tiles`].
+    wide: bool,
 }
 
 /// The quantized twin of one row, in groups of 8 blocks.
@@ -126,7 +128,16 @@ impl<'a> ActivationsMut<'a> {
     /// The rows without a quantized twin: enough for float weights, refused by quantized ones.
     pub fn unquantized(&self) -> Activations<'_> {
         let (tokens, cols) = (self.tokens, self.cols);
-        Activations { tokens, cols, values: self.values, quants: &[], scales: &[], sums: &[], order: None }
+        Activations {
+            tokens,
+            cols,
+            values: self.values,
+            quants: &[],
+            scales: &[],
+            sums: &[],
+            order: None,
+            wide: false,
+        }
     }
 
     /// The rows and their twin, once a kernel has filled it for weights that lie as `layout` says.
@@ -134,6 +145,11 @@ impl<'a> ActivationsMut<'a> {
         // A width that is not a multiple of 32 has no twin.
         let order = (self.tokens == 0 || !self.quants.is_empty()).then_some(layout);
         Activations { quants: self.quants, scales: self.scales, sums: self.sums, order, ..self.unquantized() }
+    }
+
+    /// As [`Self::quantized`] for tiles, once blocks of a run share a scale.
+    pub(super) fn quantized_wide(&self) -> Activations<'_> {
+        Activations { wide: true, ..self.quantized(Layout::Tiles) }
     }
 }
 
@@ -156,6 +172,17 @@ impl<'a> Activations<'a> {
     /// How quantized weights must lie that can be multiplied with these rows; `None` if none can.
     pub fn quantized_for(&self) -> Option<Layout> {
         self.order
+    }
+
+    /// Whether blocks of a run share a scale.
+    pub(crate) fn wide(&self) -> bool {
+        self.wide
+    }
+
+    /// The same numbers for kernels that know nothing of runs.
+    #[cfg(test)]
+    pub(crate) fn narrow(self) -> Self {
+        Self { wide: false, ..self }
     }
 
     /// The values of one row.

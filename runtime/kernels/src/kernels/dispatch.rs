@@ -4,7 +4,7 @@ use super::activations::{Activations, ActivationsMut};
 use super::attention::{Cache, Elements, KeyValues, MAX_WIDTH, Q8Block, Query, Ring, Scores};
 use super::low_rank::{LowRank, Precision};
 use super::matmul::{self, ByType, Kernel, Matrix, Product, RowsKernel};
-use super::tiles::TileKernels;
+use super::tiles::{RUN, TileKernels};
 use crate::format::{DType, Layout};
 use crate::workers::Workers;
 use crate::{Result, kernels::generic};
@@ -76,12 +76,13 @@ type AttendBlocks = unsafe fn(&[f32], &[Query], Cache<&[Q8Block]>, Scores, &mut 
 
 /// The kernels of one instruction set.
 ///
-/// All tables agree bit for bit with [`Kernels::generic`], except for the payload and sign of NaNs.
+/// All tables agree bit for bit with [`Kernels::generic`], except for the payload and sign of NaNs, and large batches
+/// ([`Kernels::quantize_for`]).
 /// A table can only be had on a CPU that can run it: that is what every call through one relies on.
 pub struct Kernels {
     pub(super) name: &'static str,
     pub(super) quantize: unsafe fn(&mut ActivationsMut),
-    pub(super) quantize_tiles: unsafe fn(&mut ActivationsMut),
+    pub(super) quantize_tiles: unsafe fn(&mut ActivationsMut, usize),
     pub(super) dot: unsafe fn(&[f32], &[f32]) -> f32,
     pub(super) axpy: unsafe fn(f32, &[f32], &mut [f32]),
     pub(super) to_half: unsafe fn(&[f32], &mut [u16]),
@@ -174,13 +175,31 @@ impl Kernels {
     /// Fills the quantized twin of all rows for weights that lie as `layout` says; nothing to do for a width
     /// that is not a multiple of 32.
     pub fn quantize<'a>(&self, acts: &'a mut ActivationsMut, layout: Layout) -> Activations<'a> {
-        let quantize = match layout {
-            Layout::Rows => self.quantize,
-            Layout::Tiles => self.quantize_tiles,
-        };
         // SAFETY: whoever holds this table has a CPU that can run it.
-        unsafe { quantize(acts) }
+        unsafe {
+            match layout {
+                Layout::Rows => (self.quantize)(acts),
+                Layout::Tiles => (self.quantize_tiles)(acts, 1),
+            }
+        }
         acts.quantized(layout)
+    }
+
+    /// Makes the rows ready for products with `weights`, which lie alike: [`Kernels::quantize`], unless all of them are
+    /// floats. Some kernels let several blocks of a row share a scale where a batch has at least 32 tokens and no
+    /// matrix has minimums or super-blocks, which is the one case in which a token's results depend on the batch.
+    pub fn quantize_for<'a>(&self, acts: &'a mut ActivationsMut, weights: &[&Matrix]) -> Activations<'a> {
+        let layout = match weights.iter().find(|weight| !weight.dtype().is_float()) {
+            Some(weight) => weight.layout(),
+            None => return acts.unquantized(),
+        };
+        let types = weights.iter().map(|weight| weight.dtype());
+        if layout == Layout::Rows || !self.tiles.takes_wide(acts.tokens(), types) {
+            return self.quantize(acts, layout);
+        }
+        // SAFETY: whoever holds this table has a CPU that can run it.
+        unsafe { (self.quantize_tiles)(acts, RUN) }
+        acts.quantized_wide()
     }
 
     /// `out[token][row] = weight[row] . acts[token]`; the rows are shared among `workers`.

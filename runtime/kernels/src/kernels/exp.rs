@@ -21,6 +21,24 @@ const POLYNOMIAL: [f32; 5] = [0.499_999_94, 0.166_665_2, 0.041_668_385, 0.008_36
 /// Eight exponentials.
 #[inline(always)]
 pub(crate) fn exp_lanes<S: Simd>(s: S, x: S::F) -> S::F {
+    // x - x is 0, but NaN stays NaN, whatever the exponent arithmetic made of it.
+    let y = s.add(power(s, x), s.sub(x, x));
+    let y = s.select_less(x, s.splat(LOWEST), s.splat(0.0), y);
+    s.select_less(s.splat(HIGHEST), x, s.splat(f32::INFINITY), y)
+}
+
+/// `1 + exp(x)`, eight lanes; 1 where `x` is not a number.
+#[inline(always)]
+pub(crate) fn one_and_exp<S: Simd>(s: S, x: S::F) -> S::F {
+    // What the lowest power adds to 1 is nothing, too.
+    let x = s.higher(s.splat(LOWEST), x);
+    let y = s.add(s.splat(1.0), power(s, x));
+    s.select_less(s.splat(HIGHEST), x, s.splat(f32::INFINITY), y)
+}
+
+/// Eight exponentials of numbers from [`LOWEST`] to [`HIGHEST`].
+#[inline(always)]
+fn power<S: Simd>(s: S, x: S::F) -> S::F {
     let shifted = s.fma(x, s.splat(core::f32::consts::LOG2_E), s.splat(ROUND));
     let n = s.sub(shifted, s.splat(ROUND));
     let r = s.fma(n, s.splat(-LN2[1]), s.fma(n, s.splat(-LN2[0]), x));
@@ -30,10 +48,7 @@ pub(crate) fn exp_lanes<S: Simd>(s: S, x: S::F) -> S::F {
     p = s.fma(p, r, s.splat(POLYNOMIAL[1]));
     p = s.fma(p, r, s.splat(POLYNOMIAL[0]));
     p = s.add(s.fma(s.mul(r, r), p, r), s.splat(1.0));
-    // x - x is 0, but NaN stays NaN, whatever the exponent arithmetic made of it.
-    let y = s.add(s.add_exponent(p, shifted), s.sub(x, x));
-    let y = s.select_less(x, s.splat(LOWEST), s.splat(0.0), y);
-    s.select_less(s.splat(HIGHEST), x, s.splat(f32::INFINITY), y)
+    s.add_exponent(p, shifted)
 }
 
 /// The exponential of one number, equal to what the vector kernels compute.

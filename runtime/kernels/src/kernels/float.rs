@@ -4,9 +4,10 @@
 //! end; a row whose length is not a multiple of 16 counts as padded with zeros.
 
 use super::activations::{ActivationsMut, BLOCK, GROUP};
-use super::exp::exp_lanes;
-use super::simd::Simd;
+use super::exp::{exp_lanes, one_and_exp};
+use super::simd::{Op, Simd};
 use crate::format::{f16_to_f32, f32_to_f16};
+use core::marker::PhantomData;
 use edge_models::RopePairing;
 
 /// An element of a stored row.
@@ -149,11 +150,10 @@ pub(crate) fn rms_norm_in_place<S: Simd>(s: S, x: &mut [f32], weight: &[f32], ep
     }
 }
 
-/// `x / (1 + exp(-y))`, eight lanes.
+/// `x / (1 + exp(-y))`, eight lanes; `x` is NaN where `y` is.
 #[inline(always)]
 fn times_sigmoid<S: Simd>(s: S, x: S::F, y: S::F) -> S::F {
-    let exp = exp_lanes(s, s.sub(s.splat(0.0), y));
-    s.div(x, s.add(s.splat(1.0), exp))
+    s.div(x, one_and_exp(s, s.sub(s.splat(0.0), y)))
 }
 
 /// How a gate and what it lets through become one. A trait, not a function that is handed on: shims of functions
@@ -221,11 +221,30 @@ pub(crate) fn geglu<S: Simd>(s: S, gate: &mut [f32], up: &[f32]) {
 #[inline(always)]
 fn gated<S: Simd, G: Gate>(s: S, gate: &mut [f32], up: &[f32]) {
     let len = gate.len().min(up.len());
-    let (mut last, mut last_up) = ([0.0; 8], [0.0; 8]);
-    for (gate, up) in gate[..len].chunks_mut(8).zip(up[..len].chunks(8)) {
-        let up = load_some(s, up, &mut last_up);
-        let lanes = G::lanes(s, load_some(s, gate, &mut last), up);
-        store_some(s, lanes, gate, &mut last);
+    let ((gate, last), (up, last_up)) = (gate[..len].as_chunks_mut(), up[..len].as_chunks());
+    s.outline(Gated::<G> { gate, up, rule: PhantomData });
+    if !last.is_empty() {
+        let (mut gate, mut up) = ([0.0; 8], [0.0; 8]);
+        gate[..last.len()].copy_from_slice(last);
+        up[..last.len()].copy_from_slice(last_up);
+        s.outline(Gated::<G> { gate: core::slice::from_mut(&mut gate), up: &[up], rule: PhantomData });
+        last.copy_from_slice(&gate[..last.len()]);
+    }
+}
+
+/// Whole eights of a gate, in a loop that calls nothing, so that constants stay in registers.
+struct Gated<'x, G> {
+    gate: &'x mut [[f32; 8]],
+    up: &'x [[f32; 8]],
+    rule: PhantomData<G>,
+}
+
+impl<S: Simd, G: Gate> Op<S> for Gated<'_, G> {
+    #[inline(always)]
+    fn run(self, s: S) {
+        for (gate, up) in self.gate.iter_mut().zip(self.up) {
+            s.store(G::lanes(s, s.load(gate), s.load(up)), gate);
+        }
     }
 }
 
@@ -296,7 +315,7 @@ pub(crate) fn quantize<S: Simd>(s: S, acts: &mut ActivationsMut) {
         let sums = &mut acts.sums[token * padded..][..padded];
         quants[values.len() / 2..].as_flattened_mut().fill(0);
         for (b, values) in values.iter().enumerate() {
-            let (scale, halves) = quantize_block(s, values);
+            let (scale, halves) = quantize_block(s, values, peak(s, values));
             scales[b] = scale;
             sums[b] = (s.sum_i8(&halves[0]) + s.sum_i8(&halves[1])) as f32;
             let (even_or_odd, pair) = (b % 2 * 16, &mut quants[b / 2]);
@@ -318,12 +337,24 @@ fn round_to_half_precision(x: f32) -> f32 {
     f32::from_bits((bits + to_even) >> DROPPED << DROPPED)
 }
 
-/// The scale and the two halves of one block.
+/// The values of a block in eights.
 #[inline(always)]
-pub(super) fn quantize_block<S: Simd>(s: S, values: &[f32; BLOCK]) -> (f32, [[i8; 16]; 2]) {
-    let ([a, b], _) = values.as_chunks::<16>() else { return (0.0, [[0; 16]; 2]) };
+fn load_block<S: Simd>(s: S, values: &[f32; BLOCK]) -> [S::F; 4] {
+    let ([a, b], _) = values.as_chunks::<16>() else { return [s.splat(0.0); 4] };
     let ([a, b], [c, d]) = (load16(s, a), load16(s, b));
-    let peak = f32::from_bits(s.peak([a, b, c, d]));
+    [a, b, c, d]
+}
+
+/// The largest magnitude in a block; not finite if one of its values is not.
+#[inline(always)]
+pub(super) fn peak<S: Simd>(s: S, values: &[f32; BLOCK]) -> f32 {
+    f32::from_bits(s.peak(load_block(s, values)))
+}
+
+/// The scale and the two halves of one block, whose values are at most `peak` in magnitude.
+#[inline(always)]
+pub(super) fn quantize_block<S: Simd>(s: S, values: &[f32; BLOCK], peak: f32) -> (f32, [[i8; 16]; 2]) {
+    let [a, b, c, d] = load_block(s, values);
     if !peak.is_finite() {
         return (f32::NAN, [[0; 16]; 2]);
     }

@@ -419,22 +419,22 @@ fn float_tile<S: Simd, W: FloatFormat, const N: usize>(
     }
     let mut sums = [[s.splat(0.0); 2]; N];
     let chunk = 16 * W::BYTES;
-    let blocks = acts.cols() / 16;
-    for index in 0..blocks {
-        let w = W::load16(s, &bytes[index * chunk..][..chunk]);
-        for (x, sums) in x.iter().zip(&mut sums) {
-            add_products(s, w, &x[index * 16..], sums);
-        }
+    // The last numbers, filled up with zeros: so there is one loop, not a second one for what is left.
+    let whole = acts.cols() / 16 * 16;
+    let mut last = [[0.0; 16]; N];
+    for (last, x) in last.iter_mut().zip(x) {
+        last[..x.len() - whole].copy_from_slice(&x[whole..]);
     }
-    let rest = &bytes[blocks * chunk..];
-    if !rest.is_empty() {
-        let mut padded = [0; 64];
-        padded[..rest.len()].copy_from_slice(rest);
-        let w = W::load16(s, &padded);
-        for (x, sums) in x.iter().zip(&mut sums) {
-            let (from, mut padded) = (&x[blocks * 16..], [0.0; 16]);
-            padded[..from.len()].copy_from_slice(from);
-            add_products(s, w, &padded, sums);
+    let mut last_weights = [0; 64];
+    for (index, mut bytes) in bytes.chunks(chunk).enumerate() {
+        let is_last = bytes.len() < chunk;
+        if is_last {
+            last_weights[..bytes.len()].copy_from_slice(bytes);
+            bytes = &last_weights;
+        }
+        let w = W::load16(s, bytes);
+        for ((x, last), sums) in x.iter().zip(&last).zip(&mut sums) {
+            add_products(s, w, if is_last { last } else { &x[index * 16..] }, sums);
         }
     }
     for (i, sums) in sums.into_iter().enumerate() {

@@ -2,8 +2,9 @@
 //!
 //! [`Kernels`] is the one dispatch table. Algorithms are written once over the operations of
 //! `simd::Simd` and instantiated per instruction set; `generic` is the oracle, and every other table
-//! agrees with it bit for bit (see `simd`). Kernels never know a model family, never allocate, and never
-//! start a thread: matrices are shared among the caller's [`Workers`](crate::workers::Workers).
+//! agrees with it bit for bit (see `simd`), but for large batches (`tiles::TileKernels::wide`). Kernels never know a model
+//! family, never allocate, and never start a thread: matrices are shared among the caller's
+//! [`Workers`](crate::workers::Workers).
 #![allow(clippy::inline_always, reason = "algorithms are instantiated inside functions with CPU features")]
 
 mod activations;

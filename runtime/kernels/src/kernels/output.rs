@@ -28,6 +28,14 @@ pub(crate) struct Output<'a> {
 // that no element is accessed by two threads. The counter is atomic.
 unsafe impl Sync for Output<'_> {}
 
+/// The right to write the elements of `N` rows, for all tokens.
+pub(crate) struct Strip<'a, const N: usize> {
+    start: *mut f32,
+    tokens: usize,
+    stride: usize,
+    output: PhantomData<&'a mut [f32]>,
+}
+
 /// The right to write the elements of some rows, for all tokens.
 pub(crate) struct Columns<'a> {
     start: *mut f32,
@@ -112,25 +120,15 @@ impl Columns<'_> {
         }
     }
 
-    /// `N` elements each of `T` tokens from `token` on, from row `first` on; `None` unless all are in this part.
+    /// The `N` rows from `first` on; `None` unless all are in this part.
     #[inline(always)]
-    pub fn block_mut<const N: usize, const T: usize>(
-        &mut self,
-        token: usize,
-        first: usize,
-    ) -> Option<[&mut [f32; N]; T]> {
-        let last_token = token.checked_add(T)?;
-        if last_token > self.tokens || first < self.rows.start || first.checked_add(N)? > self.rows.end {
+    pub fn strip<const N: usize>(&mut self, first: usize) -> Option<Strip<'_, N>> {
+        if first < self.rows.start || first.checked_add(N)? > self.rows.end || self.tokens == 0 {
             return None;
         }
-        // SAFETY: `first + N <= rows.end <= stride`, so the elements lie within the rows of tokens `token..token + T`,
-        // which are within the buffer that `Output` borrows mutably for as long as this lives; those of two
-        // tokens do not overlap. No other `Columns` has these rows, and `self` is borrowed mutably for as long as
-        // the arrays live. The buffer was a slice of `f32` and stays initialized; arrays are aligned as
-        // their elements.
-        Some(core::array::from_fn(|i| unsafe {
-            &mut *self.start.add((token + i) * self.stride + first).cast::<[f32; N]>()
-        }))
+        // SAFETY: `first < rows.end <= stride`, and there is a token, so this is within the buffer.
+        let start = unsafe { self.start.add(first) };
+        Some(Strip { start, tokens: self.tokens, stride: self.stride, output: PhantomData })
     }
 
     /// Writes the elements of `token` from row `first` on, as far as they are in this part.
@@ -154,9 +152,60 @@ impl Columns<'_> {
     }
 }
 
+impl<'a, const N: usize> Strip<'a, N> {
+    /// A strip of its own, one token after the other.
+    #[inline(always)]
+    pub fn of(sums: &'a mut [[f32; N]]) -> Self {
+        Self { start: sums.as_mut_ptr().cast(), tokens: sums.len(), stride: N, output: PhantomData }
+    }
+
+    /// Tokens of it.
+    #[inline(always)]
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// Its elements of `T` tokens from `token` on; `None` unless there are as many.
+    #[inline(always)]
+    pub fn tokens_mut<const T: usize>(&mut self, token: usize) -> Option<[&mut [f32; N]; T]> {
+        if token.checked_add(T)? > self.tokens {
+            return None;
+        }
+        // SAFETY: `start` is the first of `N` elements of a buffer's first row, which has `stride` of them, at least
+        // `N` from there on, and the buffer has `tokens` rows: so the arrays lie within it, and those of two tokens do
+        // not overlap. `Columns::strip` and `Strip::of` borrow these elements mutably for as long as this lives, and
+        // `self` is borrowed mutably for as long as the arrays live. The buffer was a slice of `f32` and stays
+        // initialized; arrays are aligned as their elements.
+        Some(core::array::from_fn(|i| unsafe {
+            &mut *self.start.add((token + i) * self.stride).cast::<[f32; N]>()
+        }))
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use super::Output;
+    use super::{Output, Strip};
+
+    #[test]
+    fn a_strip_has_its_rows_of_every_token() {
+        let mut buffer = [0.0; 3 * 10];
+        {
+            let output = Output::new(&mut buffer, 3, 10, 10, 1).unwrap();
+            let mut part = output.take().unwrap();
+            assert!(part.strip::<4>(7).is_none());
+            let mut strip = part.strip::<4>(6).unwrap();
+            assert!(strip.tokens() == 3 && strip.tokens_mut::<2>(2).is_none());
+            for (i, to) in strip.tokens_mut::<2>(1).unwrap().into_iter().enumerate() {
+                *to = [i as f32 + 1.0; 4];
+            }
+        }
+        for (i, value) in buffer.into_iter().enumerate() {
+            let expected = if i % 10 < 6 { 0.0 } else { (i / 10) as f32 };
+            assert_eq!(value, expected, "{i}");
+        }
+        let mut own = [[0.0; 2]; 2];
+        assert!(Strip::of(&mut own).tokens_mut::<2>(1).is_none());
+    }
 
     #[test]
     fn every_row_is_taken_once() {

@@ -84,6 +84,16 @@ pub(crate) trait Simd: Copy {
     /// [`Simd::sum`] of eight vectors.
     fn sums(self, x: [Self::F; 8]) -> Self::F;
 
+    /// Lane `j` of vector `i` as lane `i` of vector `j`.
+    #[inline(always)]
+    fn transpose(self, x: [Self::F; 8]) -> [Self::F; 8] {
+        let mut rows = [[0.0; 8]; 8];
+        for (row, x) in rows.iter_mut().zip(x) {
+            self.store(x, row);
+        }
+        core::array::from_fn(|j| self.load(&rows.map(|row| row[j])))
+    }
+
     /// The largest bit pattern of `|x|` over 32 floats; at least `0x7f80_0000` if one is not finite.
     fn peak(self, x: [Self::F; 4]) -> u32;
     /// 16 floats within ±127.5, rounded to nearest, ties to even.

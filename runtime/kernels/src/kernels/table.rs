@@ -13,7 +13,7 @@ macro_rules! kernel_table {
         $crate::kernels::table::entries! {
             [$token, $(#[$features])*]
             fn quantize(acts: &mut ActivationsMut) = float::quantize;
-            fn quantize_tiles(acts: &mut ActivationsMut) = tiles::quantize;
+            fn quantize_tiles(acts: &mut ActivationsMut, run: usize) = tiles::quantize;
             fn dot(x: &[f32], y: &[f32]) -> f32 = float::dot;
             fn axpy(a: f32, x: &[f32], y: &mut [f32]) = float::axpy;
             fn to_half(x: &[f32], out: &mut [u16]) = float::to_half;
@@ -63,7 +63,7 @@ macro_rules! kernel_table {
 
         /// The kernels for quantized weights in tiles.
         pub(crate) static TILES: tiles::TileKernels =
-            tiles::TileKernels { one_token: &ONE_TOKEN, fill: &FILL, multiply: &MULTIPLY };
+            tiles::TileKernels { one_token: &ONE_TOKEN, fill: &FILL, multiply: &MULTIPLY, wide: None };
     };
 }
 

@@ -174,7 +174,7 @@ crate::kernels::table::entries! {
 
 /// The kernels for quantized weights in tiles.
 static TILES: tiles::TileKernels =
-    tiles::TileKernels { one_token: &ONE_TOKEN, fill: &neon::FILL, multiply: &MULTIPLY };
+    tiles::TileKernels { one_token: &ONE_TOKEN, fill: &neon::FILL, multiply: &MULTIPLY, wide: None };
 
 /// The kernels of this instruction set: those of NEON, and tiles.
 pub(crate) static TABLE: Kernels = Kernels { name: "dotprod", tiles: &TILES, add_integers, ..neon::TABLE };

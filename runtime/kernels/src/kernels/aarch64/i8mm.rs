@@ -7,7 +7,7 @@
 use super::rows16::neon;
 use super::{dotprod, i8mm, i8mm_panel, neon};
 use crate::kernels::dispatch::Kernels;
-use crate::kernels::tiles::{self, Format, Panel, Q4_1, Q6K, Quad, SIDE};
+use crate::kernels::tiles::{self, Format, Panel, Q4_1, Q6K, Quad, RUN, SIDE};
 use core::arch::aarch64::*;
 use core::arch::asm;
 
@@ -119,37 +119,60 @@ fn fill<T: Format>(_: I8mm, panel: &mut Panel, tile: &[u8], first: usize, count:
     if let Some(fill) = neon::FILL.of(T::DTYPE) {
         // SAFETY: NEON belongs to the baseline.
         unsafe { fill(panel, tile, first, count) }
-        arrange(panel);
+        arrange(panel, T::SEGMENTS == 2);
     }
 }
 
 /// Weights: eight columns of rows 0 and 1, of rows 2 and 3, and so on. Scales: those of rows 0, 0, 1, 1, then of
-/// 2, 2, 3, 3, and so on.
+/// 2, 2, 3, 3, and so on; in a wide panel what they have more than those of the run's next block (see
+/// [`tiles::TileKernels::wide`]).
 #[inline(never)]
-fn arrange(panel: &mut Panel) {
+fn arrange(panel: &mut Panel, segments: bool) {
     let blocks = panel.blocks;
     for weights in panel.weights[..blocks].as_flattened_mut() {
         neon!({
             let to = weights.as_flattened_mut().as_mut_ptr();
             let (even, odd) = (vld1q_u8_x4(to), vld1q_u8_x4(to.add(64)));
-            let columns = [(even.0, odd.0), (even.1, odd.1), (even.2, odd.2), (even.3, odd.3)];
-            for (i, (even, odd)) in columns.into_iter().enumerate() {
+            let pairs = |even, odd| {
                 let (even, odd) = (vreinterpretq_u32_u8(even), vreinterpretq_u32_u8(odd));
-                vst1q_u8(to.add(32 * i), vreinterpretq_u8_u32(vzip1q_u32(even, odd)));
-                vst1q_u8(to.add(32 * i + 16), vreinterpretq_u8_u32(vzip2q_u32(even, odd)));
-            }
+                (vreinterpretq_u8_u32(vzip1q_u32(even, odd)), vreinterpretq_u8_u32(vzip2q_u32(even, odd)))
+            };
+            let (a, b) = (pairs(even.0, odd.0), pairs(even.1, odd.1));
+            let (c, d) = (pairs(even.2, odd.2), pairs(even.3, odd.3));
+            vst1q_u8_x4(to, uint8x16x4_t(a.0, a.1, b.0, b.1));
+            vst1q_u8_x4(to.add(64), uint8x16x4_t(c.0, c.1, d.0, d.1));
         });
     }
-    for scales in panel.scales[..blocks].as_flattened_mut() {
-        neon!({
-            let to = scales.as_mut_ptr();
-            let rows = vld1q_f32_x4(to);
-            for (i, rows) in [rows.0, rows.1, rows.2, rows.3].into_iter().enumerate() {
-                vst1q_f32(to.add(8 * i), vzip1q_f32(rows, rows));
-                vst1q_f32(to.add(8 * i + 4), vzip2q_f32(rows, rows));
-            }
-        });
+    let (wide, mut block) = (panel.wide, 0usize);
+    let mut rest = &mut panel.scales[..blocks];
+    while let Some(([first, second], behind)) = rest.split_first_mut() {
+        block += 1;
+        if let (true, false, Some([next, _])) = (wide, block.is_multiple_of(RUN), behind.first()) {
+            neon!({
+                let (a, b) = (vld1q_f32_x4(first.as_ptr()), vld1q_f32_x4(next.as_ptr()));
+                let (c, d) = (vsubq_f32(a.0, b.0), vsubq_f32(a.1, b.1));
+                let more = float32x4x4_t(c, d, vsubq_f32(a.2, b.2), vsubq_f32(a.3, b.3));
+                vst1q_f32_x4(first.as_mut_ptr(), more);
+            });
+        }
+        twice(first);
+        if segments {
+            twice(second);
+        }
+        rest = behind;
     }
+}
+
+/// The first sixteen numbers, each twice.
+#[inline(always)]
+fn twice(to: &mut [f32; 32]) {
+    neon!({
+        let rows = vld1q_f32_x4(to.as_ptr());
+        let pairs = |x| (vzip1q_f32(x, x), vzip2q_f32(x, x));
+        let (a, b, c, d) = (pairs(rows.0), pairs(rows.1), pairs(rows.2), pairs(rows.3));
+        vst1q_f32_x4(to.as_mut_ptr(), float32x4x4_t(a.0, a.1, b.0, b.1));
+        vst1q_f32_x4(to.as_mut_ptr().add(16), float32x4x4_t(c.0, c.1, d.0, d.1));
+    });
 }
 
 /// [`tiles::Multiply`].
@@ -195,8 +218,12 @@ crate::kernels::table::block_entries! {
 }
 
 /// The kernels for quantized weights in tiles.
-static TILES: tiles::TileKernels =
-    tiles::TileKernels { one_token: &dotprod::ONE_TOKEN, fill: &FILL, multiply: &MULTIPLY };
+static TILES: tiles::TileKernels = tiles::TileKernels {
+    one_token: &dotprod::ONE_TOKEN,
+    fill: &FILL,
+    multiply: &MULTIPLY,
+    wide: Some(i8mm_panel::multiply_wide),
+};
 
 /// The kernels of this instruction set: those of NEON, and tiles.
 pub(crate) static TABLE: Kernels =

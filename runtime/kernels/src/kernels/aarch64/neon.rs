@@ -97,6 +97,18 @@ impl Neon {
     }
 }
 
+/// Lane `j` of register `i` as lane `i` of register `j`.
+#[inline(always)]
+fn four_by_four([a, b, c, d]: [float32x4_t; 4]) -> [float32x4_t; 4] {
+    neon!({
+        let wide = |x| vreinterpretq_f64_f32(x);
+        let (even, odd) = ([vtrn1q_f32(a, b), vtrn1q_f32(c, d)], [vtrn2q_f32(a, b), vtrn2q_f32(c, d)]);
+        let ([a, c], [b, d]) = (even.map(wide), odd.map(wide));
+        [vtrn1q_f64(a, c), vtrn1q_f64(b, d), vtrn2q_f64(a, c), vtrn2q_f64(b, d)]
+            .map(|x| vreinterpretq_f32_f64(x))
+    })
+}
+
 impl Simd for Neon {
     type F = F;
     type B = B;
@@ -270,6 +282,18 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
+    fn transpose(self, x: [F; 8]) -> [F; 8] {
+        let [a, b, c, d, e, f, g, h] = x;
+        let quarter = |i: usize, j: usize| {
+            let rows = if j == 0 { [a, b, c, d] } else { [e, f, g, h] };
+            four_by_four(rows.map(|row| row[i]))
+        };
+        let ([a, b, c, d], [e, f, g, h]) = (quarter(0, 0), quarter(0, 1));
+        let ([i, j, k, l], [m, n, o, p]) = (quarter(1, 0), quarter(1, 1));
+        [[a, e], [b, f], [c, g], [d, h], [i, m], [j, n], [k, o], [l, p]]
+    }
+
+    #[inline(always)]
     fn peak(self, x: [F; 4]) -> u32 {
         neon!({
             // Without the sign, floats are ordered as their bits are.
@@ -287,11 +311,10 @@ impl Simd for Neon {
         neon!({
             // Adding 1.5 * 2^23 leaves the integer, rounded to nearest even, in the low byte.
             let shift = vdupq_n_f32(12_582_912.0);
-            let a = vmovn_u32(vreinterpretq_u32_f32(vaddq_f32(x[0][0], shift)));
-            let b = vmovn_u32(vreinterpretq_u32_f32(vaddq_f32(x[0][1], shift)));
-            let c = vmovn_u32(vreinterpretq_u32_f32(vaddq_f32(x[1][0], shift)));
-            let d = vmovn_u32(vreinterpretq_u32_f32(vaddq_f32(x[1][1], shift)));
-            let bytes = vcombine_u8(vmovn_u16(vcombine_u16(a, b)), vmovn_u16(vcombine_u16(c, d)));
+            let bits = |x| vreinterpretq_u8_f32(vaddq_f32(x, shift));
+            let even = |a, b| vuzp1q_u16(vreinterpretq_u16_u8(a), vreinterpretq_u16_u8(b));
+            let (a, b) = (even(bits(x[0][0]), bits(x[0][1])), even(bits(x[1][0]), bits(x[1][1])));
+            let bytes = vuzp1q_u8(vreinterpretq_u8_u16(a), vreinterpretq_u8_u16(b));
             let mut out = [0; 16];
             vst1q_s8(out.as_mut_ptr(), vreinterpretq_s8_u8(bytes));
             out

@@ -30,28 +30,31 @@ macro_rules! shared_lanes {
 
         #[inline(always)]
         fn low(self, w: W) -> W {
-            w.map(|w| neon!(vandq_u8(w, vdupq_n_u8(15))))
+            // Not by `map`, which the compiler may leave a call.
+            let low = |w| neon!(vandq_u8(w, vdupq_n_u8(15)));
+            [low(w[0]), low(w[1]), low(w[2]), low(w[3])]
         }
 
         #[inline(always)]
         fn high(self, w: W) -> W {
-            w.map(|w| neon!(vshrq_n_u8::<4>(w)))
+            let high = |w| neon!(vshrq_n_u8::<4>(w));
+            [high(w[0]), high(w[1]), high(w[2]), high(w[3])]
         }
 
         #[inline(always)]
         fn insert<const LEFT: i32, const RIGHT: i32>(self, w: W, from: W, mask: u8) -> W {
             neon!({
                 let mask = vdupq_n_u8(mask);
-                let moved = from.map(|from| match (LEFT, RIGHT) {
+                let moved = |from| match (LEFT, RIGHT) {
                     (0, 0) => from,
                     (_, 0) => vshlq_u8(from, vdupq_n_s8(LEFT as i8)),
                     _ => vshlq_u8(from, vdupq_n_s8(-RIGHT as i8)),
-                });
+                };
                 [
-                    vbslq_u8(mask, moved[0], w[0]),
-                    vbslq_u8(mask, moved[1], w[1]),
-                    vbslq_u8(mask, moved[2], w[2]),
-                    vbslq_u8(mask, moved[3], w[3]),
+                    vbslq_u8(mask, moved(from[0]), w[0]),
+                    vbslq_u8(mask, moved(from[1]), w[1]),
+                    vbslq_u8(mask, moved(from[2]), w[2]),
+                    vbslq_u8(mask, moved(from[3]), w[3]),
                 ]
             })
         }

@@ -1,10 +1,11 @@
 //! Attention of one query over a cache of blocks: keys meet the query as integers, and their sums are exact.
 
-use super::{Cache, MAX_WIDTH, POSITIONS, Q8Block, Query, Scores, State, Weigh};
+use super::{Cache, MAX_WIDTH, POSITIONS, Q8Block, Query, Row, Scores, State, Weigh};
 use crate::format::f16_to_f32;
 use crate::kernels::activations::BLOCK;
 use crate::kernels::integers::quantize;
 use crate::kernels::simd::Simd;
+use core::slice::{from_mut, from_ref};
 
 /// Blocks of the widest head.
 const MAX_BLOCKS: usize = MAX_WIDTH / BLOCK;
@@ -52,13 +53,18 @@ fn one_query<S: Simd>(
     let mut state = State::START;
     for start in (lane.first..lane.end).step_by(POSITIONS) {
         let n = (lane.end - start).min(POSITIONS);
-        let mut weights = [f32::NEG_INFINITY; POSITIONS];
+        let mut weights: Row = [f32::NEG_INFINITY; _];
         for (range, row) in cache.runs(start, n) {
             let keys = &cache.keys[row * stride..];
             block_products(s, query, keys, stride, rule.scale, &mut weights[range]);
         }
-        let soft_cap = rule.soft_cap;
-        s.outline(Weigh { scores: &mut weights, seen: 0..n, soft_cap, state: &mut state });
+        s.outline(Weigh {
+            lanes: from_ref(lane),
+            block: start,
+            soft_cap: rule.soft_cap,
+            scores: from_mut(&mut weights),
+            states: from_mut(&mut state),
+        });
         let mut keep = state.keep;
         for (range, row) in cache.runs(start, n) {
             block_weighted_sum(s, &weights[range], &cache.values[row * stride..], stride, keep, out);

@@ -1,22 +1,21 @@
 //! Attention over rows of floating-point numbers.
 //!
 //! Some rows at a time are widened to `f32` on the stack, laid out as the loops read them, for all queries of a
-//! call: four of these meet two keys at once, then four values.
+//! call: four of these meet eight keys at once, a number of each, then four values, sixteen numbers of each. So
+//! a score is one chain of fused multiplications and additions, and no register is ever added up across.
 #![allow(clippy::needless_range_loop, reason = "indices name registers")]
 
-use super::{Cache, Elements, MAX_WIDTH, POSITIONS, Query, Scores, State, Weigh};
-use crate::kernels::float::Element;
+use super::{Cache, Elements, MAX_WIDTH, POSITIONS, Query, Row, Scores, State, Weigh};
+use crate::kernels::float::{Element, load16};
 use crate::kernels::simd::{Op, Simd};
 use core::ops::Range;
 
 /// Queries that share widened rows.
-const LANES: usize = 32;
+const LANES: usize = 48;
 /// Queries of a tile.
 const TILE: usize = 4;
-/// Widened numbers, in eights: 16 KiB, and four rows of the widest head.
-const EIGHTS: usize = MAX_WIDTH / 8 * 4;
-/// Scores of a block, and room behind the last ones for those of a whole step.
-type Row = [f32; POSITIONS + 8];
+/// Widened numbers, in eights: 16 KiB, eight rows of half the widest head or four of all of it.
+const EIGHTS: usize = MAX_WIDTH / 2;
 
 /// Some rows of a block of positions.
 #[derive(Clone, Copy)]
@@ -65,44 +64,44 @@ fn together<S: Simd>(
     for block in (first / POSITIONS * POSITIONS..end).step_by(POSITIONS) {
         let start = block.max(first);
         let n = end.min(block + POSITIONS) - start;
-        for_pieces(&cache, start - block, start, n, |piece| {
-            widen_keys(s, &cache, piece, wide);
-            for (lanes, scores) in lanes.chunks(TILE).zip(&mut scores) {
-                let rows = rows_of(piece, block, lanes);
-                if rows.is_empty() {
-                    continue;
-                }
-                let (scale, tile) =
-                    (rule.scale, Tile { lanes, width: cache.width, wide, at: piece.at, rows });
-                if let ([_], Some(scores)) = (lanes, scores.first_chunk_mut()) {
-                    s.outline(Products::<1, 4> { tile, queries, scale, scores });
-                } else {
-                    s.outline(Products::<TILE, 1> { tile, queries, scale, scores });
+        let columns = cache.width.min(EIGHTS);
+        for_pieces(&cache, EIGHTS / columns * 8, start - block, start, n, |piece| {
+            for first in (0..cache.width).step_by(columns) {
+                let columns = first..cache.width.min(first + columns);
+                widen_keys(s, &cache, piece, columns.clone(), wide);
+                let scale = if columns.end == cache.width { rule.scale } else { 1.0 };
+                for (lanes, scores) in lanes.chunks(TILE).zip(&mut scores) {
+                    let rows = rows_of(piece, block, lanes);
+                    if rows.is_empty() {
+                        continue;
+                    }
+                    let (columns, tile) = (columns.clone(), Tile { lanes, wide, at: piece.at, rows });
+                    if let ([_], Some(scores)) = (lanes, scores.first_chunk_mut()) {
+                        s.outline(Products::<1, 4> { tile, queries, columns, scale, scores });
+                    } else {
+                        s.outline(Products::<TILE, 1> { tile, queries, columns, scale, scores });
+                    }
                 }
             }
         });
-        for ((lane, scores), state) in lanes.iter().zip(scores.as_flattened_mut()).zip(&mut states) {
-            let place = |position: usize| position.saturating_sub(block).min(POSITIONS);
-            let seen = place(lane.first)..place(lane.end);
-            if let Some(scores) = scores.first_chunk_mut() {
-                s.outline(Weigh { scores, seen, soft_cap: rule.soft_cap, state });
-            }
-        }
-        for_pieces(&cache, start - block, start, n, |piece| {
-            let room = widen_values(s, &cache, piece, wide);
-            let tiles = lanes.chunks(TILE).zip(&scores).zip(states.as_chunks_mut::<TILE>().0);
+        let (scores, soft_cap) = (scores.as_flattened_mut(), rule.soft_cap);
+        s.outline(Weigh { lanes, block, soft_cap, scores, states: &mut states });
+        let room = EIGHTS / 2 / sixteens(cache.width);
+        for_pieces(&cache, room, start - block, start, n, |piece| {
+            widen_values(s, &cache, piece, room, wide);
+            let tiles = lanes.chunks(TILE).zip(scores.as_chunks::<TILE>().0).zip(states.as_chunks_mut().0);
             for ((lanes, weights), states) in tiles {
                 let rows = rows_of(piece, block, lanes);
                 if rows.is_empty() {
                     continue;
                 }
-                let tile = Tile { lanes, width: cache.width, wide, at: piece.at, rows };
+                let (width, tile) = (cache.width, Tile { lanes, wide, at: piece.at, rows });
                 if let ([_], Some(weights)) = (lanes, weights.first_chunk()) {
-                    s.outline(AddValues::<1> { tile, room, weights, states, out });
+                    s.outline(AddValues::<1> { tile, width, room, weights, states, out });
                 } else {
-                    s.outline(AddValues::<TILE> { tile, room, weights, states, out });
+                    s.outline(AddValues::<TILE> { tile, width, room, weights, states, out });
                 }
-                states.iter_mut().for_each(|state| state.keep = 1.0);
+                states.iter_mut().for_each(|state: &mut State| state.keep = 1.0);
             }
         });
     }
@@ -127,23 +126,23 @@ fn rows_of(piece: Piece, block: usize, lanes: &[Query]) -> Range<usize> {
     place(start)..place(end)
 }
 
-/// Eights of a row, the last one filled up.
+/// Sixteens of a row, the last one filled up.
 #[inline(always)]
-fn eights(width: usize) -> usize {
-    width.div_ceil(8).max(1)
+fn sixteens(width: usize) -> usize {
+    width.div_ceil(16).max(1)
 }
 
-/// Rows that there is room for, in pairs.
+/// The rows of the positions `start .. start + n`, the first of which is at `place` of its block, at most `room` at a
+/// time.
 #[inline(always)]
-fn rows_at_once(width: usize) -> usize {
-    EIGHTS / eights(width) / 2 * 2
-}
-
-/// The rows of the positions `start .. start + n`, the first of which is at `place` of its block, as many at a time as
-/// there is room for.
-#[inline(always)]
-fn for_pieces(cache: &Cache<Elements>, place: usize, start: usize, n: usize, mut job: impl FnMut(Piece)) {
-    let room = rows_at_once(cache.width);
+fn for_pieces(
+    cache: &Cache<Elements>,
+    room: usize,
+    place: usize,
+    start: usize,
+    n: usize,
+    mut job: impl FnMut(Piece),
+) {
     for (range, row) in cache.runs(start, n) {
         for first in range.clone().step_by(room) {
             let count = room.min(range.end - first);
@@ -152,70 +151,104 @@ fn for_pieces(cache: &Cache<Elements>, place: usize, start: usize, n: usize, mut
     }
 }
 
-/// Keys in pairs of rows: eight numbers of the first, eight of the second, and so on.
+/// Widens some columns of keys, see [`WidenKeys`].
 #[inline(always)]
-fn widen_keys<S: Simd>(s: S, cache: &Cache<Elements>, piece: Piece, wide: &mut [[f32; 8]; EIGHTS]) {
-    widen(s, cache.keys, cache, piece, [eights(cache.width), 2], wide);
-}
-
-/// Values with the same eight numbers of all rows side by side; answers how many rows have room there.
-#[inline(always)]
-fn widen_values<S: Simd>(
+fn widen_keys<S: Simd>(
     s: S,
-    cache: &Cache<Elements>,
+    &Cache { keys, stride, .. }: &Cache<Elements>,
     piece: Piece,
-    wide: &mut [[f32; 8]; EIGHTS],
-) -> usize {
-    let room = rows_at_once(cache.width);
-    widen(s, cache.values, cache, piece, [1, room], wide);
-    room
-}
-
-/// Widens the rows of a piece, see [`Widen`].
-#[inline(always)]
-fn widen<S: Simd>(
-    s: S,
-    elements: Elements,
-    &Cache { stride, width, .. }: &Cache<Elements>,
-    piece: Piece,
-    steps: [usize; 2],
+    columns: Range<usize>,
     wide: &mut [[f32; 8]; EIGHTS],
 ) {
-    match elements {
-        Elements::Half(elements) => s.outline(Widen { elements, stride, width, piece, steps, wide }),
-        Elements::Full(elements) => s.outline(Widen { elements, stride, width, piece, steps, wide }),
+    match keys {
+        Elements::Half(elements) => s.outline(WidenKeys { elements, stride, piece, columns, wide }),
+        Elements::Full(elements) => s.outline(WidenKeys { elements, stride, piece, columns, wide }),
     }
 }
 
-/// Widens the rows of a piece by twos: `steps` are from a row to the next and from eight numbers of it, the last ones
-/// filled up, to the next. The second row's come behind the first one's; behind the last row it comes again.
-struct Widen<'x, T> {
+/// Widens values, see [`WidenValues`].
+#[inline(always)]
+fn widen_values<S: Simd>(
+    s: S,
+    &Cache { values, stride, width, .. }: &Cache<Elements>,
+    piece: Piece,
+    room: usize,
+    wide: &mut [[f32; 8]; EIGHTS],
+) {
+    match values {
+        Elements::Half(elements) => s.outline(WidenValues { elements, stride, width, piece, room, wide }),
+        Elements::Full(elements) => s.outline(WidenValues { elements, stride, width, piece, room, wide }),
+    }
+}
+
+/// Keys, eight rows at a time: the first number of each, then the second of each, and so on. Behind the last row it
+/// comes again.
+struct WidenKeys<'x, T> {
+    elements: &'x [T],
+    stride: usize,
+    piece: Piece,
+    columns: Range<usize>,
+    wide: &'x mut [[f32; 8]; EIGHTS],
+}
+
+impl<S: Simd, T: Element> Op<S> for WidenKeys<'_, T> {
+    #[inline(always)]
+    fn run(self, s: S) {
+        let Self { elements, stride, piece, columns, wide } = self;
+        let groups = wide.chunks_exact_mut(columns.len().max(1));
+        for (to, first) in groups.zip((0..piece.count).step_by(8)) {
+            let rows: [&[T]; 8] = core::array::from_fn(|i| {
+                let row = piece.row + (first + i).min(piece.count - 1);
+                &elements[row * stride..][columns.clone()]
+            });
+            let eights = columns.len() / 8;
+            let whole = rows.map(|row| &row.as_chunks::<8>().0[..eights]);
+            let (to, rest) = to.split_at_mut(eights * 8);
+            for (c, to) in to.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+                let columns = s.transpose(whole.map(|row| T::load8(s, &row[c])));
+                for (to, column) in to.iter_mut().zip(columns) {
+                    s.store(column, to);
+                }
+            }
+            if !rest.is_empty() {
+                for (i, row) in rows.into_iter().enumerate() {
+                    let mut last = [0.0; 8];
+                    s.store(T::load8(s, &filled_up(&row[eights * 8..])), &mut last);
+                    for (to, x) in rest.iter_mut().zip(last) {
+                        to[i] = x;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Values with the same sixteen numbers of all rows side by side, for which there is room; the last ones are filled up.
+struct WidenValues<'x, T> {
     elements: &'x [T],
     stride: usize,
     width: usize,
     piece: Piece,
-    steps: [usize; 2],
+    room: usize,
     wide: &'x mut [[f32; 8]; EIGHTS],
 }
 
-impl<S: Simd, T: Element> Op<S> for Widen<'_, T> {
+impl<S: Simd, T: Element> Op<S> for WidenValues<'_, T> {
     #[inline(always)]
     fn run(self, s: S) {
-        let Self { elements, stride, width, piece, steps, wide } = self;
-        for r in (0..piece.count).step_by(2) {
-            let pair = [piece.row + r, piece.row + (r + 1).min(piece.count - 1)];
-            let [(a, a_rest), (b, b_rest)] = pair.map(|row| elements[row * stride..][..width].as_chunks());
-            let mut to = wide[r * steps[0]..].chunks_mut(steps[1]).filter_map(|to| to.first_chunk_mut::<2>());
-            for ((a, b), to) in a.iter().zip(b).zip(&mut to) {
-                s.store(T::load8(s, a), &mut to[0]);
-                s.store(T::load8(s, b), &mut to[1]);
+        let Self { elements, stride, width, piece, room, wide } = self;
+        for r in 0..piece.count {
+            let (row, rest) = elements[(piece.row + r) * stride..][..width].as_chunks::<16>();
+            let mut to = wide.as_chunks_mut::<2>().0[r..].iter_mut().step_by(room);
+            for (row, to) in row.iter().zip(&mut to) {
+                let x = load16(s, row);
+                s.store(x[0], &mut to[0]);
+                s.store(x[1], &mut to[1]);
             }
-            if let (false, Some(to)) = (a_rest.is_empty(), to.next()) {
-                for (rest, to) in [a_rest, b_rest].into_iter().zip(to) {
-                    let mut eight = [T::default(); 8];
-                    eight[..rest.len()].copy_from_slice(rest);
-                    s.store(T::load8(s, &eight), to);
-                }
+            if let (false, Some(to)) = (rest.is_empty(), to.next()) {
+                let x = load16(s, &filled_up(rest));
+                s.store(x[0], &mut to[0]);
+                s.store(x[1], &mut to[1]);
             }
         }
     }
@@ -225,7 +258,6 @@ impl<S: Simd, T: Element> Op<S> for Widen<'_, T> {
 struct Tile<'x> {
     /// Fewer than there are registers for leave some of these with what nobody asks for.
     lanes: &'x [Query],
-    width: usize,
     wide: &'x [[f32; 8]; EIGHTS],
     /// The place of the first widened row.
     at: usize,
@@ -233,11 +265,13 @@ struct Tile<'x> {
     rows: Range<usize>,
 }
 
-/// `scores[l][at + r] = scale * dot(q[l], key[r])` for the rows of keys in pairs, of `N` queries and `P` pairs at a
-/// time, `N * P = 4`. Scores of other rows may be overwritten.
+/// `scores[l][at + r] = scale * dot(q[l], key[r])` for the rows of keys in eights, of `N` queries and `P` eights at a
+/// time. The dot product goes on from the score unless `columns` are the first ones. Scores of other rows may be
+/// overwritten.
 struct Products<'x, const N: usize, const P: usize> {
     tile: Tile<'x>,
     queries: &'x [f32],
+    columns: Range<usize>,
     scale: f32,
     scores: &'x mut [Row; N],
 }
@@ -245,97 +279,59 @@ struct Products<'x, const N: usize, const P: usize> {
 impl<S: Simd, const N: usize, const P: usize> Op<S> for Products<'_, N, P> {
     #[inline(always)]
     fn run(self, s: S) {
-        let Self { tile: Tile { lanes, width, wide, at, rows }, queries, scale, scores } = self;
-        let mut q: [&[f32]; N] = [&[]; N];
-        for (l, q) in q.iter_mut().enumerate() {
-            // Behind the last one the last one again.
-            *q = &queries[lanes[l.min(lanes.len() - 1)].at..][..width];
-        }
-        let (keys, eights, fours) = (wide.as_chunks::<2>().0, eights(width), width / 32);
-        let q4 = q.map(|q| &q.as_chunks::<32>().0[..fours]);
-        let last = (rows.end - 1) / 2;
-        for pair in (rows.start / 2..last + 1).step_by(P) {
-            let mut pairs: [&[[[f32; 8]; 2]]; P] = [&[]; P];
-            for (p, keys_of) in pairs.iter_mut().enumerate() {
-                *keys_of = &keys[(pair + p).min(last) * eights..][..eights];
+        let Self { tile: Tile { lanes, wide, at, rows }, queries, columns, scale, scores } = self;
+        // Behind the last query the last one again.
+        let q: [&[f32]; N] =
+            core::array::from_fn(|l| &queries[lanes[l.min(lanes.len() - 1)].at..][columns.clone()]);
+        let (width, fours) = (columns.len(), columns.len() / 4);
+        let q4 = q.map(|q| &q.as_chunks::<4>().0[..fours]);
+        let last = (rows.end - 1) / 8;
+        for group in (rows.start / 8..last + 1).step_by(P) {
+            let keys: [&[[f32; 8]]; P] =
+                core::array::from_fn(|p| &wide[(group + p).min(last) * width..][..width]);
+            let k4 = keys.map(|keys| &keys.as_chunks::<4>().0[..fours]);
+            let mut sums = [[s.splat(0.0); P]; N];
+            for l in 0..N {
+                for p in 0..P {
+                    let before =
+                        scores[l].get(at + 8 * (group + p)..).and_then(|scores| scores.first_chunk());
+                    if let (true, Some(before)) = (columns.start > 0, before) {
+                        sums[l][p] = s.load(before);
+                    }
+                }
             }
-            let k4 = pairs.map(|keys| &keys.as_chunks::<4>().0[..fours]);
-            let mut sums = [s.splat(0.0); 8];
             for i in 0..fours {
-                for c in 0..4 {
-                    let mut x = [s.splat(0.0); N];
+                for p in 0..P {
+                    let x = k4[p][i].each_ref().map(|key| s.load(key));
                     for l in 0..N {
-                        x[l] = s.load(&q4[l][i].as_chunks().0[c]);
-                    }
-                    for p in 0..P {
-                        add_products(s, x, &k4[p][i][c], &mut sums, p * 2);
+                        sums[l][p] = s.fma4(&q4[l][i], x, sums[l][p]);
                     }
                 }
             }
-            for c in fours * 4..eights {
-                let mut x = [s.splat(0.0); N];
-                for l in 0..N {
-                    x[l] = load(s, q[l], c);
-                }
+            for c in fours * 4..width {
                 for p in 0..P {
-                    add_products(s, x, &pairs[p][c], &mut sums, p * 2);
+                    let x = s.load(&keys[p][c]);
+                    for l in 0..N {
+                        sums[l][p] = s.fma(s.splat(q[l][c]), x, sums[l][p]);
+                    }
                 }
             }
-            let mut results = [0.0; 8];
-            s.store(s.mul(s.sums(sums), s.splat(scale)), &mut results);
-            for (l, scores) in scores.iter_mut().enumerate() {
+            for l in 0..N {
                 for p in 0..P {
-                    if let Some(two) = scores[at + 2 * (pair + p)..].first_chunk_mut::<2>() {
-                        *two = results.as_chunks().0[l * P + p];
+                    let to = scores[l].get_mut(at + 8 * (group + p)..);
+                    if let Some(to) = to.and_then(|scores| scores.first_chunk_mut()) {
+                        s.store(s.mul(sums[l][p], s.splat(scale)), to);
                     }
                 }
             }
         }
     }
-}
-
-/// `sums[first + l * 8 / N + j] += q[l] * keys[j]`, eight lanes each.
-#[inline(always)]
-fn add_products<S: Simd, const N: usize>(
-    s: S,
-    q: [S::F; N],
-    keys: &[[f32; 8]; 2],
-    sums: &mut [S::F; 8],
-    first: usize,
-) {
-    for (j, key) in keys.iter().enumerate() {
-        let key = s.load(key);
-        for l in 0..N {
-            let sum = &mut sums[first + l * (8 / N) + j];
-            *sum = s.fma(q[l], key, *sum);
-        }
-    }
-}
-
-/// Numbers `8 * c..8 * c + 8` of a row, zeros behind its end.
-#[inline(always)]
-fn load<S: Simd>(s: S, row: &[f32], c: usize) -> S::F {
-    let rest = &row[8 * c..];
-    match rest.first_chunk() {
-        Some(eight) => s.load(eight),
-        None => s.load(&filled_up(rest)),
-    }
-}
-
-/// Fewer than eight numbers, and zeros.
-#[cold]
-#[inline(never)]
-fn filled_up(rest: &[f32]) -> [f32; 8] {
-    let mut eight = [0.0; 8];
-    for (to, from) in eight.iter_mut().zip(rest) {
-        *to = *from;
-    }
-    eight
 }
 
 /// `out[l] = out[l] * keep[l] + sum of weights[l][at + r] * value[r]` over the rows of values, of `N` queries.
 struct AddValues<'x, const N: usize> {
     tile: Tile<'x>,
+    width: usize,
     /// Rows that there is room for.
     room: usize,
     weights: &'x [Row; N],
@@ -346,39 +342,61 @@ struct AddValues<'x, const N: usize> {
 impl<S: Simd, const N: usize> Op<S> for AddValues<'_, N> {
     #[inline(always)]
     fn run(self, s: S) {
-        let Self { tile: Tile { lanes, width, wide, at, rows }, room, weights, states, out } = self;
+        let Self { tile: Tile { lanes, wide, at, rows }, width, room, weights, states, out } = self;
         let weights = weights.each_ref().map(|weights| &weights[at + rows.start..][..rows.len()]);
-        let (fours, rest) = (rows.len() / 4, rows.len() / 4 * 4);
+        let fours = rows.len() / 4;
         let weights4 = weights.map(|weights| &weights.as_chunks::<4>().0[..fours]);
-        for (c, column) in wide.chunks_exact(room).take(eights(width)).enumerate() {
+        let columns = wide.as_chunks::<2>().0.chunks_exact(room);
+        for (column, first) in columns.zip((0..width).step_by(16)) {
             let column = &column[rows.clone()];
-            let mut sums = [s.splat(0.0); N];
+            let len = (width - first).min(16);
+            let mut sums = [[s.splat(0.0); 2]; N];
             for l in 0..N.min(lanes.len()) {
-                sums[l] = s.mul(load(s, &out[lanes[l].at..][..width], c), s.splat(states[l].keep));
+                let out = &out[lanes[l].at + first..][..len];
+                let keep = s.splat(states[l].keep);
+                sums[l] = match out.as_array() {
+                    Some(out) => load16(s, out),
+                    None => load16(s, &filled_up(out)),
+                }
+                .map(|sum| s.mul(sum, keep));
             }
             for (i, values) in column.as_chunks::<4>().0[..fours].iter().enumerate() {
-                let x = [s.load(&values[0]), s.load(&values[1]), s.load(&values[2]), s.load(&values[3])];
-                for l in 0..N {
-                    sums[l] = s.fma4(&weights4[l][i], x, sums[l]);
+                for half in 0..2 {
+                    let x = values.each_ref().map(|value| s.load(&value[half]));
+                    for l in 0..N {
+                        sums[l][half] = s.fma4(&weights4[l][i], x, sums[l][half]);
+                    }
                 }
             }
-            for (i, value) in column.iter().enumerate().skip(rest) {
-                let x = s.load(value);
-                for l in 0..N {
-                    sums[l] = s.fma(s.splat(weights[l][i]), x, sums[l]);
+            for (i, value) in column.iter().enumerate().skip(fours * 4) {
+                for half in 0..2 {
+                    let x = s.load(&value[half]);
+                    for l in 0..N {
+                        sums[l][half] = s.fma(s.splat(weights[l][i]), x, sums[l][half]);
+                    }
                 }
             }
             for l in 0..N.min(lanes.len()) {
-                let out = &mut out[lanes[l].at..][..width][8 * c..];
-                match out.first_chunk_mut() {
-                    Some(out) => s.store(sums[l], out),
-                    None => {
-                        let mut eight = [0.0; 8];
-                        s.store(sums[l], &mut eight);
-                        out.copy_from_slice(&eight[..out.len()]);
-                    }
+                let mut last = [0.0; 16];
+                let out = &mut out[lanes[l].at + first..][..len];
+                let to = out.as_mut_array().unwrap_or(&mut last);
+                let ([a, b], _) = to.as_chunks_mut::<8>() else { continue };
+                s.store(sums[l][0], a);
+                s.store(sums[l][1], b);
+                if len < 16 {
+                    out.copy_from_slice(&last[..len]);
                 }
             }
         }
     }
+}
+
+/// At most `N` numbers, and zeros. For last columns alone, so it need not be fast.
+#[inline(never)]
+fn filled_up<T: Element, const N: usize>(rest: &[T]) -> [T; N] {
+    let mut all = [T::default(); N];
+    for (to, from) in all.iter_mut().zip(rest) {
+        *to = *from;
+    }
+    all
 }

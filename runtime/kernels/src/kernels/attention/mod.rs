@@ -119,42 +119,57 @@ impl State {
     const START: Self = Self { highest: f32::NEG_INFINITY, total: 0.0, keep: 1.0 };
 }
 
-/// Turns the scores of a block into weights, of which those of places that are not `seen` are zeros: once for all
-/// types of caches, which make up a block otherwise.
+/// Scores of a block, and room behind the last ones for those of a whole step.
+type Row = [f32; POSITIONS + 8];
+
+/// Turns the scores of a block of positions into weights, of which those of places that a lane does not see are zeros:
+/// once for all types of caches, which make up a block otherwise.
 struct Weigh<'x> {
-    scores: &'x mut [f32; POSITIONS],
-    seen: Range<usize>,
+    lanes: &'x [Query],
+    /// The block's first position.
+    block: usize,
     soft_cap: f32,
-    state: &'x mut State,
+    scores: &'x mut [Row],
+    states: &'x mut [State],
 }
 
 impl<S: Simd> Op<S> for Weigh<'_> {
     #[inline(always)]
     fn run(self, s: S) {
-        let Self { scores, seen, soft_cap: cap, state } = self;
-        if seen.is_empty() {
-            scores.fill(0.0);
-            return;
+        let place = |position: usize| position.saturating_sub(self.block).min(POSITIONS);
+        for ((lane, scores), state) in self.lanes.iter().zip(self.scores).zip(self.states) {
+            if let Some(scores) = scores.first_chunk_mut() {
+                weigh(s, scores, place(lane.first)..place(lane.end), self.soft_cap, state);
+            }
         }
-        if cap > 0.0 {
-            soft_cap(s, &mut scores[seen.clone()], cap);
-        }
-        // Whole registers around what is seen; the others' exponentials are zeros.
-        let (before, after) = (seen.start / 8 * 8, seen.end.next_multiple_of(8));
-        scores[..before].fill(0.0);
-        scores[before..seen.start].fill(f32::NEG_INFINITY);
-        scores[seen.end..after].fill(f32::NEG_INFINITY);
-        scores[after..].fill(0.0);
-        let weights = &mut scores[before..after];
-        let peak = peak(s, state.highest, weights);
-        state.keep = match state.highest - peak {
-            0.0 => 1.0,
-            f32::NEG_INFINITY => 0.0,
-            step => exp1(s, step),
-        };
-        state.total = state.total * state.keep + exponentials(s, peak, weights);
-        state.highest = peak;
     }
+}
+
+/// [`Weigh`] for one lane that sees the places `seen`.
+#[inline(always)]
+fn weigh<S: Simd>(s: S, scores: &mut [f32; POSITIONS], seen: Range<usize>, cap: f32, state: &mut State) {
+    if seen.is_empty() {
+        scores.fill(0.0);
+        return;
+    }
+    if cap > 0.0 {
+        soft_cap(s, &mut scores[seen.clone()], cap);
+    }
+    // Whole registers around what is seen; the others' exponentials are zeros.
+    let (before, after) = (seen.start / 8 * 8, seen.end.next_multiple_of(8));
+    scores[..before].fill(0.0);
+    scores[before..seen.start].fill(f32::NEG_INFINITY);
+    scores[seen.end..after].fill(f32::NEG_INFINITY);
+    scores[after..].fill(0.0);
+    let weights = &mut scores[before..after];
+    let peak = peak(s, state.highest, weights);
+    state.keep = match state.highest - peak {
+        0.0 => 1.0,
+        f32::NEG_INFINITY => 0.0,
+        step => exp1(s, step),
+    };
+    state.total = state.total * state.keep + exponentials(s, peak, weights);
+    state.highest = peak;
 }
 
 /// One exponential.

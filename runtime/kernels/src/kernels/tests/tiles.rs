@@ -116,12 +116,120 @@ proptest! {
     }
 }
 
+/// Blocks that share a scale in wide activations.
+const RUN: usize = 3;
+
+/// A product as a large batch has it, whether its activations are wide, and the product of the same ones with kernels
+/// that know nothing of runs: NEON's beside those that do, which need no sums of activations.
+fn large_batch(
+    kernels: &Kernels,
+    weight: &Matrix,
+    tokens: usize,
+    values: &[f32],
+) -> (Vec<f32>, bool, Vec<f32>) {
+    let mut batch = Batch::new(tokens, weight.cols(), values);
+    let mut rows = batch.rows();
+    let acts = kernels.quantize_for(&mut rows, &[weight]);
+    let twin = if acts.wide() { Kernels::by_name("neon").unwrap() } else { Kernels::generic() };
+    let expected = matmul(twin, weight, &acts.narrow());
+    (matmul(kernels, weight, &acts), acts.wide(), expected)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, cases: 24, ..ProptestConfig::default() })]
+
+    #[test]
+    fn large_batches_are_within_their_contract(
+        dtype in quantized_dtype(), rows in 1..36usize, tokens in 30..40usize, blocks in 1..60usize, shift in 0..65usize,
+        seed: u64,
+    ) {
+        let cols = if dtype.block_len() == 256 { blocks.div_ceil(8) * 256 } else { blocks * 32 };
+        let mut random = Random(seed);
+        let mut moved = vec![0; shift];
+        moved.extend(tiled(dtype, rows, cols, &random.weights(dtype, rows, cols)));
+        let weight = Matrix::with(Layout::Tiles, dtype, rows, cols, &moved[shift..]).unwrap();
+        let values = random.floats(tokens * cols);
+        let exact = exact(&weight, tokens, &values);
+        for kernels in Kernels::available() {
+            let what = format!("{} {} {rows}x{cols}, {tokens} tokens", kernels.name(), dtype.name());
+            let (found, wide, expected) = large_batch(kernels, &weight, tokens, &values);
+            let one_scale = [DType::Q8_0, DType::Q4_0, DType::Q5_0].contains(&dtype);
+            prop_assert_eq!(wide, kernels.name() == "i8mm" && tokens >= 32 && one_scale, "{}", what);
+            if !wide {
+                assert_same(&found, &expected, &what);
+                continue;
+            }
+            for ((found, expected), (_, magnitude)) in found.iter().zip(&expected).zip(&exact) {
+                let error = f64::from((found - expected).abs());
+                prop_assert!(error <= 2e-6 * magnitude, "{what}: {found}, {expected}, {magnitude}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_run_has_the_largest_scale_of_its_blocks() {
+    let (tokens, blocks) = (33, 7);
+    let values = Random(3).floats(tokens * blocks * 32);
+    let zeros = vec![0; tiled_bytes(DType::Q8_0, 1, blocks * 32).unwrap()];
+    let weight = Matrix::with(Layout::Tiles, DType::Q8_0, 1, blocks * 32, &zeros).unwrap();
+    for kernels in Kernels::available().filter(|kernels| kernels.name() == "i8mm") {
+        let (mut batch, mut other) =
+            (Batch::new(tokens, blocks * 32, &values), Batch::new(tokens, blocks * 32, &values));
+        let (mut rows, mut other) = (batch.rows(), other.rows());
+        let acts = kernels.quantize_for(&mut rows, &[&weight]).tile_acts();
+        let exact = kernels.quantize(&mut other, Layout::Tiles).tile_acts();
+        for token in 0..tokens {
+            let at = |block: usize| (token / 4 * blocks + block) * 4 + token % 4;
+            for block in 0..blocks {
+                let run = block / RUN * RUN..blocks.min(block / RUN * RUN + RUN);
+                let scale = run.map(|block| exact.scales[at(block)]).fold(0.0, f32::max);
+                assert_eq!(acts.scales[at(block)], scale);
+                for i in 0..32 {
+                    let q =
+                        acts.quants[(token / 4 * blocks + block) * 128 + i / 8 * 32 + token % 4 * 8 + i % 8];
+                    let x = values[(token * blocks + block) * 32 + i];
+                    // The scale is rounded to half precision, the integers are not chosen by that.
+                    assert!((f32::from(q) * scale - x).abs() <= 0.57 * scale, "{q} * {scale}, {x}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_not_finite_stays_where_it_is_in_a_large_batch() {
+    let (tokens, rows, cols) = (34, 18, 160);
+    for (dtype, block_bytes) in [(DType::Q8_0, 34), (DType::Q4_0, 18)] {
+        let mut random = Random(5);
+        let mut weights = random.weights(dtype, rows, cols);
+        for (row, scale) in [(3, [0, 0x7c]), (7, [0, 0x7e])] {
+            weights[(row * cols / 32 + 3) * block_bytes..][..2].copy_from_slice(&scale);
+        }
+        let tiles = tiled(dtype, rows, cols, &weights);
+        let weight = Matrix::with(Layout::Tiles, dtype, rows, cols, &tiles).unwrap();
+        let mut values = random.floats(tokens * cols);
+        values[5 * cols + 9] = f32::NAN;
+        values[6 * cols + 100] = f32::NEG_INFINITY;
+        values[9 * cols..][..cols].fill(0.0);
+        for kernels in Kernels::available() {
+            let (found, ..) = large_batch(kernels, &weight, tokens, &values);
+            for (index, found) in found.into_iter().enumerate() {
+                let (token, row) = (index / rows, index % rows);
+                let bad = [5, 6].contains(&token) || [3, 7].contains(&row);
+                assert_eq!(found.is_finite(), !bad, "{} token {token}, row {row}: {found}", kernels.name());
+                assert!(bad || token != 9 || found == 0.0);
+            }
+        }
+    }
+}
+
 #[test]
 fn extreme_integers_do_not_overflow() {
     for dtype in DType::ALL.into_iter().filter(|dtype| is_tiled(*dtype)) {
         for (fill, sign, tokens) in [0x00, 0x7f, 0x80, 0xff]
             .into_iter()
-            .flat_map(|fill| [(fill, 1.0, 1), (fill, -1.0, 1), (fill, -1.0, 4)])
+            .flat_map(|fill| [(fill, 1.0, 1), (fill, -1.0, 1), (fill, -1.0, 4), (fill, -1.0, 32)])
         {
             let mut weights = vec![fill; dtype.row_bytes(512).unwrap()];
             for block in weights.chunks_exact_mut(dtype.block_bytes()) {
@@ -131,7 +239,7 @@ fn extreme_integers_do_not_overflow() {
             let weight = Matrix::with(Layout::Tiles, dtype, 1, 512, &tiles).unwrap();
             let values = vec![sign; 512 * tokens];
             for kernels in Kernels::available() {
-                let found = product(kernels, &weight, tokens, &values);
+                let (found, ..) = large_batch(kernels, &weight, tokens, &values);
                 for (found, (exact, magnitude)) in found.iter().zip(exact(&weight, tokens, &values)) {
                     let what = (kernels.name(), dtype.name(), fill);
                     assert!(

@@ -3,13 +3,20 @@
 //! Blocks of 32 as everywhere (see [`super::super::activations`]), but four tokens side by side: of each
 //! eight columns the eight integers of the first token, then those of the second, and so on. A last group
 //! with fewer tokens is filled with zeros; one token alone has its columns one after another.
+//!
+//! Where an instruction set gains by it, large batches are quantized wide: [`RUN`] blocks of a token share the largest
+//! of their scales.
 
 use super::super::activations::{ActivationsMut, BLOCK};
-use super::super::float::quantize_block;
+use super::super::float::{peak, quantize_block};
 use super::super::simd::Simd;
+use core::ops::Range;
 
 /// Tokens side by side.
 pub(crate) const SIDE: usize = 4;
+
+/// Blocks of a run, which share a scale in wide activations; the last run of a row may be shorter.
+pub(crate) const RUN: usize = 3;
 
 /// Tokens that a batch is filled up to.
 pub(crate) const fn padded_tokens(tokens: usize) -> usize {
@@ -61,6 +68,18 @@ pub(crate) struct Quad<'a> {
     pub halves: &'a [[f32; SIDE]],
 }
 
+/// Some blocks of several times four tokens, wide, whose sums nobody asks for.
+#[derive(Clone, Copy)]
+pub(crate) struct Quads<'a> {
+    /// All blocks of these tokens.
+    quants: &'a [[[i8; 32]; 4]],
+    scales: &'a [[f32; SIDE]],
+    /// Blocks of a token.
+    blocks: usize,
+    first: usize,
+    count: usize,
+}
+
 impl<'a> TileActs<'a> {
     /// Blocks `first..first + count` of the tokens from `4 * index` on.
     #[inline(always)]
@@ -75,53 +94,76 @@ impl<'a> TileActs<'a> {
             halves: &self.halves.as_chunks().0[range],
         }
     }
-}
 
-/// Fills the twin that [`TileActs`] reads. A block with a value that is not finite gets the scale NaN.
-#[inline(always)]
-pub(crate) fn quantize<S: Simd>(s: S, acts: &mut ActivationsMut) {
-    match acts.tokens() {
-        _ if acts.scales.is_empty() => {}
-        0 => {}
-        1 => quantize_groups::<S, 1>(s, acts),
-        _ => quantize_groups::<S, SIDE>(s, acts),
+    /// Blocks `first..first + count` of the fours of tokens `index`, without sums.
+    #[inline(always)]
+    pub fn quads(&self, index: Range<usize>, first: usize, count: usize) -> Quads<'a> {
+        let range = index.start * self.blocks..index.end * self.blocks;
+        Quads {
+            quants: &self.quants.as_chunks::<32>().0.as_chunks().0[range.clone()],
+            scales: &self.scales.as_chunks().0[range],
+            blocks: self.blocks,
+            first,
+            count,
+        }
     }
 }
 
-/// [`quantize`] with `N` tokens side by side.
+impl<'a> Quads<'a> {
+    /// One four after the other.
+    #[cfg_attr(not(target_arch = "aarch64"), expect(dead_code, reason = "for FEAT_I8MM"))]
+    #[inline(always)]
+    pub fn iter(&self) -> impl Iterator<Item = Quad<'a>> {
+        let (range, blocks) = (self.first..self.first + self.count, self.blocks.max(1));
+        let scales = self.scales.chunks_exact(blocks);
+        self.quants.chunks_exact(blocks).zip(scales).map(move |(quants, scales)| Quad {
+            quants: &quants[range.clone()],
+            scales: &scales[range.clone()],
+            sums: &[],
+            halves: &[],
+        })
+    }
+}
+
+/// Fills the twin that [`TileActs`] reads; each `run` blocks of a row, at least one, share a scale, which all of them
+/// have. A run with a value that is not finite gets the scale NaN. Sums are left out where runs are longer than a block:
+/// no type with one scale a block needs them once its bias is off a panel.
 #[inline(always)]
-fn quantize_groups<S: Simd, const N: usize>(s: S, acts: &mut ActivationsMut) {
+pub(crate) fn quantize<S: Simd>(s: S, acts: &mut ActivationsMut, run: usize) {
     let (tokens, cols) = (acts.tokens(), acts.cols());
-    let blocks = cols / BLOCK;
+    if acts.scales.is_empty() {
+        return;
+    }
+    let (blocks, side) = (cols / BLOCK, if tokens == 1 { 1 } else { SIDE });
     let (sums, halves) = acts.sums.split_at_mut(acts.scales.len());
-    let groups = acts.scales.chunks_exact_mut(N * blocks).zip(sums.chunks_exact_mut(N * blocks));
-    let groups = groups.zip(halves.chunks_exact_mut(N * blocks));
-    let quants = acts.quants.chunks_exact_mut(N * blocks * BLOCK);
-    for (group, (((scales, sums), halves), quants)) in groups.zip(quants).take(tokens.div_ceil(N)).enumerate()
-    {
-        for lane in 0..N {
-            let token = group * N + lane;
-            let numbers = scales.as_chunks_mut::<N>().0.iter_mut().zip(sums.as_chunks_mut::<N>().0);
-            let numbers = numbers.zip(halves.as_chunks_mut::<N>().0);
-            let quants = quants.as_chunks_mut::<8>().0.as_chunks_mut::<N>().0.as_chunks_mut::<4>().0;
-            let blocks = numbers.zip(quants);
-            if token >= tokens {
-                for (((scale, sum), half), octets) in blocks {
-                    (scale[lane], sum[lane], half[lane]) = (0.0, bits(0), bits(0));
-                    octets.iter_mut().for_each(|octet| octet[lane] = [0; 8]);
-                }
-                continue;
+    let octets = acts.quants.as_chunks_mut::<8>().0;
+    for token in 0..padded_tokens(tokens) {
+        // Behind the last token come zeros.
+        let row = if token < tokens { acts.values[token * cols..][..cols].as_chunks().0 } else { &[] };
+        // Where the token's next block and its next eight integers are.
+        let (first, lane) = (token / side * side * blocks, token % side);
+        let (mut number, mut octet) = (first + lane, first * (BLOCK / 8) + lane);
+        let (mut highest, mut left) = (0.0, 0);
+        for index in 0..blocks {
+            if left == 0 {
+                // What is not finite has the highest bits.
+                let peaks = row.iter().skip(index).take(run).map(|values| peak(s, values).to_bits());
+                highest = f32::from_bits(peaks.max().unwrap_or(0));
+                left = run;
             }
-            let values = acts.values[token * cols..][..cols].as_chunks::<BLOCK>().0;
-            for ((((scale, sum), half), octets), values) in blocks.zip(values) {
-                let quants;
-                (scale[lane], quants) = quantize_block(s, values);
+            left -= 1;
+            let quants;
+            (acts.scales[number], quants) =
+                quantize_block(s, row.get(index).unwrap_or(&[0.0; BLOCK]), highest);
+            if run == 1 {
                 let (first, second) = (s.sum_i8(&quants[0]), s.sum_i8(&quants[1]));
-                (sum[lane], half[lane]) = (bits(first + second), bits(first));
-                for (octet, from) in octets.iter_mut().zip(quants.as_flattened().as_chunks::<8>().0) {
-                    octet[lane] = *from;
-                }
+                (sums[number], halves[number]) = (bits(first + second), bits(first));
             }
+            for from in quants.as_flattened().as_chunks().0 {
+                octets[octet] = *from;
+                octet += side;
+            }
+            number += side;
         }
     }
 }

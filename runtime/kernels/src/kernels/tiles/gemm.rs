@@ -4,22 +4,20 @@
 //! all tokens pass, four side by side. Sums wait in the output between two panels, so a token's sums are
 //! formed in the same order as alone.
 
-use super::activations::{Quad, SIDE, TileActs, integer};
+use super::activations::{Quad, Quads, RUN, SIDE, TileActs, integer};
 use super::formats::{AnyShare, Format, bias, scales, shares};
 use super::gemv::{dot, finish};
 use super::lanes::Lanes;
 use crate::format::{Geometry, TILE_ROWS as ROWS};
 use crate::kernels::matmul::Matrix;
-use crate::kernels::output::Columns;
+use crate::kernels::output::{Columns, Strip};
 
-/// Most blocks of a panel, a whole number of shares.
+/// Most blocks of a panel, a whole number of shares and of runs.
 pub(crate) const BLOCKS: usize = 24;
 
-/// The unpacked weights of one tile.
-#[repr(align(64))]
+/// The unpacked weights of one tile. In this order, so that weights are aligned.
+#[repr(C, align(64))]
 pub(crate) struct Panel {
-    /// Blocks that are filled.
-    pub blocks: usize,
     /// For each block, the weights of its eight groups of four columns as [`Lanes::keep`] wrote them; an instruction
     /// set may want each two groups in another order.
     pub weights: [[[[u8; 64]; 2]; 4]; BLOCKS],
@@ -27,11 +25,20 @@ pub(crate) struct Panel {
     pub scales: [[[f32; 2 * ROWS]; 2]; BLOCKS],
     /// Minimums of each block.
     pub mins: [[f32; ROWS]; BLOCKS],
+    /// Blocks that are filled.
+    pub blocks: usize,
+    /// Whether they are a row's first ones, so that sums begin at zero.
+    pub first: bool,
+    /// Whether they are for wide activations.
+    pub wide: bool,
 }
 
 impl Panel {
+    /// Zeros alone: anything else would be kept as 20 KiB of constants.
     const EMPTY: Self = Self {
         blocks: 0,
+        first: false,
+        wide: false,
         weights: [[[[0; 64]; 2]; 4]; BLOCKS],
         scales: [[[0.0; 2 * ROWS]; 2]; BLOCKS],
         mins: [[0.0; ROWS]; BLOCKS],
@@ -73,6 +80,10 @@ pub(crate) type Fill = unsafe fn(panel: &mut Panel, tile: &[u8], first: usize, c
 /// Adds the products of a panel with four tokens to `out`.
 pub(crate) type Multiply = unsafe fn(panel: &Panel, acts: Quad, out: [&mut [f32; ROWS]; SIDE]);
 
+/// Adds the products of a wide panel with fours of tokens, wide too, to `out`, which has all of them; sums begin at
+/// zero if the panel is a row's first.
+pub(crate) type MultiplyWide = unsafe fn(panel: &Panel, acts: Quads, out: Strip<ROWS>);
+
 /// [`Fill`] with the operations of an instruction set.
 #[inline(always)]
 pub(crate) fn fill<W: Format>(s: impl Lanes, panel: &mut Panel, tile: &[u8], first: usize, count: usize) {
@@ -88,36 +99,48 @@ pub(crate) fn multiply<W: Format>(s: impl Lanes, panel: &Panel, acts: Quad, out:
 /// The rows of one part, for several tokens.
 ///
 /// # Safety
-/// The CPU must be able to run both functions.
+/// The CPU must be able to run the functions.
 pub(crate) unsafe fn many_tokens(
     fill: Fill,
     multiply: Multiply,
+    wide: Option<MultiplyWide>,
     weight: &Matrix,
     acts: &TileActs,
     out: &mut Columns,
 ) {
     let rows = out.rows();
-    let whole = Geometry::of(weight.dtype()).map_or(1, |geometry| geometry.factors.blocks());
-    // Panels of about one size, each a whole number of shares.
+    // Panels of about one size, each a whole number of shares, and of runs of wide activations.
+    let whole = Geometry::of(weight.dtype()).map_or(1, |geometry| geometry.factors.blocks()) * RUN;
+    debug_assert!(BLOCKS.is_multiple_of(whole));
     let panels = acts.blocks.div_ceil(BLOCKS).max(1);
     let size = acts.blocks.div_ceil(panels).next_multiple_of(whole).max(1);
     let mut panel = Panel::EMPTY;
+    panel.wide = wide.is_some();
     for row in rows.step_by(ROWS) {
         let Some(bytes) = weight.tile(row) else { return };
         for first in (0..acts.blocks).step_by(size) {
             let count = size.min(acts.blocks - first);
             // SAFETY: the caller's promise.
             unsafe { fill(&mut panel, bytes, first, count) };
-            for quad in 0..acts.tokens.div_ceil(SIDE) {
+            panel.first = first == 0;
+            let mut quads = 0..acts.tokens.div_ceil(SIDE);
+            if let (Some(multiply), Some(out)) = (wide, out.strip(row)) {
+                quads.start = out.tokens() / SIDE;
+                // SAFETY: as above.
+                unsafe { multiply(&panel, acts.quads(0..quads.start, first, count), out) }
+            }
+            for quad in quads {
                 let token = quad * SIDE;
-                let multiply = |mut out: [&mut [f32; ROWS]; SIDE]| {
-                    if first == 0 {
-                        out.iter_mut().for_each(|sums| **sums = [0.0; ROWS]);
+                let multiply = |mut sums: [&mut [f32; ROWS]; SIDE]| {
+                    if panel.first {
+                        sums.iter_mut().for_each(|sums| **sums = [0.0; ROWS]);
                     }
                     // SAFETY: as above.
-                    unsafe { multiply(&panel, acts.quad(quad, first, count), out) }
+                    unsafe { multiply(&panel, acts.quad(quad, first, count), sums) }
                 };
-                if let Some(out) = out.block_mut(token, row) {
+                if let (None, Some(mut strip)) = (wide, out.strip(row))
+                    && let Some(out) = strip.tokens_mut(token)
+                {
                     multiply(out);
                     continue;
                 }
@@ -126,7 +149,14 @@ pub(crate) unsafe fn many_tokens(
                 for (lane, sums) in sums.iter_mut().enumerate() {
                     out.get_rows(token + lane, row, sums);
                 }
-                multiply(sums.each_mut());
+                match wide {
+                    None => multiply(sums.each_mut()),
+                    Some(multiply) => {
+                        let quads = acts.quads(quad..quad + 1, first, count);
+                        // SAFETY: as above.
+                        unsafe { multiply(&panel, quads, Strip::of(&mut sums)) }
+                    }
+                }
                 for (lane, sums) in sums.iter().enumerate() {
                     out.set_rows(token + lane, row, sums);
                 }
@@ -200,24 +230,25 @@ pub(crate) fn multiply_each<S: Lanes, W: Format>(
     s: S,
     panel: &Panel,
     acts: Quad,
-    out: [&mut [f32; ROWS]; SIDE],
+    mut out: [&mut [f32; ROWS]; SIDE],
 ) {
-    let [a, b, c, d] = out;
-    one_of_four::<S, W, 0>(s, panel, acts, a);
-    one_of_four::<S, W, 1>(s, panel, acts, b);
-    one_of_four::<S, W, 2>(s, panel, acts, c);
-    one_of_four::<S, W, 3>(s, panel, acts, d);
+    for (pair, [even, odd]) in out.as_chunks_mut().0.iter_mut().enumerate() {
+        one_of_two::<S, W, false>(s, panel, acts, pair, even);
+        one_of_two::<S, W, true>(s, panel, acts, pair, odd);
+    }
 }
 
-/// Adds the products of a panel whose bias was taken off with token `TOKEN` of four.
+/// Adds the products of a panel whose bias was taken off with the first or second token of one of two pairs.
 #[inline(always)]
-fn one_of_four<S: Lanes, W: Format, const TOKEN: usize>(
+fn one_of_two<S: Lanes, W: Format, const SECOND: bool>(
     s: S,
     panel: &Panel,
     acts: Quad,
+    pair_of_tokens: usize,
     out: &mut [f32; ROWS],
 ) {
     debug_assert!(S::PANEL_WITHOUT_BIAS);
+    let token = (2 * pair_of_tokens + usize::from(SECOND)) % SIDE;
     let mut sums = s.load(out);
     let weights = panel.weights[..panel.blocks].iter().zip(&panel.scales).zip(&panel.mins);
     let numbers = acts.scales.iter().zip(acts.sums);
@@ -226,21 +257,21 @@ fn one_of_four<S: Lanes, W: Format, const TOKEN: usize>(
             let pairs = 4 / W::SEGMENTS;
             let mut p = s.start(0);
             for pair in segment * pairs..(segment + 1) * pairs {
-                let ([a, b], _) = quants[pair].as_chunks::<16>() else { continue };
-                let a = s.activations(if TOKEN < 2 { a } else { b });
+                let Some(a) = quants[pair].as_chunks::<16>().0.get(pair_of_tokens) else { continue };
+                let a = s.activations(a);
                 let [even, odd] = &weights[pair];
                 let (even, odd) = (s.bytes(even), s.bytes(odd));
-                p = if TOKEN.is_multiple_of(2) {
-                    dot::<S, W, 1>(s, dot::<S, W, 0>(s, p, even, a), odd, a)
-                } else {
+                p = if SECOND {
                     dot::<S, W, 3>(s, dot::<S, W, 2>(s, p, even, a), odd, a)
+                } else {
+                    dot::<S, W, 1>(s, dot::<S, W, 0>(s, p, even, a), odd, a)
                 };
             }
-            let scale = s.mul(s.load(scales.first_chunk().unwrap_or(&[0.0; ROWS])), s.splat(scales_a[TOKEN]));
+            let scale = s.mul(s.load(scales.first_chunk().unwrap_or(&[0.0; ROWS])), s.splat(scales_a[token]));
             sums = s.fma(finish::<S, W>(s, p, 0), scale, sums);
         }
         if W::MINS {
-            sums = s.fma(s.load(mins), s.splat(integer(all[TOKEN]) as f32 * scales_a[TOKEN]), sums);
+            sums = s.fma(s.load(mins), s.splat(integer(all[token]) as f32 * scales_a[token]), sums);
         }
     }
     s.store(sums, out);

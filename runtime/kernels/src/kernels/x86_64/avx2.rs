@@ -188,6 +188,40 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn transpose(self, x: [__m256; 8]) -> [__m256; 8] {
+        avx2!({
+            let [a, b, c, d, e, f, g, h] = x;
+            // Columns 0, 1, 4 and 5, then the others, of two rows; then those of four, two columns in a register.
+            let (ab, cd) = (_mm256_unpacklo_ps(a, b), _mm256_unpacklo_ps(c, d));
+            let (ef, gh) = (_mm256_unpacklo_ps(e, f), _mm256_unpacklo_ps(g, h));
+            let (ab2, cd2) = (_mm256_unpackhi_ps(a, b), _mm256_unpackhi_ps(c, d));
+            let (ef2, gh2) = (_mm256_unpackhi_ps(e, f), _mm256_unpackhi_ps(g, h));
+            let low = [
+                _mm256_shuffle_ps::<0x44>(ab, cd),
+                _mm256_shuffle_ps::<0xee>(ab, cd),
+                _mm256_shuffle_ps::<0x44>(ab2, cd2),
+                _mm256_shuffle_ps::<0xee>(ab2, cd2),
+            ];
+            let high = [
+                _mm256_shuffle_ps::<0x44>(ef, gh),
+                _mm256_shuffle_ps::<0xee>(ef, gh),
+                _mm256_shuffle_ps::<0x44>(ef2, gh2),
+                _mm256_shuffle_ps::<0xee>(ef2, gh2),
+            ];
+            [
+                _mm256_permute2f128_ps::<0x20>(low[0], high[0]),
+                _mm256_permute2f128_ps::<0x20>(low[1], high[1]),
+                _mm256_permute2f128_ps::<0x20>(low[2], high[2]),
+                _mm256_permute2f128_ps::<0x20>(low[3], high[3]),
+                _mm256_permute2f128_ps::<0x31>(low[0], high[0]),
+                _mm256_permute2f128_ps::<0x31>(low[1], high[1]),
+                _mm256_permute2f128_ps::<0x31>(low[2], high[2]),
+                _mm256_permute2f128_ps::<0x31>(low[3], high[3]),
+            ]
+        })
+    }
+
+    #[inline(always)]
     fn peak(self, x: [__m256; 4]) -> u32 {
         avx2!({
             // Without the sign, floats are ordered as their bits are.

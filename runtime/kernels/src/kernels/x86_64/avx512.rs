@@ -165,7 +165,7 @@ crate::kernels::table::entries! {
 
 /// The kernels for quantized weights in tiles.
 static TILES: tiles::TileKernels =
-    tiles::TileKernels { one_token: &ONE_TOKEN, fill: &FILL, multiply: &MULTIPLY };
+    tiles::TileKernels { one_token: &ONE_TOKEN, fill: &FILL, multiply: &MULTIPLY, wide: None };
 
 /// The kernels of this instruction set: those of AVX2, and tiles.
 pub(crate) static TABLE: Kernels =
