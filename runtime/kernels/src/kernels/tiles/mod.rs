@@ -11,8 +11,8 @@
 //!
 //! `out = fma(integers, scale_w * scale_a, out)`, then `out = fma(min_w, sum_a * scale_a, out)`
 //!
-//! Therefore all tables agree bit for bit, and prefill with decode, but for large batches ([`TileKernels::wide`]). With row kernels (`super::matmul`) they
-//! agree up to the rounding of `f32` sums: those keep eight sums a row.
+//! Therefore all tables agree bit for bit, and prefill with decode, but for large batches ([`TileKernels::wide`]).
+//! With row kernels (`super::matmul`) they agree up to the rounding of `f32` sums: those keep eight sums a row.
 
 mod activations;
 mod formats;
