@@ -4,12 +4,17 @@
 //! the next layer that stayed knows it from the teacher (a linear map for dropped blocks as in Shopkhoev et al. 2025,
 //! "ReplaceMe", arXiv 2505.02819; here all of both matrices is free, and layers are fitted one after the other, so that
 //! each sees what the mended ones before it give, and makes up for that too).
+//!
+//! The square error of the stream is not what counts, and the fit takes for fixed what it moves: so of each fit only as
+//! much is taken as serves the predictions on windows that no regression has seen, when the teacher's own layers go on
+//! from there.
 
 use candle_core::{Device, Tensor};
 use edge_models::Role;
 use rayon::prelude::*;
 
 use super::StudentError;
+use super::layers::Reference;
 use crate::model::Model;
 use crate::quantize::moments::{Factor, Moments};
 use crate::train::Projection;
@@ -20,16 +25,17 @@ use crate::train::ops::with_values;
 /// those of the text. Measured on SmolLM2 with 8,192 and 65,536 tokens.
 const HELD_TOKENS: f64 = 1.0;
 
-/// How far the attention's output goes to where both matrices together would be best. That solution takes what goes
-/// down for fixed, which it is not: the feed-forward network reads what the attention gives. All of the way is worse
-/// than none.
-const ATTENTION_STEP: f64 = 0.5;
+/// How far a matrix may go to what a regression finds. None of the way and all of it are among them.
+const STEPS: [f64; 3] = [0.0, 0.5, 1.0];
 
 /// Tokens on which a model of common widths is well fitted; twice as many change little.
 pub const MENDING_TOKENS: usize = 65_536;
 
 /// Tokens that go through a layer at a time; only their residual streams are kept together.
 const GROUP: usize = 8192;
+
+/// Windows that fits are judged by, at most: an eighth of all.
+const JUDGES: usize = 4;
 
 /// Some windows of the text on their way through both models.
 struct Group {
@@ -43,6 +49,11 @@ struct Group {
 }
 
 impl Group {
+    fn new(teacher: &Decoder, student: &Decoder, ids: &[u32]) -> candle_core::Result<Self> {
+        let state = student.embed(ids)?;
+        Ok(Self { tokens: ids.len(), wanted: teacher.embed(ids)?, mixed: state.clone(), state })
+    }
+
     /// The residual stream after attention.
     fn after_attention(&self, student: &Decoder, layer: usize) -> candle_core::Result<Tensor> {
         student.add_attention(layer, &self.state, &self.mixed)
@@ -57,6 +68,8 @@ fn gated(student: &Decoder, layer: usize, state: &Tensor) -> candle_core::Result
 
 /// Fits `student`, which has the layers `kept` of `teacher`, to it on the tokens `calibration`, cut into windows of
 /// `length`; what does not fill a window is left out. `progress` is told how many of how many layers are done.
+///
+/// Where norms stand behind the blocks, the matrices do not add to the stream itself, and `student` comes back as it is.
 ///
 /// # Errors
 /// The two do not fit together, or the calibration text is too short or not the teacher's.
@@ -73,72 +86,175 @@ pub fn mend(
         return Err(StudentError::Keep { found: format!("{kept:?}"), layers });
     }
     let ids = super::calibration_windows(&teacher.spec, calibration, length)?;
-    let whole = Decoder::new(&teacher.spec, &teacher.weights)?;
-    let mut decoder = Decoder::new(&student.spec, &student.weights)?;
+    if student.spec.post_norms {
+        return Ok(student.clone());
+    }
     let mut mended = student.clone();
-    let begin = |ids: &[u32]| {
-        let state = decoder.embed(ids)?;
-        Ok(Group { tokens: ids.len(), wanted: whole.embed(ids)?, mixed: state.clone(), state })
-    };
-    let mut groups =
-        ids.chunks(GROUP.div_ceil(length) * length).map(begin).collect::<candle_core::Result<Vec<_>>>()?;
-    let mut walked = 0;
-    for layer in 0..kept.len() {
-        let end = kept.get(layer + 1).copied().unwrap_or(layers);
-        for group in &mut groups {
-            for layer in walked..end {
-                group.wanted = whole.block(layer, &group.wanted, group.tokens / length, length)?;
-            }
-            group.mixed = decoder.mix(layer, &decoder.attention_input(layer, &group.state)?, length)?;
-        }
-        walked = end;
-        // Behind a norm the matrices do not add to the stream itself.
-        let fits = !student.spec.post_norms;
-        if fits {
-            fit_attention(&mut decoder, layer, &groups)?;
-        }
-        for group in &mut groups {
-            group.state = group.after_attention(&decoder, layer)?;
-        }
-        if fits {
-            fit_down(&mut decoder, layer, &groups)?;
-            for role in [Role::AttnOut, Role::FfnDown] {
-                mended.weights.insert(role, layer, decoder.matrix(role, layer)?.matrix()?);
-            }
-        }
-        for group in &mut groups {
-            group.state = decoder.add_ffn(layer, &group.state, &gated(&decoder, layer, &group.state)?)?;
+    let mut mending = Mending::new(teacher, student, ids, length)?;
+    let ends = kept[1..].iter().copied().chain([layers]);
+    for (layer, end) in ends.enumerate() {
+        mending.walk_teacher(layer, end)?;
+        mending.fit(layer)?;
+        for role in [Role::AttnOut, Role::FfnDown] {
+            mended.weights.insert(role, layer, mending.student.matrix(role, layer)?.matrix()?);
         }
         progress(layer + 1, kept.len());
     }
     Ok(mended)
 }
 
-/// Moves the attention's output to where it serves best beside a down projection that is fitted with it.
-fn fit_attention(decoder: &mut Decoder, layer: usize, groups: &[Group]) -> Result<(), StudentError> {
-    let out = decoder.matrix(Role::AttnOut, layer)?.matrix()?;
-    let both = Tensor::cat(&[&out, &decoder.matrix(Role::FfnDown, layer)?.matrix()?], 1)?;
-    let mut moments = Moments::new(both.dim(1)?, both.dim(0)?);
-    for group in groups {
-        let gated = gated(decoder, layer, &group.after_attention(decoder, layer)?)?;
-        let inputs = Tensor::cat(&[&group.mixed, &gated], 1)?;
-        moments.add(&inputs, Some(&(&group.wanted - &group.state)?))?;
-    }
-    let fitted = fit(&both, &moments, groups)?.narrow(1, 0, out.dim(1)?)?;
-    let moved = (&out + ((fitted - &out)? * ATTENTION_STEP)?)?;
-    Ok(decoder.replace(Role::AttnOut, layer, Projection::Dense(moved))?)
+/// Both models on their way through the text.
+struct Mending {
+    teacher: Decoder,
+    student: Decoder,
+    length: usize,
+    groups: Vec<Group>,
+    /// Windows that are in no regression.
+    judges: Group,
+    /// What the teacher says of these.
+    reference: Reference,
+    /// The teacher's layers that all windows have gone through.
+    walked: usize,
 }
 
-/// Fits the down projection to states after attention.
-fn fit_down(decoder: &mut Decoder, layer: usize, groups: &[Group]) -> Result<(), StudentError> {
-    let down = decoder.matrix(Role::FfnDown, layer)?.matrix()?;
-    let mut moments = Moments::new(down.dim(1)?, down.dim(0)?);
-    for group in groups {
-        let inputs = gated(decoder, layer, &group.state)?;
-        moments.add(&inputs, Some(&(&group.wanted - &group.state)?))?;
+impl Mending {
+    fn new(teacher: &Model, student: &Model, ids: &[u32], length: usize) -> Result<Self, StudentError> {
+        let windows = ids.len() / length;
+        // A single window judges itself.
+        let judges = if windows == 1 { 0 } else { (windows / 8).clamp(1, JUDGES) };
+        let (fitted, judging) = ids.split_at((windows - judges) * length);
+        let judging = if judges == 0 { fitted } else { judging };
+        let teacher = Decoder::new(&teacher.spec, &teacher.weights)?;
+        let student = Decoder::new(&student.spec, &student.weights)?;
+        let groups = fitted.chunks(GROUP.div_ceil(length) * length);
+        let groups = groups.map(|ids| Group::new(&teacher, &student, ids)).collect::<Result<_, _>>()?;
+        let hidden = teacher.hidden(judging, judging.len() / length, length)?;
+        let reference = Reference::new(&hidden, &teacher.head()?, (0..judging.len()).collect())?;
+        let judges = Group::new(&teacher, &student, judging)?;
+        Ok(Self { teacher, student, length, groups, judges, reference, walked: 0 })
     }
-    let fitted = fit(&down, &moments, groups)?;
-    Ok(decoder.replace(Role::FfnDown, layer, Projection::Dense(fitted))?)
+
+    /// Brings the teacher before its layer `end`, and the student into the attention of its own.
+    fn walk_teacher(&mut self, layer: usize, end: usize) -> candle_core::Result<()> {
+        let (teacher, student, length) = (&self.teacher, &self.student, self.length);
+        for group in self.groups.iter_mut().chain([&mut self.judges]) {
+            for layer in self.walked..end {
+                group.wanted = teacher.block(layer, &group.wanted, group.tokens / length, length)?;
+            }
+            group.mixed = student.mix(layer, &student.attention_input(layer, &group.state)?, length)?;
+        }
+        self.walked = end;
+        Ok(())
+    }
+
+    /// Fits the two matrices of `layer` and goes through it.
+    fn fit(&mut self, layer: usize) -> Result<(), StudentError> {
+        let before = [self.matrix(Role::AttnOut, layer)?, self.matrix(Role::FfnDown, layer)?];
+        let untouched = self.divergence(layer)?;
+        // How far the attention goes shows only with a down projection that goes with it: one of a few tokens will do.
+        let fitted = self.fit_attention(layer)?;
+        let mut best = (f64::INFINITY, before[0].clone());
+        for step in STEPS {
+            let moved = between(&before[0], &fitted, step)?;
+            self.replace(Role::AttnOut, layer, &moved)?;
+            self.replace(Role::FfnDown, layer, &self.fit_down(layer, &before[1], &self.groups[..1])?)?;
+            let divergence = self.divergence(layer)?;
+            if divergence < best.0 {
+                best = (divergence, moved);
+            }
+        }
+        self.replace(Role::AttnOut, layer, &best.1)?;
+        let attention = best.1;
+        let fitted = self.fit_down(layer, &before[1], &self.groups)?;
+        let mut best = (untouched, before.clone());
+        for step in STEPS {
+            let moved = between(&before[1], &fitted, step)?;
+            self.replace(Role::FfnDown, layer, &moved)?;
+            let divergence = self.divergence(layer)?;
+            if divergence < best.0 {
+                best = (divergence, [attention.clone(), moved]);
+            }
+        }
+        for (role, matrix) in [Role::AttnOut, Role::FfnDown].into_iter().zip(&best.1) {
+            self.replace(role, layer, matrix)?;
+        }
+        let student = &self.student;
+        for group in self.groups.iter_mut().chain([&mut self.judges]) {
+            let state = group.after_attention(student, layer)?;
+            group.state = student.add_ffn(layer, &state, &gated(student, layer, &state)?)?;
+        }
+        Ok(())
+    }
+
+    fn norm_eps(&self) -> f32 {
+        self.teacher.spec().norm_eps
+    }
+
+    fn matrix(&self, role: Role, layer: usize) -> candle_core::Result<Tensor> {
+        self.student.matrix(role, layer)?.matrix()
+    }
+
+    fn replace(&mut self, role: Role, layer: usize, matrix: &Tensor) -> candle_core::Result<()> {
+        self.student.replace(role, layer, Projection::Dense(matrix.clone()))
+    }
+
+    /// KL(teacher || student's layers up to `layer`, then the teacher's), nats per token of the judges.
+    fn divergence(&self, layer: usize) -> Result<f64, StudentError> {
+        let (teacher, student, group) = (&self.teacher, &self.student, &self.judges);
+        let state = group.after_attention(student, layer)?;
+        let mut state = student.add_ffn(layer, &state, &gated(student, layer, &state)?)?;
+        for layer in self.walked..teacher.spec().layers {
+            state = teacher.block(layer, &state, group.tokens / self.length, self.length)?;
+        }
+        self.reference.divergence(&teacher.final_norm(&state)?, &teacher.head()?)
+    }
+
+    /// The attention's output where it serves best beside a down projection that is fitted with it.
+    fn fit_attention(&self, layer: usize) -> Result<Tensor, StudentError> {
+        let out = self.matrix(Role::AttnOut, layer)?;
+        let both = Tensor::cat(&[&out, &self.matrix(Role::FfnDown, layer)?], 1)?;
+        let mut moments = Moments::new(both.dim(1)?, both.dim(0)?);
+        for group in &self.groups {
+            let gated = gated(&self.student, layer, &group.after_attention(&self.student, layer)?)?;
+            add(
+                &mut moments,
+                &Tensor::cat(&[&group.mixed, &gated], 1)?,
+                group,
+                &group.state,
+                self.norm_eps(),
+            )?;
+        }
+        Ok(fit(&both, &moments, &self.groups)?.narrow(1, 0, out.dim(1)?)?.contiguous()?)
+    }
+
+    /// The down projection `down` fitted to states after attention.
+    fn fit_down(&self, layer: usize, down: &Tensor, groups: &[Group]) -> Result<Tensor, StudentError> {
+        let mut moments = Moments::new(down.dim(1)?, down.dim(0)?);
+        for group in groups {
+            let state = group.after_attention(&self.student, layer)?;
+            add(&mut moments, &gated(&self.student, layer, &state)?, group, &state, self.norm_eps())?;
+        }
+        fit(down, &moments, groups)
+    }
+}
+
+/// `from`, moved by `step` of the way to `to`.
+fn between(from: &Tensor, to: &Tensor, step: f64) -> candle_core::Result<Tensor> {
+    from + ((to - from)? * step)?
+}
+
+/// Adds what leads from `inputs` to what `state` lacks. The next norm divides a token by its size, and so do we: else
+/// the few tokens of enormous states would be all that counts.
+fn add(
+    moments: &mut Moments,
+    inputs: &Tensor,
+    group: &Group,
+    state: &Tensor,
+    norm_eps: f32,
+) -> candle_core::Result<()> {
+    let weight = (group.wanted.sqr()?.mean_keepdim(1)? + f64::from(norm_eps))?.powf(-0.5)?;
+    let lacks = (&group.wanted - state)?;
+    moments.add(&inputs.broadcast_mul(&weight)?, Some(&lacks.broadcast_mul(&weight)?))
 }
 
 /// All columns of `weight`, fitted on the tokens of `groups`.
