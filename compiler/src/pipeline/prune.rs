@@ -125,10 +125,12 @@ impl Run<'_> {
                 },
             )?;
         }
-        if self.recipe.prune.mending_tokens > 0
+        let mends = self.recipe.prune.mending_tokens > 0
             && pruned.kept.len() < spec.layers
-            && widths.hidden == whole.hidden
-        {
+            && widths.hidden == whole.hidden;
+        if mends && spec.post_norms {
+            observer.note("mend", "left out: norms stand behind the blocks of this family");
+        } else if mends {
             pruned.model = student::mend(
                 inputs.teacher()?,
                 &pruned.model,
