@@ -1,0 +1,240 @@
+//! One safe door to the matrix product: our own where there is AVX-512, made for what training multiplies, and
+//! that of the crate `gemm` elsewhere.
+
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+
+use ::gemm::Parallelism;
+
+/// A matrix inside a slice: element `(i, j)` is at `offset + i * row_stride + j * col_stride`.
+#[derive(Clone, Copy)]
+pub struct Matrix<'a> {
+    values: &'a [f32],
+    rows: usize,
+    cols: usize,
+    row_stride: usize,
+    col_stride: usize,
+}
+
+impl<'a> Matrix<'a> {
+    /// A row-major matrix.
+    pub fn new(values: &'a [f32], rows: usize, cols: usize) -> Self {
+        Self { values, rows, cols, row_stride: cols, col_stride: 1 }
+    }
+
+    /// Rows that lie `stride` apart.
+    pub fn strided(values: &'a [f32], rows: usize, cols: usize, stride: usize) -> Self {
+        Self { values, rows, cols, row_stride: stride, col_stride: 1 }
+    }
+
+    /// The transpose, without moving anything.
+    pub fn t(self) -> Self {
+        Self {
+            rows: self.cols,
+            cols: self.rows,
+            row_stride: self.col_stride,
+            col_stride: self.row_stride,
+            ..self
+        }
+    }
+
+    /// Index one past the last element.
+    fn end(&self) -> usize {
+        if self.rows == 0 || self.cols == 0 {
+            return 0;
+        }
+        (self.rows - 1) * self.row_stride + (self.cols - 1) * self.col_stride + 1
+    }
+}
+
+/// `c = alpha * a * b`, or `c += alpha * a * b` with `accumulate`; `c` is row-major and dense.
+///
+/// `threads` says whether the product may use all threads or must stay on the caller's.
+///
+/// # Panics
+/// If the shapes do not fit each other or their slices: a fault of the caller.
+pub fn gemm(c: &mut [f32], a: Matrix<'_>, b: Matrix<'_>, alpha: f32, accumulate: bool, threads: bool) {
+    #[cfg(target_arch = "x86_64")]
+    if avx512::detected() {
+        return avx512::gemm(c, a, b, alpha, accumulate, threads);
+    }
+    portable(c, a, b, alpha, accumulate, threads);
+}
+
+/// Panics unless `c = a * b` stays within the three slices, which every `unsafe` below relies on.
+fn must_fit(c: &[f32], a: &Matrix<'_>, b: &Matrix<'_>) {
+    assert_eq!(a.cols, b.rows, "inner sizes of the product");
+    assert_eq!(c.len(), a.rows * b.cols, "size of the result");
+    assert!(a.end() <= a.values.len() && b.end() <= b.values.len(), "matrix beyond its slice");
+}
+
+/// [`gemm`] by the crate `gemm`.
+fn portable(c: &mut [f32], a: Matrix<'_>, b: Matrix<'_>, alpha: f32, accumulate: bool, threads: bool) {
+    must_fit(c, &a, &b);
+    let parallelism = if threads { Parallelism::Rayon(0) } else { Parallelism::None };
+    // SAFETY: every element (i, j) that the product reads lies before `end()` of its matrix, which was
+    // just checked against its slice; every element of the result lies in `c`, whose length is exactly
+    // rows * cols and which nothing else can see during the call because it is borrowed mutably.
+    unsafe {
+        ::gemm::gemm(
+            a.rows,
+            b.cols,
+            a.cols,
+            c.as_mut_ptr(),
+            1,
+            b.cols as isize,
+            accumulate,
+            a.values.as_ptr(),
+            a.col_stride as isize,
+            a.row_stride as isize,
+            b.values.as_ptr(),
+            b.col_stride as isize,
+            b.row_stride as isize,
+            1.0,
+            alpha,
+            false,
+            false,
+            false,
+            parallelism,
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::train::ops::check::noise;
+    use proptest::prelude::*;
+
+    type Gemm = fn(&mut [f32], Matrix<'_>, Matrix<'_>, f32, bool, bool);
+
+    /// The product of this CPU, and the one of CPUs that it does not know.
+    const BOTH: [(&str, Gemm); 2] = [("gemm", gemm), ("portable", portable)];
+
+    /// An operand as it may lie in memory: rows or columns contiguous, with `gap` values between them.
+    #[derive(Clone, Copy, Debug)]
+    struct Lie {
+        turned: bool,
+        gap: usize,
+    }
+
+    impl Lie {
+        fn values(self, seed: u64, rows: usize, cols: usize) -> Vec<f32> {
+            let (rows, cols) = if self.turned { (cols, rows) } else { (rows, cols) };
+            // Not one value more than a matrix has: a read beyond its end would be one beyond the slice.
+            noise(seed, if rows == 0 { 0 } else { (rows - 1) * (cols + self.gap) + cols })
+        }
+
+        fn matrix(self, values: &[f32], rows: usize, cols: usize) -> Matrix<'_> {
+            if self.turned {
+                Matrix::strided(values, cols, rows, rows + self.gap).t()
+            } else {
+                Matrix::strided(values, rows, cols, cols + self.gap)
+            }
+        }
+    }
+
+    fn at(matrix: &Matrix<'_>, i: usize, j: usize) -> f64 {
+        f64::from(matrix.values[i * matrix.row_stride + j * matrix.col_stride])
+    }
+
+    /// Compares with the sum in f64; the error may be what f32 leaves open for sums of this length.
+    fn agrees(a: Matrix<'_>, b: Matrix<'_>, alpha: f32, accumulate: bool, threads: bool) {
+        let (m, n, k) = (a.rows, b.cols, a.cols);
+        let before = noise(3, m * n);
+        for (name, product) in BOTH {
+            let mut c = before.clone();
+            product(&mut c, a, b, alpha, accumulate, threads);
+            for (at_c, (&found, &before)) in c.iter().zip(&before).enumerate() {
+                let (i, j) = (at_c / n, at_c % n);
+                let sum: f64 = (0..k).map(|x| at(&a, i, x) * at(&b, x, j)).sum();
+                let expected = f64::from(alpha) * sum + if accumulate { f64::from(before) } else { 0.0 };
+                let open = 1e-6 * (1.0 + k as f64).sqrt() * 4.0;
+                assert!(
+                    (f64::from(found) - expected).abs() < open,
+                    "{name} {m} x {k} x {n} at {i}, {j}: {found}, expected {expected}"
+                );
+            }
+        }
+    }
+
+    fn lie() -> impl Strategy<Value = Lie> {
+        (any::<bool>(), prop_oneof![Just(0), 1..9usize]).prop_map(|(turned, gap)| Lie { turned, gap })
+    }
+
+    fn size() -> impl Strategy<Value = usize> {
+        prop_oneof![0..20usize, 30..70usize, Just(16), Just(96), Just(144)]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+        #[test]
+        fn agrees_with_the_definition(
+            (m, n, k) in (size(), size(), size()),
+            (a, b) in (lie(), lie()),
+            alpha in prop_oneof![Just(1.0f32), -2.0..2.0f32],
+            (accumulate, threads) in (any::<bool>(), any::<bool>()),
+        ) {
+            let (left, right) = (a.values(1, m, k), b.values(2, k, n));
+            agrees(a.matrix(&left, m, k), b.matrix(&right, k, n), alpha, accumulate, threads);
+        }
+    }
+
+    /// Sizes that are cut along every axis, with threads: the shapes of training, smaller.
+    #[test]
+    fn agrees_where_it_is_cut() {
+        for turned in [(false, false), (false, true), (true, false), (true, true)] {
+            let (a, b) = (Lie { turned: turned.0, gap: 0 }, Lie { turned: turned.1, gap: 0 });
+            for (m, n, k) in
+                [(150, 210, 1300), (420, 33, 700), (33, 420, 100), (1, 1, 50_000), (700, 160, 90)]
+            {
+                let (left, right) = (a.values(1, m, k), b.values(2, k, n));
+                agrees(a.matrix(&left, m, k), b.matrix(&right, k, n), 0.5, true, true);
+            }
+        }
+    }
+
+    /// A stopped run goes on bit for bit, whoever computes which part and however many there are.
+    #[test]
+    fn threads_do_not_change_a_bit() {
+        let (m, n, k) = (300, 200, 1000);
+        for turned in [(false, false), (false, true), (true, false), (true, true)] {
+            let (a, b) = (Lie { turned: turned.0, gap: 0 }, Lie { turned: turned.1, gap: 0 });
+            let (left, right) = (a.values(1, m, k), b.values(2, k, n));
+            let product = |threads| {
+                let mut c = vec![0.0; m * n];
+                gemm(&mut c, a.matrix(&left, m, k), b.matrix(&right, k, n), 1.0, false, threads);
+                c
+            };
+            let alone = product(false);
+            for count in [1, 2, 3] {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(count).build().unwrap();
+                assert!(pool.install(|| product(true)) == alone, "{count} threads");
+            }
+        }
+    }
+
+    /// What is not a number reaches the rows and columns that it belongs to, and no other.
+    #[test]
+    fn what_is_no_number_stays_visible() {
+        let (m, n, k) = (11, 37, 21);
+        for (name, product) in BOTH {
+            for turned in [false, true] {
+                let lie = Lie { turned, gap: 2 };
+                let (mut left, right) = (lie.values(1, m, k), lie.values(2, k, n));
+                let place = |i: usize, j: usize| if turned { j * (m + 2) + i } else { i * (k + 2) + j };
+                (left[place(3, 5)], left[place(10, 20)]) = (f32::NAN, f32::INFINITY);
+                let mut c = vec![f32::NAN; m * n];
+                product(&mut c, lie.matrix(&left, m, k), lie.matrix(&right, k, n), 1.0, false, false);
+                for (row, c) in c.chunks_exact(n).enumerate() {
+                    let expected = |x: &f32| match row {
+                        3 => x.is_nan(),
+                        10 => x.is_infinite(),
+                        _ => x.is_finite(),
+                    };
+                    assert!(c.iter().all(expected), "{name}: row {row}");
+                }
+            }
+        }
+    }
+}
