@@ -371,6 +371,11 @@ fn students_with_other_tokens() {
     let mut nobody = edgec();
     nobody.args(["distill", "--soft-targets", "teacher", "--student", own, "--data"]).arg(text());
     place.refused("nobody to ask", &mut nobody, &["--soft-targets", "no --teacher"]);
+    let mut nobody = edgec();
+    nobody.args(["distill", "--teacher-precision", "int8", "--student", own, "--data"]).arg(text());
+    place.refused("nobody to ask in int8", &mut nobody, &["--teacher-precision", "no --teacher"]);
+    let unknown = ["--student", own, "--teacher-precision", "int4"];
+    place.refused("another type", &mut given(&unknown), &["int4", "f32", "int8"]);
     let mut command = distill(&gguf(), text());
     place.refused("no model", command.arg("--student").arg(place.path("no")), &["no", "No such file"]);
 }

@@ -10,7 +10,7 @@ use edgec::quantize::calibrate::Method;
 use edgec::student::MENDING_TOKENS;
 use edgec::train::loss::{HiddenTerms, Mixture, Objective, Sparsity, ULD};
 use edgec::train::parallel::Communicator;
-use edgec::train::{RunFolder, TrainConfig};
+use edgec::train::{Precision, RunFolder, TrainConfig};
 
 use super::output;
 use super::processes::together;
@@ -83,6 +83,9 @@ pub struct Arguments {
     /// Ask the teacher once, keep top-k=N or sampled=N tokens a position in a file, and train from it
     #[arg(long, value_name = "FORM")]
     cache_teacher: Option<Sparsity>,
+    /// In what numbers the teacher is asked while the student trains; a run is resumed with the same
+    #[arg(long, value_name = "TYPE", value_enum, default_value_t)]
+    teacher_precision: Precision,
     /// Peak learning rate [default: 4e-4, with --qat 2e-5]
     #[arg(long)]
     lr: Option<f64>,
@@ -216,6 +219,7 @@ impl Arguments {
                 cache: self.cache_teacher,
                 align: self.align,
                 on_policy: self.on_policy,
+                teacher_precision: self.teacher_precision,
                 ..self.training.config()
             },
         }

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::Error;
 use crate::quantize::calibrate::Method;
 use crate::student;
-use crate::train::TrainConfig;
+use crate::train::{Precision, TrainConfig};
 
 /// What a run was asked to do. It is kept in the run's folder and must be the same on resume.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -141,6 +141,9 @@ impl Recipe {
             }
             (_, false) if self.teacher_adapter.is_some() => {
                 refuse("--teacher-adapter: there is no --teacher")
+            }
+            (_, false) if self.train.teacher_precision != Precision::F32 => {
+                refuse("--teacher-precision: there is no --teacher")
             }
             (_, false) if self.prune.vocabulary.is_some() => {
                 refuse("--trim-vocab trims a teacher too, and there is none")

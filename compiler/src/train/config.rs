@@ -11,6 +11,7 @@ use super::error::TrainError;
 use super::loss::{HiddenTerms, Kind, Objective, Sparsity};
 use super::optimizer::AdamWConfig;
 use super::parallel::{Alone, Communicator};
+use super::precision::Precision;
 use super::schedule::Schedule;
 
 /// What a run is asked to do. Everything here is part of the recipe that a checkpoint remembers.
@@ -58,6 +59,9 @@ pub struct TrainConfig {
     /// Share of the windows that the student writes itself but for their beginning, 0 to 1.
     #[serde(default)]
     pub on_policy: f64,
+    /// In what numbers a teacher that is a model is asked.
+    #[serde(default)]
+    pub teacher_precision: Precision,
 }
 
 impl Default for TrainConfig {
@@ -83,6 +87,7 @@ impl Default for TrainConfig {
             cache: None,
             align: false,
             on_policy: 0.0,
+            teacher_precision: Precision::F32,
         }
     }
 }
@@ -209,7 +214,7 @@ impl TrainConfig {
 
     /// The settings by name, as a checkpoint remembers them.
     pub(super) fn recipe(&self) -> Recipe {
-        let entries: [(&str, String); 25] = [
+        let entries: [(&str, String); 26] = [
             ("tokens", self.tokens.to_string()),
             ("batch", self.batch.to_string()),
             ("length", self.length.to_string()),
@@ -234,6 +239,7 @@ impl TrainConfig {
             ("hidden_layers", format!("{:?}", self.hidden.numbers())),
             ("align", self.align.to_string()),
             ("on_policy", self.on_policy.to_string()),
+            ("teacher_precision", self.teacher_precision.to_string()),
             ("cache", self.cache.map_or("none".into(), |cache| cache.to_string())),
         ];
         entries.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()

@@ -102,7 +102,9 @@ impl Decoder {
     /// What an operation that makes its matrix answers.
     pub fn head(&self) -> Result<Head> {
         let role = if self.spec.tied_embeddings { Role::TokenEmbedding } else { Role::Output };
-        Ok(Head { weight: self.matrix(role, 0)?.matrix()?, soft_cap: self.spec.final_soft_cap })
+        let matrix = self.matrix(role, 0)?;
+        let (weight, tiles) = (matrix.matrix()?, matrix.tiles().cloned());
+        Ok(Head { weight, tiles, soft_cap: self.spec.final_soft_cap })
     }
 
     /// Embeddings of `tokens`, `[n, hidden]`.

@@ -6,7 +6,7 @@ use candle_core::{Device, Result, Tensor};
 use edge_models::Role;
 
 use super::low_rank::LowRank;
-use super::ops::{Frozen, Levels, linear, on_grid, rows};
+use super::ops::{Frozen, Levels, Tiles, linear, on_grid, rows};
 
 /// The matrices of a decoder by role and layer (0 for those that exist once).
 pub type Matrices = BTreeMap<(Role, usize), Projection>;
@@ -20,6 +20,8 @@ pub enum Projection {
     OnGrid(OnGrid),
     /// Not trained, and held in f32 or in blocks.
     Frozen(Frozen),
+    /// Not trained, and multiplied with through int8 kernels; what it is otherwise asked for it is as it is.
+    Tiled(Tensor, Tiles),
     /// Not trained, with a trained update beside it.
     LowRank(Box<LowRank>),
 }
@@ -57,7 +59,7 @@ impl Projection {
     /// `[out, in]`.
     pub fn dims(&self) -> &[usize] {
         match self {
-            Self::Dense(weight) => weight.dims(),
+            Self::Dense(weight) | Self::Tiled(weight, _) => weight.dims(),
             Self::OnGrid(grid) => grid.latent.dims(),
             Self::Frozen(weight) => weight.dims(),
             Self::LowRank(weight) => weight.base.dims(),
@@ -73,6 +75,7 @@ impl Projection {
             Self::Dense(weight) => linear(x, weight),
             Self::OnGrid(grid) => linear(x, &grid.rounded()?),
             Self::Frozen(weight) => weight.apply(x),
+            Self::Tiled(_, tiles) => tiles.apply(x),
             Self::LowRank(weight) => weight.apply(x),
         }
     }
@@ -84,7 +87,9 @@ impl Projection {
     pub fn rows(&self, ids: &[u32]) -> Result<Tensor> {
         match self {
             Self::OnGrid(grid) => grid.rows(ids)?.rounded(),
-            Self::Dense(weight) | Self::Frozen(Frozen::Dense(weight)) => rows(weight, ids),
+            Self::Dense(weight) | Self::Tiled(weight, _) | Self::Frozen(Frozen::Dense(weight)) => {
+                rows(weight, ids)
+            }
             Self::Frozen(Frozen::Blocks(blocks, _)) => {
                 let cols = blocks.dims()[1];
                 let mut values = vec![0.0; ids.len() * cols];
@@ -106,7 +111,9 @@ impl Projection {
     pub fn matrix(&self) -> Result<Tensor> {
         match self {
             Self::OnGrid(grid) => grid.rounded(),
-            Self::Dense(weight) | Self::Frozen(Frozen::Dense(weight)) => Ok(weight.clone()),
+            Self::Dense(weight) | Self::Tiled(weight, _) | Self::Frozen(Frozen::Dense(weight)) => {
+                Ok(weight.clone())
+            }
             Self::Frozen(Frozen::Blocks(blocks, _)) => {
                 let [rows, cols] = *blocks.dims();
                 let mut values = vec![0.0; rows * cols];
@@ -114,6 +121,13 @@ impl Projection {
                 Tensor::from_vec(values, (rows, cols), &Device::Cpu)
             }
             Self::LowRank(weight) => weight.matrix(),
+        }
+    }
+    /// What multiplies in its place, if that is not itself.
+    pub(super) fn tiles(&self) -> Option<&Tiles> {
+        match self {
+            Self::Tiled(_, tiles) => Some(tiles),
+            Self::Dense(_) | Self::OnGrid(_) | Self::Frozen(_) | Self::LowRank(_) => None,
         }
     }
 }

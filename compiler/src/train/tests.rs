@@ -7,9 +7,10 @@ use std::rc::Rc;
 use super::checkpoint;
 use super::config::{RunFolder, TrainConfig};
 use super::error::TrainError;
-use super::fixture::{text, tiny};
+use super::fixture::{text, tiny, tiny_in_blocks};
 use super::loss::Objective;
 use super::parallel::{Communicator, Threads};
+use super::precision::Precision;
 use super::trainee::full;
 use super::trainer::{Progress, StepReport, Text, distill, train};
 use crate::model::Model;
@@ -68,15 +69,23 @@ fn run_saving(
 }
 
 fn run_in(config: &TrainConfig, folder: &RunFolder, each: &mut dyn FnMut(u64) -> ControlFlow<()>) -> Outcome {
-    let teacher = tiny(4, 1);
-    let student = student::cut(&teacher, &[0, 3]).unwrap();
+    run_under(&tiny(4, 1), config, folder, each)
+}
+
+fn run_under(
+    teacher: &Model,
+    config: &TrainConfig,
+    folder: &RunFolder,
+    each: &mut dyn FnMut(u64) -> ControlFlow<()>,
+) -> Outcome {
+    let student = student::cut(teacher, &[0, 3]).unwrap();
     let ids = text(700);
     let scored: Vec<bool> = (0..ids.len()).map(|i| i % 7 != 0).collect();
     let mut watch = Watch { losses: vec![], notes: vec![], each };
     let text = Text { ids: &ids, scored: &scored };
-    let before = super::trainer::fingerprint(&teacher).unwrap();
-    let model = distill(&teacher, student, text, config, folder, &mut watch)?;
-    assert_eq!(before, super::trainer::fingerprint(&teacher).unwrap(), "the teacher must not change");
+    let before = super::trainer::fingerprint(teacher).unwrap();
+    let model = distill(teacher, student, text, config, folder, &mut watch)?;
+    assert_eq!(before, super::trainer::fingerprint(teacher).unwrap(), "the teacher must not change");
     Ok((model, watch.losses, watch.notes))
 }
 
@@ -284,6 +293,54 @@ fn on_policy_text_teaches_and_resumes() {
     let hard = TrainConfig { objective: Objective { alpha: 0.5, ..objective }, ..config };
     let error = run(&hard, folder.path(), false, &mut go_on).unwrap_err().to_string();
     assert!(error.contains("alpha is 0.5"), "{error}");
+}
+
+/// Asked in int8 a teacher says nearly what it says in f32, however it is asked; runs are the same each time, and so are
+/// those that are resumed.
+#[test]
+fn a_teacher_in_int8_teaches_and_resumes() {
+    let teacher = tiny_in_blocks(4, 1);
+    let go = |config: &TrainConfig, folder: &Path, resume, each: &mut dyn FnMut(u64) -> ControlFlow<()>| {
+        run_under(&teacher, config, &RunFolder::new(folder, resume, Some(4)), each)
+    };
+    let soft = Objective { soft: "rkl".parse().unwrap(), ..Objective::default() };
+    let asked = [
+        config(8),
+        TrainConfig { hidden: "mse=0.1".parse().unwrap(), ..config(8) },
+        TrainConfig { on_policy: 0.5, objective: soft, ..config(8) },
+        TrainConfig { cache: Some("top-k=61".parse().unwrap()), ..config(8) },
+    ];
+    for exact in asked {
+        let [floats, folder, again, stopped] = std::array::from_fn(|_| tempfile::tempdir().unwrap());
+        let config = TrainConfig { teacher_precision: Precision::Int8, ..exact };
+        let (_, expected, _) = go(&exact, floats.path(), false, &mut go_on).unwrap();
+        let (model, losses, notes) = go(&config, folder.path(), false, &mut go_on).unwrap();
+        assert!(notes.iter().any(|note| note.contains("int8") && note.contains("29 of 29")), "{notes:?}");
+        let (found, expected) = (losses[0], expected[0]);
+        assert!(found != expected && (found - expected).abs() < 0.02 * expected, "{found} {expected}");
+        let (twin, ..) = go(&config, again.path(), false, &mut go_on).unwrap();
+        assert!(bits(&twin) == bits(&model));
+        let mut stop = |step| if step == 5 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
+        assert!(go(&config, stopped.path(), false, &mut stop).is_err());
+        // Its answers in other numbers are none of this run's.
+        let error = go(&exact, stopped.path(), true, &mut go_on).unwrap_err().to_string();
+        let named =
+            if exact.cache.is_some() { "teacher cache" } else { "teacher_precision was int8, now f32" };
+        assert!(error.contains(named), "{error}");
+        let (resumed, losses, _) = go(&config, stopped.path(), true, &mut go_on).unwrap();
+        assert!(losses.len() == 3 && bits(&resumed) == bits(&model));
+    }
+}
+
+/// What has no whole blocks stays as it is, and the run says so.
+#[test]
+fn a_teacher_without_blocks_stays_in_f32() {
+    let (floats, folder) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (expected, ..) = run(&config(2), floats.path(), false, &mut go_on).unwrap();
+    let config = TrainConfig { teacher_precision: Precision::Int8, ..config(2) };
+    let (model, _, notes) = run(&config, folder.path(), false, &mut go_on).unwrap();
+    assert!(notes.iter().any(|note| note.contains("0 of 29 matrices, the others")), "{notes:?}");
+    assert!(bits(&model) == bits(&expected));
 }
 
 #[test]

@@ -188,7 +188,7 @@ impl<'a> Trainer<'a> {
     ) -> Result<Self, TrainError> {
         let mut windows = windows(text, student.decoder.spec().vocab, config)?;
         let mut recipe = config.recipe();
-        let (name, teacher, inner) = scorer(teacher, student.decoder.spec(), config)?;
+        let (name, teacher, inner) = scorer(teacher, student.decoder.spec(), config, progress)?;
         recipe.insert("teacher".into(), name);
         recipe.insert("compared".into(), inner.as_ref().map_or(String::new(), Inner::describe));
         recipe.extend(student.recipe.clone());
@@ -404,6 +404,7 @@ fn scorer<'a>(
     teacher: Option<Teacher<'a>>,
     student: &DecoderSpec,
     config: &TrainConfig,
+    progress: &mut dyn Progress,
 ) -> Result<(String, Scorer<'a>, Option<Inner>), TrainError> {
     let nobody = |setting, found: String| {
         Err(TrainError::Setting { setting, found, expected: "none without a teacher" })
@@ -429,13 +430,13 @@ fn scorer<'a>(
             (format!("said {}", said::fingerprint(soft)), Scorer::Said(soft), None)
         }
         Some(Teacher::Foreign(model, interpreter)) => {
-            let decoder = Decoder::new(&model.spec, &model.weights)?;
+            let decoder = config.teacher_precision.decoder(model, progress)?;
             (format!("foreign {}", fingerprint(model)?), Scorer::Foreign(decoder.into(), interpreter), None)
         }
         Some(Teacher::Cache(cache)) => (cache.key().teacher.clone(), Scorer::Cache(cache), None),
         Some(Teacher::Model(model, kept)) => {
             let inner = Inner::new(&config.hidden, student, &model.spec, kept, config.seed)?;
-            let decoder = Decoder::new(&model.spec, &model.weights)?;
+            let decoder = config.teacher_precision.decoder(model, progress)?;
             (fingerprint(model)?, Scorer::Model(Box::new(decoder)), inner)
         }
     })

@@ -6,9 +6,8 @@ use super::{Cache, FILE, Key};
 use crate::model::Model;
 use crate::train::config::{RunFolder, TrainConfig};
 use crate::train::error::TrainError;
-use crate::train::graph::Decoder;
 use crate::train::loss::{SparseTargets, Sparsity};
-use crate::train::trainer::{Progress, Text, fingerprint, text_fingerprint, windows};
+use crate::train::trainer::{Progress, Text, text_fingerprint, windows};
 
 /// Windows between two waits for the disk.
 const SYNC: usize = 64;
@@ -49,7 +48,7 @@ pub fn fill(
         length: config.length,
         temperature: config.objective.temperature,
         seed: config.seed,
-        teacher: fingerprint(teacher)?,
+        teacher: config.teacher_precision.fingerprint(teacher)?,
         text: text_fingerprint(text),
     };
     let mut cache = Cache::open(&folder.path.join(FILE), key)?;
@@ -62,7 +61,7 @@ pub fn fill(
             needed.len()
         ));
     }
-    let decoder = Decoder::new(&teacher.spec, &teacher.weights)?;
+    let decoder = config.teacher_precision.decoder(teacher, progress)?;
     let head = decoder.head()?;
     let mut done = 0;
     for starts in missing.chunks(config.batch) {

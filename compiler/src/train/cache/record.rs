@@ -164,7 +164,7 @@ mod tests {
     use crate::train::ops::check;
 
     fn rows(sparsity: Sparsity, vocab: usize) -> Vec<SparseRow> {
-        let head = Head { weight: (check::matrix(2, vocab, 8) * 4.0).unwrap(), soft_cap: 0.0 };
+        let head = Head { weight: (check::matrix(2, vocab, 8) * 4.0).unwrap(), tiles: None, soft_cap: 0.0 };
         SparseTargets::of(&check::matrix(1, 9, 8), &head, sparsity, 1.0, 3, 0, &[0; 9]).unwrap().rows
     }
 

@@ -21,7 +21,7 @@ fn key(sparsity: Sparsity) -> Key {
 }
 
 fn rows(start: u64) -> (Vec<SparseRow>, Vec<u32>) {
-    let head = Head { weight: (check::matrix(2, 40, 8) * 3.0).unwrap(), soft_cap: 0.0 };
+    let head = Head { weight: (check::matrix(2, 40, 8) * 3.0).unwrap(), tiles: None, soft_cap: 0.0 };
     let targets: Vec<u32> = (0..LENGTH as u32).map(|i| if i % 4 == 1 { IGNORE } else { i }).collect();
     let hidden = check::matrix(start + 7, LENGTH, 8);
     let kept = SparseTargets::of(&hidden, &head, Sparsity::Sampled(9), 1.5, 3, start, &targets).unwrap();

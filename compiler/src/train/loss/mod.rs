@@ -32,7 +32,7 @@ pub use sparse::{SparseRow, SparseTargets, Sparsity};
 pub use translated::{NOT_SHARED, translated};
 pub use universal::{Group, LONGEST_GROUP, Universal};
 
-use super::ops::linear;
+use super::ops::{Tiles, linear};
 use dense::{Row, statistics};
 use side::{CHUNK, Side, scored, with_side};
 
@@ -44,17 +44,22 @@ pub const IGNORE: u32 = u32::MAX;
 pub struct Head {
     /// `[vocab, hidden]`.
     pub weight: Tensor,
+    /// The same for int8 kernels, where those make the logits: of a teacher, there is no gradient through them.
+    pub tiles: Option<Tiles>,
     /// Logits `x` become `cap * tanh(x / cap)`; 0 if they stay as they are.
     pub soft_cap: f32,
 }
 
 impl Head {
-    /// Logits `[n, vocab]` of hidden states `[n, hidden]`, all at once and with a gradient.
+    /// Logits `[n, vocab]` of hidden states `[n, hidden]`, all at once, with a gradient unless tiles make them.
     ///
     /// # Errors
     /// The shapes do not fit.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        let logits = linear(hidden, &self.weight)?;
+        let logits = match &self.tiles {
+            Some(tiles) => tiles.apply(hidden)?,
+            None => linear(hidden, &self.weight)?,
+        };
         if self.soft_cap == 0.0 {
             return Ok(logits);
         }

@@ -4,7 +4,7 @@ use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 
 use super::{Head, IGNORE};
-use crate::train::ops::{Matrix, capped, gemm, with_values};
+use crate::train::ops::{Matrix, Tiles, capped, gemm, with_values};
 
 /// Tokens whose logits exist at one time.
 pub(super) const CHUNK: usize = 128;
@@ -13,6 +13,8 @@ pub(super) const CHUNK: usize = 128;
 pub(super) struct Side<'a> {
     hidden: &'a [f32],
     pub head: &'a [f32],
+    /// What makes the logits in place of `head`.
+    tiles: Option<&'a Tiles>,
     pub soft_cap: f32,
     pub rows: usize,
     pub width: usize,
@@ -28,7 +30,8 @@ pub(super) fn with_side<T>(
     let (shape, head_shape) = (hidden.dims2()?, head.weight.dims2()?);
     with_values(hidden, |hidden| {
         with_values(&head.weight, |weight| {
-            body(&Side { soft_cap: head.soft_cap, ..Side::new(hidden, shape, weight, head_shape)? })
+            let side = Side::new(hidden, shape, weight, head_shape)?;
+            body(&Side { soft_cap: head.soft_cap, tiles: head.tiles.as_ref(), ..side })
         })
     })
 }
@@ -43,7 +46,7 @@ impl<'a> Side<'a> {
         if width != head_width {
             bail!("loss: hidden states of {width}, a head of {head_width}");
         }
-        Ok(Self { hidden, head, soft_cap: 0.0, rows, width, vocab })
+        Ok(Self { hidden, head, tiles: None, soft_cap: 0.0, rows, width, vocab })
     }
 
     pub fn must_match(&self, teacher: &Side<'_>) -> Result<()> {
@@ -67,8 +70,13 @@ impl<'a> Side<'a> {
     /// Logits of the scored rows, `[chunk.len(), vocab]`.
     pub fn logits(&self, chunk: &[(usize, u32)], out: &mut [f32]) {
         let hidden = self.pick(chunk);
-        let hidden = Matrix::new(&hidden, chunk.len(), self.width);
-        gemm(out, hidden, Matrix::new(self.head, self.vocab, self.width).t(), 1.0, false, true);
+        match self.tiles {
+            Some(tiles) => tiles.product(out, &hidden),
+            None => {
+                let hidden = Matrix::new(&hidden, chunk.len(), self.width);
+                gemm(out, hidden, Matrix::new(self.head, self.vocab, self.width).t(), 1.0, false, true);
+            }
+        }
         if self.soft_cap > 0.0 {
             out.par_chunks_mut(self.vocab).flatten().for_each(|x| *x = capped(*x, self.soft_cap));
         }

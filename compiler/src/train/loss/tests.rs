@@ -8,7 +8,7 @@ use crate::train::ops::check;
 const TARGETS: [u32; 6] = [3, IGNORE, 0, 16, 5, 16];
 
 fn head(weight: &Tensor, soft_cap: f32) -> Head {
-    Head { weight: weight.clone(), soft_cap }
+    Head { weight: weight.clone(), tiles: None, soft_cap }
 }
 
 fn objective(alpha: f64, temperature: f64) -> Objective {

@@ -83,7 +83,7 @@ mod tests {
     use crate::train::ops::check;
 
     fn head(weight: Tensor) -> Head {
-        Head { weight, soft_cap: 0.0 }
+        Head { weight, tiles: None, soft_cap: 0.0 }
     }
 
     /// With the same vocabulary, renumbered, it is the loss against the whole distribution.

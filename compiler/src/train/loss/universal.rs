@@ -183,7 +183,7 @@ mod tests {
         let group = |student, teacher| Group { student, teacher };
         Universal {
             hidden: check::matrix(3, 6, 5),
-            head: Head { weight: check::matrix(4, vocab, 5), soft_cap: 0.0 },
+            head: Head { weight: check::matrix(4, vocab, 5), tiles: None, soft_cap: 0.0 },
             next: vec![1, 2, 9, 4, 0, 8],
             groups: vec![group(0..2, 0..1), group(3..4, 1..4), group(4..5, 4..5)],
         }
@@ -241,7 +241,7 @@ mod tests {
             let targets = Arc::new(targets(vocab));
             for objective in [objective(1.0, 1.0), objective(0.6, 1.0), objective(0.8, 2.0)] {
                 let (x, w) = (Var::from_tensor(&hidden).unwrap(), Var::from_tensor(&weight).unwrap());
-                let head = Head { weight: w.as_tensor().clone(), soft_cap: 0.0 };
+                let head = Head { weight: w.as_tensor().clone(), tiles: None, soft_cap: 0.0 };
                 let (value, parts) =
                     loss(&x, &head, Target::Universal(&targets), &TEXT, &objective, 1.0).unwrap();
                 let expected = defined(&rows(&hidden), &rows(&weight), &targets, &objective);
@@ -276,7 +276,7 @@ mod tests {
     #[test]
     fn the_same_distribution_is_no_distance() {
         let (hidden, weight) = (check::matrix(1, 6, 8), check::matrix(2, VOCAB, 8));
-        let head = Head { weight, soft_cap: 0.0 };
+        let head = Head { weight, tiles: None, soft_cap: 0.0 };
         let alone = |row: usize| Group { student: row..row + 1, teacher: row..row + 1 };
         let of = |groups: Vec<Group>, alpha| {
             let next = TEXT.iter().map(|&token| if token == IGNORE { 0 } else { token }).collect();
@@ -295,7 +295,7 @@ mod tests {
     fn groups_are_never_torn_between_chunks() {
         let rows = 2 * CHUNK + 9;
         let (hidden, head) =
-            (check::matrix(1, rows, 4), Head { weight: check::matrix(2, 9, 4), soft_cap: 0.0 });
+            (check::matrix(1, rows, 4), Head { weight: check::matrix(2, 9, 4), tiles: None, soft_cap: 0.0 });
         let text: Vec<u32> = (0..rows as u32).map(|row| row % 9).collect();
         let group = |at: usize| Group { student: at * 3..at * 3 + 3, teacher: at * 3..at * 3 + 3 };
         let groups: Vec<_> = (0..rows / 3).map(group).collect();
@@ -320,7 +320,7 @@ mod tests {
         let refused = |change: &dyn Fn(&mut Universal)| {
             let mut targets = targets(VOCAB);
             change(&mut targets);
-            let head = Head { weight: weight.clone(), soft_cap: 0.0 };
+            let head = Head { weight: weight.clone(), tiles: None, soft_cap: 0.0 };
             loss(&hidden, &head, Target::Universal(&targets.into()), &TEXT, &objective(1.0, 1.0), 1.0)
                 .is_err()
         };

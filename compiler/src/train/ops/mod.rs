@@ -16,6 +16,7 @@ mod rms_norm;
 mod rope;
 mod rows;
 mod soft_cap;
+mod tiles;
 
 pub use attention::{Heads, attention};
 pub(crate) use exp::exp;
@@ -28,6 +29,7 @@ pub use rms_norm::rms_norm;
 pub use rope::{RopeTable, rope};
 pub use rows::rows;
 pub(crate) use soft_cap::{capped, slope};
+pub use tiles::Tiles;
 
 use std::cell::RefCell;
 
