@@ -14,6 +14,9 @@ const PANEL: usize = 48;
 /// Columns whose products with those before them are worked out at a time.
 const SQUARE: usize = 384;
 
+/// Rows that are solved for at a time, so that the factor is not fetched anew for each.
+const SOLVED: usize = 8;
+
 /// Sums over tokens of the inputs `x` of a matrix, and perhaps of targets `t` beside them.
 pub struct Moments {
     cols: usize,
@@ -109,18 +112,22 @@ impl Factor {
     /// Replaces each row `b` of `[n, cols]` by `b (V V^T)^-1`.
     pub fn solve(&self, rows: &mut [f64]) {
         let (v, cols) = (&self.v, self.cols);
-        rows.par_chunks_mut(cols).for_each(|b| {
+        rows.par_chunks_mut(SOLVED * cols).for_each(|rows| {
             // u V^T = b, from the last column on.
             for j in (0..cols).rev() {
                 let row = &v[j * cols..][j..cols];
-                b[j] = (b[j] - dot(&b[j + 1..], &row[1..])) / row[0];
+                for b in rows.chunks_exact_mut(cols) {
+                    b[j] = (b[j] - dot(&b[j + 1..], &row[1..])) / row[0];
+                }
             }
             // z V = u, from the first.
             for j in 0..cols {
                 let row = &v[j * cols..][j..cols];
-                let z = b[j] / row[0];
-                b[j] = z;
-                b[j + 1..].iter_mut().zip(&row[1..]).for_each(|(u, v)| *u -= z * v);
+                for u in rows.chunks_exact_mut(cols) {
+                    let z = u[j] / row[0];
+                    u[j] = z;
+                    u[j + 1..].iter_mut().zip(&row[1..]).for_each(|(u, v)| *u -= z * v);
+                }
             }
         });
     }
@@ -146,7 +153,7 @@ impl Factor {
 }
 
 /// The sum of products, in eight interleaved partial sums.
-fn dot(a: &[f64], b: &[f64]) -> f64 {
+pub fn dot(a: &[f64], b: &[f64]) -> f64 {
     let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<8>(), b.as_chunks::<8>());
     let mut lanes = [0.0; 8];
     for (a, b) in a.iter().zip(b) {

@@ -16,7 +16,7 @@ use rayon::prelude::*;
 use super::StudentError;
 use super::layers::Reference;
 use crate::model::Model;
-use crate::quantize::moments::{Factor, Moments};
+use crate::quantize::moments::{Factor, Moments, dot};
 use crate::train::Projection;
 use crate::train::graph::Decoder;
 use crate::train::ops::with_values;
@@ -286,8 +286,7 @@ pub(super) fn regress(
         moved.par_chunks_exact_mut(n).zip(old.par_chunks_exact(n)).enumerate().for_each(
             |(row, (moved, old))| {
                 for (i, moved) in moved.iter_mut().enumerate() {
-                    let there: f64 = old.iter().zip(&gram[i * n..][..n]).map(|(w, g)| w * g).sum();
-                    *moved = moments.cross[row * cols + columns[i]] - there;
+                    *moved = moments.cross[row * cols + columns[i]] - dot(old, &gram[i * n..][..n]);
                 }
             },
         );
