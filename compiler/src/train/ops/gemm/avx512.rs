@@ -389,9 +389,9 @@ impl Tile<'_> {
     #[target_feature(enable = "avx512f,avx512vl")]
     unsafe fn store_turned(&self, sums: &[[__m512; VECTORS]; ROWS]) {
         let keep = first(self.rows) as __mmask8;
-        for v in 0..self.cols.div_ceil(LANES) {
-            let upper = turn_quarters([sums[0][v], sums[1][v], sums[2][v], sums[3][v]]);
-            let lower = turn_quarters([sums[4][v], sums[5][v], sums[6][v], sums[7][v]]);
+        for (v, left) in (0..self.cols).step_by(LANES).enumerate() {
+            let [a, b, c, d, e, f, g, h] = sums.map(|row| row[v]);
+            let (upper, lower) = (turn_quarters([a, b, c, d]), turn_quarters([e, f, g, h]));
             for q in 0..4 {
                 let columns = [
                     _mm256_set_m128(
@@ -412,7 +412,7 @@ impl Tile<'_> {
                     ),
                 ];
                 for (quarter, sum) in columns.into_iter().enumerate() {
-                    let col = v * LANES + quarter * 4 + q;
+                    let col = left + quarter * 4 + q;
                     if col < self.cols {
                         let to = self.place(0, col);
                         // SAFETY: masked lanes are not touched; the others are in the tile, and so in the result.
