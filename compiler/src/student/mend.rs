@@ -58,6 +58,12 @@ impl Group {
     fn after_attention(&self, student: &Decoder, layer: usize) -> candle_core::Result<Tensor> {
         student.add_attention(layer, &self.state, &self.mixed)
     }
+
+    /// The residual stream after the whole layer.
+    fn after_layer(&self, student: &Decoder, layer: usize) -> candle_core::Result<Tensor> {
+        let state = self.after_attention(student, layer)?;
+        student.add_ffn(layer, &state, &gated(student, layer, &state)?)
+    }
 }
 
 /// What goes down again, of a state after attention. Made anew where it is needed: to keep it would take more memory
@@ -178,10 +184,8 @@ impl Mending {
         for (role, matrix) in [Role::AttnOut, Role::FfnDown].into_iter().zip(&best.1) {
             self.replace(role, layer, matrix)?;
         }
-        let student = &self.student;
         for group in self.groups.iter_mut().chain([&mut self.judges]) {
-            let state = group.after_attention(student, layer)?;
-            group.state = student.add_ffn(layer, &state, &gated(student, layer, &state)?)?;
+            group.state = group.after_layer(&self.student, layer)?;
         }
         Ok(())
     }
@@ -200,9 +204,8 @@ impl Mending {
 
     /// KL(teacher || student's layers up to `layer`, then the teacher's), nats per token of the judges.
     fn divergence(&self, layer: usize) -> Result<f64, StudentError> {
-        let (teacher, student, group) = (&self.teacher, &self.student, &self.judges);
-        let state = group.after_attention(student, layer)?;
-        let mut state = student.add_ffn(layer, &state, &gated(student, layer, &state)?)?;
+        let (teacher, group) = (&self.teacher, &self.judges);
+        let mut state = group.after_layer(&self.student, layer)?;
         for layer in self.walked..teacher.spec().layers {
             state = teacher.block(layer, &state, group.tokens / self.length, self.length)?;
         }

@@ -393,23 +393,12 @@ impl Tile<'_> {
             let [a, b, c, d, e, f, g, h] = sums.map(|row| row[v]);
             let (upper, lower) = (turn_quarters([a, b, c, d]), turn_quarters([e, f, g, h]));
             for q in 0..4 {
+                let (lower, upper) = (lower[q], upper[q]);
                 let columns = [
-                    _mm256_set_m128(
-                        _mm512_extractf32x4_ps::<0>(lower[q]),
-                        _mm512_extractf32x4_ps::<0>(upper[q]),
-                    ),
-                    _mm256_set_m128(
-                        _mm512_extractf32x4_ps::<1>(lower[q]),
-                        _mm512_extractf32x4_ps::<1>(upper[q]),
-                    ),
-                    _mm256_set_m128(
-                        _mm512_extractf32x4_ps::<2>(lower[q]),
-                        _mm512_extractf32x4_ps::<2>(upper[q]),
-                    ),
-                    _mm256_set_m128(
-                        _mm512_extractf32x4_ps::<3>(lower[q]),
-                        _mm512_extractf32x4_ps::<3>(upper[q]),
-                    ),
+                    quarters::<0>(lower, upper),
+                    quarters::<1>(lower, upper),
+                    quarters::<2>(lower, upper),
+                    quarters::<3>(lower, upper),
                 ];
                 for (quarter, sum) in columns.into_iter().enumerate() {
                     let col = left + quarter * 4 + q;
@@ -539,4 +528,11 @@ fn turn_quarters([a, b, c, d]: [__m512; 4]) -> [__m512; 4] {
         _mm512_castpd_ps(_mm512_unpacklo_pd(ab_high, cd_high)),
         _mm512_castpd_ps(_mm512_unpackhi_pd(ab_high, cd_high)),
     ]
+}
+
+/// Quarter `Q` of `high`, upon that of `low`.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn quarters<const Q: i32>(high: __m512, low: __m512) -> __m256 {
+    _mm256_set_m128(_mm512_extractf32x4_ps::<Q>(high), _mm512_extractf32x4_ps::<Q>(low))
 }
