@@ -9,12 +9,11 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 
-use candle_core::backprop::GradStore;
 use candle_core::{Result, Tensor, TensorId, bail};
 use rayon::prelude::*;
 
 use super::error::TrainError;
-use super::ops::with_values;
+use super::ops::{widest, with_values};
 use super::optimizer::{CHUNK, Parameter};
 
 /// One sum of gradients for each parameter.
@@ -60,7 +59,8 @@ impl Gradients {
     /// What an operation's backward pass answers.
     pub fn add(&mut self, loss: &Tensor) -> Result<()> {
         let _lent = Lent::new(&mut self.buffers);
-        absorb(loss.backward()?)
+        let store = loss.backward()?;
+        absorb(store.get_ids().filter_map(|id| Some((*id, store.get_id(*id)?.clone()))))
     }
 
     /// The sums by parameter.
@@ -88,13 +88,15 @@ impl Gradients {
 pub fn norm(gradients: &[&[f32]]) -> f64 {
     let mut total = 0f64;
     for gradient in gradients {
-        let partial: Vec<f64> = gradient.par_chunks(CHUNK).map(sum_of_squares).collect();
+        let partial: Vec<f64> =
+            gradient.par_chunks(CHUNK).map(|part| widest!(sum_of_squares(part))).collect();
         total += partial.iter().sum::<f64>();
     }
     total.sqrt()
 }
 
 /// Sum of squares in eight independent f64 lanes, which the compiler turns into vector code.
+#[inline(always)]
 fn sum_of_squares(values: &[f32]) -> f64 {
     let (blocks, tail) = values.as_chunks::<8>();
     let mut lanes = [0f64; 8];
@@ -133,11 +135,9 @@ pub(crate) fn under_way() -> bool {
     UNDER_WAY.with_borrow(|buffers| !buffers.list.is_empty())
 }
 
-/// Adds what a backward pass has left in its store to the buffers under way.
-pub(crate) fn absorb(store: GradStore) -> Result<()> {
-    let ids: Vec<TensorId> = store.get_ids().copied().collect();
-    for id in ids {
-        let Some(gradient) = store.get_id(id) else { continue };
+/// Adds gradients that a backward pass has left to the buffers under way, those that have one.
+pub(crate) fn absorb(gradients: impl IntoIterator<Item = (TensorId, Tensor)>) -> Result<()> {
+    for (id, gradient) in gradients {
         into_buffer_of(id, |sum, add| {
             with_values(&gradient.contiguous()?, |values| {
                 if values.len() != sum.len() {
@@ -145,7 +145,7 @@ pub(crate) fn absorb(store: GradStore) -> Result<()> {
                 }
                 sum.par_chunks_mut(CHUNK).zip(values.par_chunks(CHUNK)).for_each(|(sum, values)| {
                     if add {
-                        sum.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
+                        widest!(sum.iter_mut().zip(values).for_each(|(sum, value)| *sum += value));
                     } else {
                         sum.copy_from_slice(values);
                     }

@@ -6,10 +6,10 @@ use std::sync::{Arc, Mutex};
 use candle_core::{Result, Tensor, bail};
 use edge_models::{DecoderSpec, Role, Rope};
 
+use super::block;
 use super::loss::Head;
-use super::ops::{Heads, RopeTable, attention, glu, rms_norm, rope, with_values};
+use super::ops::{Heads, RopeTable, add, add_row, attention, glu, rms_norm, rope, with_values};
 use super::projection::{Matrices, Projection};
-use super::recompute;
 use crate::model::Weights;
 
 /// A decoder over tensor handles: those that are variables are trained. Clones share everything.
@@ -76,6 +76,11 @@ impl Decoder {
         self.recompute = recompute;
     }
 
+    /// See [`Self::recompute`].
+    pub(super) fn recomputes(&self) -> bool {
+        self.recompute
+    }
+
     /// Hyper-parameters.
     pub fn spec(&self) -> &DecoderSpec {
         &self.spec
@@ -124,14 +129,10 @@ impl Decoder {
     /// # Errors
     /// The shapes do not fit.
     pub fn block(&self, layer: usize, x: &Tensor, batch: usize, length: usize) -> Result<Tensor> {
-        if self.recompute {
-            recompute::block(self, layer, x, batch, length)
-        } else {
-            self.compute_block(layer, x, batch, length)
-        }
+        block::block(self, layer, x, batch, length)
     }
 
-    /// [`Self::block`] with its whole graph.
+    /// [`Self::block`] in single operations.
     pub(super) fn compute_block(
         &self,
         layer: usize,
@@ -180,7 +181,7 @@ impl Decoder {
     /// The residual stream after attention.
     pub(crate) fn add_attention(&self, layer: usize, x: &Tensor, mixed: &Tensor) -> Result<Tensor> {
         let added = self.project(mixed, layer, Role::AttnOut, Some(Role::AttnOutBias))?;
-        x + self.post_norm(added, Role::AttnPostNorm, layer)?
+        add(x, &self.post_norm(added, Role::AttnPostNorm, layer)?)
     }
 
     /// What gate and up are made from.
@@ -198,7 +199,7 @@ impl Decoder {
     /// The residual stream after the feed-forward network.
     pub(crate) fn add_ffn(&self, layer: usize, x: &Tensor, gated: &Tensor) -> Result<Tensor> {
         let added = self.project(gated, layer, Role::FfnDown, None)?;
-        x + self.post_norm(added, Role::FfnPostNorm, layer)?
+        add(x, &self.post_norm(added, Role::FfnPostNorm, layer)?)
     }
 
     /// Puts another matrix of the same shape in the place of one.
@@ -279,19 +280,13 @@ impl Decoder {
 
     /// Normalizes every head in the rows of `x`, where the model does that.
     fn norm_heads(&self, x: Tensor, role: Role, layer: usize) -> Result<Tensor> {
-        if !role.required(&self.spec) {
-            return Ok(x);
-        }
-        let (n, width) = x.dims2()?;
-        let head_dim = self.spec.head_dim;
-        let heads = x.reshape((n * width / head_dim, head_dim))?;
-        self.norm(&heads, role, layer)?.reshape((n, width))
+        if role.required(&self.spec) { self.norm(&x, role, layer) } else { Ok(x) }
     }
 
     fn project(&self, x: &Tensor, layer: usize, role: Role, bias: Option<Role>) -> Result<Tensor> {
         let y = self.matrix(role, layer)?.apply(x)?;
         match bias.filter(|bias| bias.required(&self.spec)) {
-            Some(bias) => y.broadcast_add(self.vector(bias, layer)?),
+            Some(bias) => add_row(&y, self.vector(bias, layer)?),
             None => Ok(y),
         }
     }
@@ -329,8 +324,10 @@ fn inverse_frequencies(rope: &Rope, dims: usize, length: usize, vectors: &Weight
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::train::gradients::Gradients;
     use crate::train::loss::{Objective, Target, loss};
     use crate::train::ops::check::{self, noise};
+    use crate::train::optimizer::Parameter;
     use candle_core::{Device, Var};
     use edge_models::{Activation, FAMILIES, LayerSet, RopeScaling};
 
@@ -423,13 +420,20 @@ mod tests {
                 let teacher = Target::Teacher(&hidden, &head);
                 loss(&states, &student.head().unwrap(), teacher, &targets, &objective, 1.0).unwrap()
             };
-            let grads = evaluate().0.backward().unwrap();
-            for (role, layer, var) in variables.iter().filter(|(role, ..)| !role.is_rope_table()) {
-                let grad = grads
-                    .get(var.as_tensor())
-                    .unwrap_or_else(|| panic!("{family}: {role:?} of layer {layer} has no gradient"));
-                let what = format!("{family}: {role:?} of layer {layer}");
-                check::slope(var, grad, &what, || evaluate().1.loss);
+            let named = |(role, layer, var): &(Role, usize, Var)| Parameter {
+                name: format!("{family}: {role:?} of layer {layer}"),
+                var: var.clone(),
+                decay: false,
+            };
+            let trained = variables.iter().filter(|(role, ..)| !role.is_rope_table());
+            let parameters: Vec<Parameter> = trained.map(named).collect();
+            let mut gradients = Gradients::new(&parameters);
+            gradients.add(&evaluate().0).unwrap();
+            for (Parameter { name, var, .. }, grad) in
+                parameters.iter().zip(gradients.sums(&parameters).unwrap())
+            {
+                let grad = Tensor::from_slice(grad, var.shape(), &Device::Cpu).unwrap();
+                check::slope(var, &grad, name, || evaluate().1.loss);
             }
         }
     }

@@ -4,7 +4,7 @@
 
 use candle_core::{Result, Tensor, bail};
 
-use super::ops::{Frozen, Matrix, dropout, gemm, low_rank, scale_columns, with_values};
+use super::ops::{Frozen, Matrix, add, dropout, gemm, low_rank, scale_columns, with_values};
 
 /// `W' = W + scale B A`, for DoRA with the length of every row of `W'` trained by itself.
 #[derive(Clone, Debug)]
@@ -61,7 +61,9 @@ impl LowRank {
         let Self { base, down, up, scale, .. } = self;
         let y = match self.dropout {
             None => base.apply_with(x, down, up, *scale)?,
-            Some((rate, seed)) => (base.apply(x)? + low_rank(&dropout(x, rate, seed)?, down, up, *scale)?)?,
+            Some((rate, seed)) => {
+                add(&base.apply(x)?, &low_rank(&dropout(x, rate, seed)?, down, up, *scale)?)?
+            }
         };
         match &self.lengths {
             None => Ok(y),

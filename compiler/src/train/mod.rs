@@ -1,6 +1,7 @@
 //! Training: the differentiable graph, the loss and the loop that minimizes it.
 
 pub mod adapter;
+mod block;
 pub mod cache;
 pub mod checkpoint;
 mod config;
@@ -21,10 +22,10 @@ mod precision;
 pub mod pretrain;
 mod projection;
 pub mod random;
-mod recompute;
 mod said;
 pub mod schedule;
 mod start;
+mod tape;
 mod tensorboard;
 pub mod trainee;
 pub mod trainer;

@@ -7,7 +7,7 @@
 use candle_core::Var;
 use rayon::prelude::*;
 
-use super::ops::with_values_mut;
+use super::ops::{widest, with_values_mut};
 
 /// Elements that one thread works on at a time. Also the unit of the norm's summation order.
 pub(super) const CHUNK: usize = 1 << 14;
@@ -121,7 +121,7 @@ impl AdamW {
                     .zip(first.par_chunks_mut(CHUNK))
                     .zip(second.par_chunks_mut(CHUNK))
                     .for_each(|(((weights, gradients), first), second)| {
-                        rule.apply(weights, gradients, first, second);
+                        widest!(rule.apply(weights, gradients, first, second));
                     });
             })?;
         }
@@ -143,6 +143,7 @@ struct Rule {
 }
 
 impl Rule {
+    #[inline(always)]
     fn apply(&self, weights: &mut [f32], gradients: &[f32], first: &mut [f32], second: &mut [f32]) {
         for (((weight, gradient), first), second) in weights.iter_mut().zip(gradients).zip(first).zip(second)
         {

@@ -480,12 +480,8 @@ fn a_run_that_recomputes_activations_ends_bit_identical() {
         (bits(&model), losses)
     };
     assert!(ends(false, &config(5)) == ends(true, &config(5)));
-    // What the states inside add to the gradient is added in another order.
     let inside = TrainConfig { hidden: "mse=0.5,cos=0.1".parse().unwrap(), ..config(5) };
-    let (kept, recomputed) = (ends(false, &inside).1, ends(true, &inside).1);
-    for (recomputed, kept) in recomputed.iter().zip(&kept) {
-        assert!((recomputed - kept).abs() < 1e-4 * kept.abs(), "{recomputed} {kept}");
-    }
+    assert!(ends(false, &inside) == ends(true, &inside));
 }
 
 #[test]

@@ -7,6 +7,7 @@ mod chunks;
 #[cfg(feature = "std")]
 mod pool;
 mod team;
+mod worth;
 
 pub use chunks::for_each_chunk;
 #[cfg(feature = "std")]

@@ -2,8 +2,8 @@
 
 use super::divergences::{At, With, formula};
 use super::objective::Objective;
-use super::sums::{max, sum, sums_of_pairs, sums_of_triples};
-use crate::train::ops::exp;
+use crate::train::ops::sums::{exponentiate, max, sums_of_pairs, sums_of_triples};
+use crate::train::ops::{exp, widest};
 
 /// What one row adds.
 #[derive(Clone, Copy, Debug, Default)]
@@ -109,10 +109,10 @@ pub(super) fn text_part(s: &[f32], target: u32, scales: &Scales, spare: &mut Vec
 pub(super) fn hard(s: &[f32], target: u32, scale: f32, out: &mut Vec<f32>) -> f64 {
     let (logit, max) = (f64::from(s[target as usize]), max(s));
     out.clear();
-    out.extend(s.iter().map(|x| exp(x - max)));
-    let sum = sum(out, |x| x);
+    out.extend_from_slice(s);
+    let sum = exponentiate(out, max, 1.0);
     let factor = (f64::from(scale) / sum) as f32;
-    out.iter_mut().for_each(|x| *x *= factor);
+    widest!(out.iter_mut().for_each(|x| *x *= factor));
     out[target as usize] -= scale;
     f64::from(max) + sum.ln() - logit
 }
@@ -133,8 +133,10 @@ fn forward(
     let soft = f64::from(scales.soft) * weight;
     let own = ((soft + f64::from(shared)) / both.s_sum) as f32;
     let theirs = (soft / both.t_sum) as f32;
-    s.iter_mut().zip(t).for_each(|(s, t)| *s = *s * own - *t * theirs);
-    s.iter_mut().zip(rest).for_each(|(s, rest)| *s += rest);
+    widest!({
+        s.iter_mut().zip(t).for_each(|(s, t)| *s = *s * own - *t * theirs);
+        s.iter_mut().zip(rest).for_each(|(s, rest)| *s += rest);
+    });
     let row = Row { kl: both.kl, soft: weight * both.kl, ..Row::default() };
     (row, f64::from(both.s_max * cool) + both.s_sum.ln())
 }
@@ -159,7 +161,7 @@ fn mixture(s: &mut [f32], t: &mut [f32], scales: &Scales, shared: f32, grad: &mu
         mean += weight * pulled;
     }
     let own = (f64::from(shared) - f64::from(scales.soft) * mean) as f32;
-    s.iter_mut().zip(grad).for_each(|(s, grad)| *s = *grad + exp(*s) * own);
+    widest!(s.iter_mut().zip(grad).for_each(|(s, grad)| *s = *grad + exp(*s) * own));
     (Row { kl, soft, ..Row::default() }, f64::from(s_max * cool) + s_sum.ln())
 }
 

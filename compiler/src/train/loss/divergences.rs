@@ -5,8 +5,8 @@
 //! ones whose rarest outcomes were put together.
 
 use super::objective::{Kind, Objective};
-use super::sums::ln;
 use crate::train::ops::exp;
+use crate::train::ops::sums::ln;
 
 /// `[summand, q g]` at an outcome that has the logarithms `lq` and `lp`.
 pub(super) type At = [f32; 2];

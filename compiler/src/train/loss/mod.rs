@@ -15,7 +15,6 @@ mod objective;
 mod op;
 mod side;
 mod sparse;
-mod sums;
 mod translated;
 mod universal;
 

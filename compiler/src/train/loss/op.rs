@@ -14,7 +14,7 @@ use super::sparse::{SparseTargets, sparse_gradient};
 use super::universal::{Universal, check_groups, group_gradient};
 use super::{Head, LossParts};
 use crate::train::gradients::into_buffer;
-use crate::train::ops::{Matrix, gemm, rows_cols, slope, tensor, values, with_values};
+use crate::train::ops::{Matrix, gemm, product, rows_cols, slope, tensor, values, with_values, zeros};
 
 /// What the student is to say.
 #[derive(Clone, Copy, Debug)]
@@ -166,10 +166,10 @@ impl HeadLoss {
         };
         let (mut loss, mut sums) = (0.0, Row::default());
         let mut dhidden = vec![0.0; student.rows * width];
-        let mut dhead = vec![0.0; if self.trains_head { vocab * width } else { 0 }];
+        let mut dhead = Vec::new();
         let size = CHUNK.min(scored.len()) * vocab;
-        let mut s_buffer = vec![0.0; size];
-        let mut t_buffer = vec![0.0; if matches!(teacher, Beside::Teacher(_)) { size } else { 0 }];
+        let mut s_buffer = zeros(size);
+        let mut t_buffer = zeros(if matches!(teacher, Beside::Teacher(_)) { size } else { 0 });
         let mut before = Vec::new();
         for chunk in teacher.chunks(&scored) {
             let s = &mut s_buffer[..chunk.len() * vocab];
@@ -194,15 +194,23 @@ impl HeadLoss {
                 });
             }
             let grad = Matrix::new(s, chunk.len(), vocab);
-            let mut dpicked = vec![0.0; chunk.len() * width];
-            gemm(&mut dpicked, grad, Matrix::new(student.head, vocab, width), 1.0, false, true);
+            let dpicked = product(grad, Matrix::new(student.head, vocab, width), 1.0);
             if self.trains_head {
                 let picked = student.pick(chunk);
-                gemm(&mut dhead, grad.t(), Matrix::new(&picked, chunk.len(), width), 1.0, true, true);
+                let picked = Matrix::new(&picked, chunk.len(), width);
+                if dhead.is_empty() {
+                    dhead = product(grad.t(), picked, 1.0);
+                } else {
+                    gemm(&mut dhead, grad.t(), picked, 1.0, true, true);
+                }
             }
             for ((row, _), values) in chunk.iter().zip(dpicked.chunks_exact(width)) {
                 dhidden[row * width..][..width].copy_from_slice(values);
             }
+        }
+        if self.trains_head {
+            // Where there is nothing to learn.
+            dhead.resize(vocab * width, 0.0);
         }
         let count = scored.len().max(1) as f64;
         let parts = LossParts {

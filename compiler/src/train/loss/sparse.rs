@@ -13,8 +13,8 @@ use super::Head;
 use super::dense::{Row, Scales, text_part};
 use super::divergences::{At, With, formula};
 use super::side::{CHUNK, scored, with_side};
-use super::sums::{exponentiate, max, sum};
-use crate::train::ops::exp;
+use crate::train::ops::sums::{exponentiate, max, sum};
+use crate::train::ops::{exp, widest};
 use crate::train::random::SplitMix64;
 
 /// What is kept of a distribution.
@@ -275,7 +275,7 @@ fn bucketed(s: &mut [f32], teacher: &SparseRow, scales: &Scales, shared: f32) ->
     let of_bucket = if bucket > 0.0 { pulls[kept.len()] / bucket } else { 0.0 };
     let own = f64::from(shared) - scale * mean;
     let factor = (own / total + scale * of_bucket) as f32;
-    s.iter_mut().for_each(|s| *s *= factor);
+    widest!(s.iter_mut().for_each(|s| *s *= factor));
     for (x, pull) in kept.iter_mut().zip(&pulls) {
         *x = (f64::from(*x) / total * own + scale * pull) as f32;
     }
@@ -319,7 +319,7 @@ fn sampled(s: &mut [f32], teacher: &SparseRow, scales: &Scales, shared: f32) -> 
     let weight = scales.objective.soft.total();
     let soft = f64::from(scales.soft) * weight;
     let own = ((soft + f64::from(shared)) / total) as f32;
-    s.iter_mut().for_each(|s| *s *= own);
+    widest!(s.iter_mut().for_each(|s| *s *= own));
     for (id, p) in teacher.ids.iter().zip(&teacher.probabilities) {
         s[*id as usize] -= (soft * f64::from(*p)) as f32;
     }

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use super::Head;
 use super::side::{CHUNK, with_side};
 use super::sparse::{SparseRow, SparseTargets, Sparsity};
-use super::sums::{exponentiate, max};
+use crate::train::ops::sums::{exponentiate, max};
 
 /// A token of the teacher's that the student does not have.
 pub const NOT_SHARED: u32 = u32::MAX;

@@ -15,8 +15,8 @@ use candle_core::{Result, Tensor, bail};
 
 use super::dense::{Row, Scales, hard};
 use super::side::Side;
-use super::sums::{exponentiate, max};
 use super::{Head, IGNORE};
+use crate::train::ops::sums::{exponentiate, max};
 
 /// Most rows of a group on either side.
 pub const LONGEST_GROUP: usize = 32;

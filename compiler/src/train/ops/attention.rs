@@ -6,10 +6,15 @@ use std::ops::Range;
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::{Matrix, capped, exp, gemm, matrix, rows_cols, slope, tensor, values, with_values};
+use super::sums::{dot, exponentiate, max};
+use super::{
+    Matrix, apply3, capped, fresh, gemm, matrix, rows_cols, slope, tensor, values, widest, with_values,
+};
 
 /// Query rows of one block. Keys after its last row are masked for all of it and never touched.
 const BLOCK: usize = 64;
+/// Rows that one task puts together.
+const ROWS: usize = 32;
 
 /// The shape of an attention.
 #[derive(Clone, Copy, Debug)]
@@ -48,7 +53,7 @@ struct Attention {
 /// # Errors
 /// The shapes do not fit.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, shape: Heads) -> Result<Tensor> {
-    q.apply_op3(k, v, Attention { shape })
+    apply3([q, k, v], Attention { shape })
 }
 
 /// One sequence and one key/value head: what a task works on.
@@ -113,10 +118,8 @@ impl<'a> Group<'a> {
             let (before, seen) = row.split_at_mut(self.shape.first(position) - reach.start);
             before.fill(0.0);
             after.fill(0.0);
-            let max = seen.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            seen.iter_mut().for_each(|x| *x = exp(*x - max));
-            let inverse = 1.0 / seen.iter().sum::<f32>();
-            seen.iter_mut().for_each(|x| *x *= inverse);
+            let inverse = (1.0 / exponentiate(seen, max(seen), 1.0)) as f32;
+            widest!(seen.iter_mut().for_each(|x| *x *= inverse));
         }
     }
 
@@ -159,8 +162,8 @@ impl<'a> Group<'a> {
                 let mut ds = vec![0.0; count * seen];
                 gemm(&mut ds, grad, self.values(reach.clone()).t(), 1.0, false, false);
                 for (ds, p) in ds.chunks_exact_mut(seen).zip(p.chunks_exact(seen)) {
-                    let dot: f32 = ds.iter().zip(p).map(|(ds, p)| ds * p).sum();
-                    ds.iter_mut().zip(p).for_each(|(ds, p)| *ds = p * (*ds - dot));
+                    let mean = dot(ds, p);
+                    widest!(ds.iter_mut().zip(p).for_each(|(ds, p)| *ds = p * (*ds - mean)));
                 }
                 ds.iter_mut().zip(&scores).for_each(|(ds, score)| *ds *= slope(*score, soft_cap));
                 let ds = Matrix::new(&ds, count, seen);
@@ -191,16 +194,16 @@ impl Attention {
     fn gather(&self, groups: &[&[f32]], per_group: usize, n: usize) -> Vec<f32> {
         let Heads { kv_heads, head_dim, length, .. } = self.shape;
         let width = kv_heads * per_group * head_dim;
-        let mut out = vec![0.0; n * width];
-        out.par_chunks_mut(width).enumerate().with_min_len(16).for_each(|(row, out)| {
-            let (sequence, position) = (row / length, row % length);
-            for (head, out) in out.chunks_exact_mut(head_dim).enumerate() {
-                let group = groups[sequence * kv_heads + head / per_group];
-                let start = (head % per_group * length + position) * head_dim;
-                out.copy_from_slice(&group[start..][..head_dim]);
+        fresh(n * width, ROWS * width, |first, out| {
+            for (row, out) in (first / width..).zip(out.chunks_exact_mut(width)) {
+                let (sequence, position) = (row / length, row % length);
+                for (head, out) in out.chunks_exact_mut(head_dim).enumerate() {
+                    let group = groups[sequence * kv_heads + head / per_group];
+                    let start = (head % per_group * length + position) * head_dim;
+                    out.copy_from_slice(&group[start..][..head_dim]);
+                }
             }
-        });
-        out
+        })
     }
 }
 

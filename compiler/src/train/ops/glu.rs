@@ -6,9 +6,8 @@
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use edge_models::Activation;
-use rayon::prelude::*;
 
-use super::{exp, matrix, rows_cols, tensor, values, with_values};
+use super::{apply2, exp, fresh, fresh_with, matrix, rows_cols, tensor, values, widest, with_values};
 
 /// Elements that one task takes.
 const CHUNK: usize = 1 << 13;
@@ -22,7 +21,7 @@ struct Glu {
 /// # Errors
 /// The shapes differ.
 pub fn glu(gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Tensor> {
-    gate.apply_op2(up, Glu { activation })
+    apply2(gate, up, Glu { activation })
 }
 
 #[inline(always)]
@@ -47,33 +46,30 @@ fn gelu_tanh(x: f32) -> (f32, f32) {
 }
 
 /// `y = gate s(gate) up`.
-fn forward(y: &mut [f32], gate: &[f32], up: &[f32], parts: impl Fn(f32) -> (f32, f32) + Sync) {
-    y.par_chunks_mut(CHUNK).zip(gate.par_chunks(CHUNK)).zip(up.par_chunks(CHUNK)).for_each(
-        |((y, gate), up)| {
-            for ((y, gate), up) in y.iter_mut().zip(gate).zip(up) {
+fn forward(gate: &[f32], up: &[f32], parts: impl Fn(f32) -> (f32, f32) + Sync) -> Vec<f32> {
+    fresh(gate.len(), CHUNK, |start, y| {
+        widest!({
+            for ((y, gate), up) in y.iter_mut().zip(&gate[start..]).zip(&up[start..]) {
                 *y = gate * parts(*gate).0 * up;
             }
-        },
-    );
+        });
+    })
 }
 
 /// Gradients of the gate and of `up`.
-fn backward(
-    [dgate, dup]: [&mut [f32]; 2],
-    [gate, up, grad]: [&[f32]; 3],
-    parts: impl Fn(f32) -> (f32, f32) + Sync,
-) {
-    dgate
-        .par_chunks_mut(CHUNK)
-        .zip(dup.par_chunks_mut(CHUNK))
-        .zip(gate.par_chunks(CHUNK).zip(up.par_chunks(CHUNK)).zip(grad.par_chunks(CHUNK)))
-        .for_each(|((dgate, dup), ((gate, up), grad))| {
-            for i in 0..gate.len() {
-                let (s, slope) = parts(gate[i]);
-                dup[i] = grad[i] * gate[i] * s;
-                dgate[i] = grad[i] * up[i] * s * (1.0 + slope * (1.0 - s));
+fn backward([gate, up, grad]: [&[f32]; 3], parts: impl Fn(f32) -> (f32, f32) + Sync) -> [Vec<f32>; 2] {
+    let (grads, _) = fresh_with(gate.len(), CHUNK, |start, [dgate, dup]| {
+        let [gate, up, grad] = [gate, up, grad].map(|values| &values[start..]);
+        widest!({
+            let rows = dgate.iter_mut().zip(dup).zip(gate.iter().zip(up).zip(grad));
+            for ((dgate, dup), ((gate, up), grad)) in rows {
+                let (s, slope) = parts(*gate);
+                *dup = grad * gate * s;
+                *dgate = grad * up * s * (1.0 + slope * (1.0 - s));
             }
         });
+    });
+    grads
 }
 
 impl CustomOp2 for Glu {
@@ -93,11 +89,10 @@ impl CustomOp2 for Glu {
         if gate.len() != up.len() {
             bail!("glu: gate {:?}, up {:?}", gate_layout.shape(), up_layout.shape());
         }
-        let mut y = vec![0.0; n * width];
-        match self.activation {
-            Activation::Silu => forward(&mut y, gate, up, silu),
-            Activation::GeluTanh => forward(&mut y, gate, up, gelu_tanh),
-        }
+        let y = match self.activation {
+            Activation::Silu => forward(gate, up, silu),
+            Activation::GeluTanh => forward(gate, up, gelu_tanh),
+        };
         Ok(matrix(y, n, width))
     }
 
@@ -110,17 +105,13 @@ impl CustomOp2 for Glu {
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let (n, width) = gate.dims2()?;
         let grad = grad.contiguous()?;
-        let mut dgate = vec![0.0; n * width];
-        let mut dup = vec![0.0; n * width];
-        with_values(gate, |gate| {
+        let [dgate, dup] = with_values(gate, |gate| {
             with_values(up, |up| {
                 with_values(&grad, |grad| {
-                    let (to, from) = ([&mut dgate[..], &mut dup[..]], [gate, up, grad]);
-                    match self.activation {
-                        Activation::Silu => backward(to, from, silu),
-                        Activation::GeluTanh => backward(to, from, gelu_tanh),
-                    }
-                    Ok(())
+                    Ok(match self.activation {
+                        Activation::Silu => backward([gate, up, grad], silu),
+                        Activation::GeluTanh => backward([gate, up, grad], gelu_tanh),
+                    })
                 })
             })
         })?;

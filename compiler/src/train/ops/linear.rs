@@ -2,7 +2,7 @@
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 
-use super::{Matrix, gemm, matrix, rows_cols, tensor, values, with_values};
+use super::{Matrix, apply2, gemm, matrix, product, rows_cols, tensor, values, with_values};
 use crate::train::gradients::into_buffer;
 
 struct Linear;
@@ -12,7 +12,7 @@ struct Linear;
 /// # Errors
 /// The shapes do not fit.
 pub fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    x.apply_op2(weight, Linear)
+    apply2(x, weight, Linear)
 }
 
 impl CustomOp2 for Linear {
@@ -34,9 +34,7 @@ impl CustomOp2 for Linear {
         }
         let x = Matrix::new(values(x, x_layout, "linear")?, n, cols);
         let weight = Matrix::new(values(weight, weight_layout, "linear")?, out, cols);
-        let mut y = vec![0.0; n * out];
-        gemm(&mut y, x, weight.t(), 1.0, false, true);
-        Ok(matrix(y, n, out))
+        Ok(matrix(product(x, weight.t(), 1.0), n, out))
     }
 
     fn bwd(
@@ -52,23 +50,20 @@ impl CustomOp2 for Linear {
             let grad = Matrix::new(grad, n, out);
             let dx = || {
                 with_values(weight, |weight| {
-                    let mut dx = vec![0.0; n * cols];
-                    gemm(&mut dx, grad, Matrix::new(weight, out, cols), 1.0, false, true);
-                    tensor(dx, n, cols)
+                    tensor(product(grad, Matrix::new(weight, out, cols), 1.0), n, cols)
                 })
             };
             let dweight = || {
                 with_values(x, |x| {
-                    let product = |sum: &mut [f32], add| {
-                        gemm(sum, grad.t(), Matrix::new(x, n, cols), 1.0, add, true);
+                    let x = Matrix::new(x, n, cols);
+                    let buffered = into_buffer(weight, |sum, add| {
+                        gemm(sum, grad.t(), x, 1.0, add, true);
                         Ok(())
-                    };
-                    if into_buffer(weight, product)? {
+                    })?;
+                    if buffered {
                         return Ok(None);
                     }
-                    let mut dweight = vec![0.0; out * cols];
-                    product(&mut dweight, false)?;
-                    tensor(dweight, out, cols).map(Some)
+                    tensor(product(grad.t(), x, 1.0), out, cols).map(Some)
                 })
             };
             // What is frozen, and states that depend on nothing trained, need no gradient.

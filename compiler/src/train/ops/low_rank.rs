@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::{Matrix, gemm, matrix, rows_cols, tensor, values, with_values};
+use super::{Matrix, apply1, apply2, apply3, gemm, matrix, product, rows_cols, tensor, values, with_values};
 use crate::quantize::Blocks;
 use crate::train::random::SplitMix64;
 
@@ -72,7 +72,7 @@ impl Frozen {
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
         match self {
             Self::Dense(weight) => super::linear(x, weight),
-            Self::Blocks(..) => x.apply_op1(Product { weight: self.clone() }),
+            Self::Blocks(..) => apply1(x, Product { weight: self.clone() }),
         }
     }
 
@@ -81,16 +81,15 @@ impl Frozen {
     /// # Errors
     /// The shapes do not fit.
     pub fn apply_with(&self, x: &Tensor, down: &Tensor, up: &Tensor, scale: f32) -> Result<Tensor> {
-        x.apply_op3(down, up, LowRankProduct { weight: Some(self.clone()), scale })
+        apply3([x, down, up], LowRankProduct { weight: Some(self.clone()), scale })
     }
 
-    /// `c = x W^T`, or with `transposed` `c = x W`.
-    fn product(&self, c: &mut [f32], x: Matrix<'_>, transposed: bool) -> Result<()> {
+    /// `x W^T`, or with `transposed` `x W`.
+    fn product(&self, x: Matrix<'_>, transposed: bool) -> Result<Vec<f32>> {
         let (rows, cols) = (self.dims()[0], self.dims()[1]);
         self.with_values(|weight| {
             let weight = Matrix::new(weight, rows, cols);
-            gemm(c, x, if transposed { weight } else { weight.t() }, 1.0, false, true);
-            Ok(())
+            Ok(product(x, if transposed { weight } else { weight.t() }, 1.0))
         })
     }
 }
@@ -100,7 +99,7 @@ impl Frozen {
 /// # Errors
 /// The shapes do not fit.
 pub fn low_rank(x: &Tensor, down: &Tensor, up: &Tensor, scale: f32) -> Result<Tensor> {
-    x.apply_op3(down, up, LowRankProduct { weight: None, scale })
+    apply3([x, down, up], LowRankProduct { weight: None, scale })
 }
 
 struct Product {
@@ -118,17 +117,14 @@ impl CustomOp1 for Product {
         if cols != weight_cols {
             bail!("frozen linear: {cols} columns times a weight of {weight_cols}");
         }
-        let mut y = vec![0.0; n * out];
-        self.weight.product(&mut y, Matrix::new(values(x, layout, "frozen linear")?, n, cols), false)?;
-        Ok(matrix(y, n, out))
+        let x = Matrix::new(values(x, layout, "frozen linear")?, n, cols);
+        Ok(matrix(self.weight.product(x, false)?, n, out))
     }
 
     fn bwd(&self, x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let ((n, cols), (_, out)) = (x.dims2()?, grad.dims2()?);
-        let mut dx = vec![0.0; n * cols];
-        with_values(&grad.contiguous()?, |grad| {
-            self.weight.product(&mut dx, Matrix::new(grad, n, out), true)
-        })?;
+        let dx =
+            with_values(&grad.contiguous()?, |grad| self.weight.product(Matrix::new(grad, n, out), true))?;
         Ok(Some(tensor(dx, n, cols)?))
     }
 }
@@ -164,13 +160,16 @@ impl CustomOp3 for LowRankProduct {
         let x = Matrix::new(values(x, x_layout, op)?, n, cols);
         let down = Matrix::new(values(down, down_layout, op)?, rank, cols);
         let up = Matrix::new(values(up, up_layout, op)?, out, rank);
-        let mut y = vec![0.0; n * out];
-        if let Some(weight) = &self.weight {
-            weight.product(&mut y, x, false)?;
-        }
-        let mut low = vec![0.0; n * rank];
-        gemm(&mut low, x, down.t(), 1.0, false, true);
-        gemm(&mut y, Matrix::new(&low, n, rank), up.t(), self.scale, true, true);
+        let low = product(x, down.t(), 1.0);
+        let low = Matrix::new(&low, n, rank);
+        let y = match &self.weight {
+            None => product(low, up.t(), self.scale),
+            Some(weight) => {
+                let mut y = weight.product(x, false)?;
+                gemm(&mut y, low, up.t(), self.scale, true, true);
+                y
+            }
+        };
         Ok(matrix(y, n, out))
     }
 
@@ -191,21 +190,21 @@ impl CustomOp3 for LowRankProduct {
                     with_values(up, |up| {
                         let (grad, x) = (Matrix::new(grad, n, out), Matrix::new(x, n, cols));
                         let down = Matrix::new(down, rank, cols);
-                        let mut low = vec![0.0; n * rank];
-                        gemm(&mut low, x, down.t(), 1.0, false, true);
-                        let mut dup = vec![0.0; out * rank];
-                        gemm(&mut dup, grad.t(), Matrix::new(&low, n, rank), self.scale, false, true);
+                        let mut low = product(x, down.t(), 1.0);
+                        let dup = product(grad.t(), Matrix::new(&low, n, rank), self.scale);
                         // The gradient of `x A^T`, in the same memory.
                         gemm(&mut low, grad, Matrix::new(up, out, rank), self.scale, false, true);
                         let dlow = Matrix::new(&low, n, rank);
-                        let mut ddown = vec![0.0; rank * cols];
-                        gemm(&mut ddown, dlow.t(), x, 1.0, false, true);
+                        let ddown = product(dlow.t(), x, 1.0);
                         let dx = wants_x.then(|| {
-                            let mut dx = vec![0.0; n * cols];
-                            if let Some(weight) = &self.weight {
-                                weight.product(&mut dx, grad, true)?;
-                            }
-                            gemm(&mut dx, dlow, down, 1.0, true, true);
+                            let dx = match &self.weight {
+                                None => product(dlow, down, 1.0),
+                                Some(weight) => {
+                                    let mut dx = weight.product(grad, true)?;
+                                    gemm(&mut dx, dlow, down, 1.0, true, true);
+                                    dx
+                                }
+                            };
                             tensor(dx, n, cols)
                         });
                         Ok((dx.transpose()?, Some(tensor(ddown, rank, cols)?), Some(tensor(dup, out, rank)?)))
@@ -221,7 +220,7 @@ impl CustomOp3 for LowRankProduct {
 /// # Errors
 /// The shapes do not fit.
 pub fn scale_columns(x: &Tensor, factors: &Tensor, lengths: Vec<f32>) -> Result<Tensor> {
-    x.apply_op2(factors, ScaleColumns { lengths })
+    apply2(x, factors, ScaleColumns { lengths })
 }
 
 struct ScaleColumns {
@@ -301,7 +300,7 @@ impl CustomOp2 for ScaleColumns {
 /// # Errors
 /// `x` is not a contiguous matrix.
 pub fn dropout(x: &Tensor, rate: f32, seed: u64) -> Result<Tensor> {
-    x.apply_op1(Dropout { rate, seed })
+    apply1(x, Dropout { rate, seed })
 }
 
 struct Dropout {

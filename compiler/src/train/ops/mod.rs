@@ -5,8 +5,10 @@
 //! threads, keep as little as the backward pass needs, and sum in a fixed order: the same inputs give
 //! the same bits on the same machine with the same number of threads. f32 on the CPU, contiguous.
 
+mod add;
 mod attention;
 mod exp;
+mod fresh;
 mod gemm;
 mod glu;
 mod linear;
@@ -16,11 +18,16 @@ mod rms_norm;
 mod rope;
 mod rows;
 mod soft_cap;
+pub(crate) mod sums;
 mod tiles;
+mod vectors;
 
+pub(crate) use add::sum;
+pub use add::{add, add_row};
 pub use attention::{Heads, attention};
 pub(crate) use exp::exp;
-pub(crate) use gemm::{Matrix, gemm};
+pub(crate) use fresh::{fresh, fresh_with, zeros};
+pub(crate) use gemm::{Matrix, gemm, product};
 pub use glu::glu;
 pub use linear::linear;
 pub use low_rank::{Frozen, Scratch, dropout, low_rank, scale_columns};
@@ -30,10 +37,13 @@ pub use rope::{RopeTable, rope};
 pub use rows::rows;
 pub(crate) use soft_cap::{capped, slope};
 pub use tiles::Tiles;
+pub(crate) use vectors::widest;
 
 use std::cell::RefCell;
 
 use candle_core::{CpuStorage, InplaceOp1, Layout, Result, Shape, Storage, Tensor, bail};
+
+use super::tape::{apply1, apply2, apply3};
 
 /// The values behind a storage, which must be contiguous f32.
 pub(crate) fn values<'a>(storage: &'a CpuStorage, layout: &Layout, op: &str) -> Result<&'a [f32]> {

@@ -7,7 +7,7 @@ use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 use edge_runtime::format::{f16_to_f32, f32_to_f16};
 use rayon::prelude::*;
 
-use super::{matrix, rows_cols, tensor, values, with_values};
+use super::{apply3, matrix, rows_cols, tensor, values, with_values};
 use crate::quantize::grid::{Spacing, inverse};
 
 /// Groups that one task takes.
@@ -43,7 +43,7 @@ impl Levels {
 /// # Errors
 /// The shapes do not fit.
 pub fn on_grid(x: &Tensor, scales: &Tensor, offsets: &Tensor, levels: Levels) -> Result<Tensor> {
-    x.apply_op3(scales, offsets, OnGrid { levels })
+    apply3([x, scales, offsets], OnGrid { levels })
 }
 
 struct OnGrid {

@@ -1,9 +1,9 @@
 //! Root mean square norm (Zhang and Sennrich, 2019): `y = x * w / sqrt(mean(x^2) + eps)`.
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
-use rayon::prelude::*;
 
-use super::{matrix, rows_cols, tensor, values, with_values};
+use super::sums::{dot, sum_of};
+use super::{apply2, fresh, fresh_with, matrix, rows_cols, tensor, values, widest, with_values};
 
 /// Rows that one task takes; fixed, so that sums do not depend on the number of threads.
 const ROWS: usize = 32;
@@ -12,19 +12,19 @@ struct RmsNorm {
     eps: f32,
 }
 
-/// Normalizes the rows of `x` `[n, width]` and multiplies them by `weight` `[width]`.
+/// Normalizes the rows of `x` `[n, width]` and multiplies them by `weight` `[width]`; with a shorter `weight`, each part
+/// of a row that is as long.
 ///
 /// # Errors
 /// The shapes do not fit.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
-    x.apply_op2(weight, RmsNorm { eps })
+    apply2(x, weight, RmsNorm { eps })
 }
 
 impl RmsNorm {
     /// `1 / sqrt(mean(x^2) + eps)` of one row.
     fn inverse(&self, row: &[f32]) -> f32 {
-        let sum: f32 = row.iter().map(|x| x * x).sum();
-        1.0 / (sum / row.len() as f32 + self.eps).sqrt()
+        1.0 / (dot(row, row) / row.len() as f32 + self.eps).sqrt()
     }
 }
 
@@ -43,14 +43,18 @@ impl CustomOp2 for RmsNorm {
         let (n, width) = rows_cols(x_layout, "rms-norm")?;
         let x = values(x, x_layout, "rms-norm")?;
         let weight = values(weight, weight_layout, "rms-norm")?;
-        if weight.len() != width {
+        if weight.is_empty() || !width.is_multiple_of(weight.len()) {
             bail!("rms-norm: rows of {width} times a weight of {}", weight.len());
         }
-        let mut y = vec![0.0; n * width];
-        y.par_chunks_mut(width).zip(x.par_chunks(width)).with_min_len(ROWS).for_each(|(y, x)| {
-            let inverse = self.inverse(x);
-            for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {
-                *y = x * inverse * w;
+        let part = weight.len();
+        let y = fresh(n * width, ROWS * part, |start, y| {
+            for (y, x) in y.chunks_exact_mut(part).zip(x[start..].chunks_exact(part)) {
+                let inverse = self.inverse(x);
+                widest!({
+                    for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {
+                        *y = x * inverse * w;
+                    }
+                });
             }
         });
         Ok(matrix(y, n, width))
@@ -66,37 +70,34 @@ impl CustomOp2 for RmsNorm {
         let (n, width) = x.dims2()?;
         let grad = grad.contiguous()?;
         let (dx, dweight) = with_values(x, |x| {
-            with_values(weight, |weight| with_values(&grad, |grad| Ok(self.backward(x, weight, grad, width))))
+            with_values(weight, |weight| with_values(&grad, |grad| Ok(self.backward(x, weight, grad))))
         })?;
-        let dweight = Tensor::from_vec(dweight, width, &candle_core::Device::Cpu)?;
+        let dweight = Tensor::from_vec(dweight, weight.dims1()?, &candle_core::Device::Cpu)?;
         Ok((Some(tensor(dx, n, width)?), weight.track_op().then_some(dweight)))
     }
 }
 
 impl RmsNorm {
     /// With r = 1 / rms: dx = r * (g * w - x * r^2 * mean(g * w * x)), dw = sum over rows of g * x * r.
-    fn backward(&self, x: &[f32], weight: &[f32], grad: &[f32], width: usize) -> (Vec<f32>, Vec<f32>) {
-        let mut dx = vec![0.0; x.len()];
-        let partial: Vec<Vec<f32>> = dx
-            .par_chunks_mut(ROWS * width)
-            .zip(x.par_chunks(ROWS * width))
-            .zip(grad.par_chunks(ROWS * width))
-            .map(|((dx, x), grad)| {
-                let mut dweight = vec![0.0; width];
-                let rows =
-                    dx.chunks_exact_mut(width).zip(x.chunks_exact(width)).zip(grad.chunks_exact(width));
-                for ((dx, x), grad) in rows {
-                    let inverse = self.inverse(x);
-                    let dot: f32 = grad.iter().zip(weight).zip(x).map(|((g, w), x)| g * w * x).sum();
-                    let shrink = dot * inverse * inverse / width as f32;
-                    for i in 0..width {
-                        dx[i] = inverse * (grad[i] * weight[i] - x[i] * shrink);
-                        dweight[i] += grad[i] * x[i] * inverse;
+    fn backward(&self, x: &[f32], weight: &[f32], grad: &[f32]) -> (Vec<f32>, Vec<f32>) {
+        let width = weight.len();
+        let ([dx], partial) = fresh_with(x.len(), ROWS * width, |start, [dx]| {
+            let mut dweight = vec![0.0; width];
+            let (x, grad) = (x[start..].chunks_exact(width), grad[start..].chunks_exact(width));
+            let rows = dx.chunks_exact_mut(width).zip(x).zip(grad);
+            for ((dx, x), grad) in rows {
+                let inverse = self.inverse(x);
+                let shrink = sum_of(grad, weight, x, |g, w, x| g * w * x) * inverse * inverse / width as f32;
+                widest!({
+                    let rows = dx.iter_mut().zip(&mut dweight).zip(x).zip(grad).zip(weight);
+                    for ((((dx, dweight), x), grad), w) in rows {
+                        *dx = inverse * (grad * w - x * shrink);
+                        *dweight += grad * x * inverse;
                     }
-                }
-                dweight
-            })
-            .collect();
+                });
+            }
+            dweight
+        });
         let mut dweight = vec![0.0; width];
         for part in partial {
             for (sum, value) in dweight.iter_mut().zip(part) {
@@ -115,7 +116,12 @@ mod tests {
     #[test]
     fn gradient() {
         let weight = Tensor::from_vec(check::noise(5, 12), 12, &candle_core::Device::Cpu).unwrap();
-        check::gradients(&[check::matrix(1, 70, 12), weight], |x| rms_norm(&x[0], &x[1], 1e-5));
+        for parts in [1, 3] {
+            check::gradients(&[check::matrix(1, 70, 12 * parts), weight.clone()], |x| {
+                rms_norm(&x[0], &x[1], 1e-5)
+            });
+        }
+        assert!(rms_norm(&check::matrix(1, 2, 13), &weight, 1e-5).is_err());
     }
 
     #[test]

@@ -4,9 +4,11 @@
 use std::sync::Arc;
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
-use rayon::prelude::*;
 
-use super::{matrix, rows_cols, tensor, values, with_values};
+use super::{apply1, fresh, matrix, rows_cols, tensor, values, widest, with_values};
+
+/// Rows that one task takes.
+const ROWS: usize = 32;
 
 /// Cosines and sines of the angles at positions `0..length`.
 #[derive(Clone)]
@@ -35,23 +37,25 @@ impl RopeTable {
     /// Rotates all rows; `turn` is 1 forward and -1 backward.
     fn rotate(&self, x: &[f32], width: usize, turn: f32) -> Vec<f32> {
         let half = self.dims / 2;
-        let mut y = vec![0.0; x.len()];
-        y.par_chunks_mut(width).zip(x.par_chunks(width)).enumerate().with_min_len(16).for_each(
-            |(row, (y, x))| {
+        fresh(x.len(), ROWS * width, |start, y| {
+            let rows = y.chunks_exact_mut(width).zip(x[start..].chunks_exact(width));
+            for (row, (y, x)) in (start / width..).zip(rows) {
                 let angles = &self.angles[row % self.length * half..][..half];
                 for (y, x) in y.chunks_exact_mut(self.head_dim).zip(x.chunks_exact(self.head_dim)) {
                     let ((y, y_rest), (x, x_rest)) = (y.split_at_mut(self.dims), x.split_at(self.dims));
                     y_rest.copy_from_slice(x_rest);
                     let ((low_y, high_y), (low_x, high_x)) = (y.split_at_mut(half), x.split_at(half));
-                    for (i, [cos, sin]) in angles.iter().enumerate() {
-                        let sin = turn * sin;
-                        low_y[i] = low_x[i] * cos - high_x[i] * sin;
-                        high_y[i] = high_x[i] * cos + low_x[i] * sin;
-                    }
+                    widest!({
+                        let (low, high) = (low_y.iter_mut().zip(low_x), high_y.iter_mut().zip(high_x));
+                        for (((low_y, low_x), (high_y, high_x)), [cos, sin]) in low.zip(high).zip(angles) {
+                            let sin = turn * sin;
+                            *low_y = low_x * cos - high_x * sin;
+                            *high_y = high_x * cos + low_x * sin;
+                        }
+                    });
                 }
-            },
-        );
-        y
+            }
+        })
     }
 }
 
@@ -65,7 +69,7 @@ struct Rope {
 /// # Errors
 /// The shape does not fit the table.
 pub fn rope(x: &Tensor, table: &RopeTable) -> Result<Tensor> {
-    x.apply_op1(Rope { table: table.clone() })
+    apply1(x, Rope { table: table.clone() })
 }
 
 impl CustomOp1 for Rope {

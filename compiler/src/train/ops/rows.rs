@@ -2,7 +2,7 @@
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 
-use super::{matrix, rows_cols, tensor, values, with_values};
+use super::{apply1, matrix, rows_cols, tensor, values, with_values};
 use crate::train::gradients::into_buffer;
 
 struct Rows {
@@ -14,7 +14,7 @@ struct Rows {
 /// # Errors
 /// There is no such row.
 pub fn rows(table: &Tensor, ids: &[u32]) -> Result<Tensor> {
-    table.apply_op1(Rows { ids: ids.to_vec() })
+    apply1(table, Rows { ids: ids.to_vec() })
 }
 
 impl CustomOp1 for Rows {

@@ -12,7 +12,7 @@ use edge_runtime::kernels::{ActivationsMut, Features, Kernels, Matrix, pack_tile
 use edge_runtime::workers::Workers;
 use rayon::prelude::*;
 
-use super::{matrix, rows_cols, values, with_values};
+use super::{apply1, matrix, rows_cols, values, with_values, zeros};
 use crate::quantize::quantize_rows;
 
 /// Rows of `x` that are quantized by one thread. Large enough that unpacking a tile is little beside its products, and,
@@ -51,7 +51,7 @@ impl Tiles {
     /// # Errors
     /// The shapes do not fit.
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
-        x.apply_op1(Product(self.clone()))
+        apply1(x, Product(self.clone()))
     }
 
     /// `y = x W^T` for `x` `[n, in]` and `y` `[n, out]`, row-major, on all threads.
@@ -110,7 +110,7 @@ impl CustomOp1 for Product {
         if cols != weight_cols {
             bail!("int8 linear: {cols} columns times a weight of {weight_cols}");
         }
-        let mut y = vec![0.0; n * out];
+        let mut y = zeros(n * out);
         self.0.product(&mut y, values(x, layout, self.name())?);
         Ok(matrix(y, n, out))
     }

@@ -225,6 +225,36 @@ mod tests {
     }
 
     #[test]
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+    fn threads_that_are_always_late_are_left_out_until_they_are_not() {
+        let pool = Pool::new(2).unwrap();
+        let (caller, shared, late) = (thread::current().id(), AtomicUsize::new(0), AtomicBool::new(true));
+        let job = || {
+            if thread::current().id() != caller {
+                shared.fetch_add(1, Ordering::Relaxed);
+                if late.load(Ordering::Relaxed) {
+                    thread::sleep(Duration::from_millis(10));
+                }
+            } else {
+                // Long enough for the other one to begin.
+                thread::sleep(Duration::from_micros(200));
+            }
+        };
+        let start = std::time::Instant::now();
+        (0..1000).for_each(|_| pool.run(&job));
+        let tries = shared.swap(0, Ordering::Relaxed);
+        assert!((1..100).contains(&tries), "{tries} of 1000 jobs were shared with a late thread");
+        late.store(false, Ordering::Relaxed);
+        while shared.load(Ordering::Relaxed) < 500 {
+            pool.run(&job);
+            assert!(
+                start.elapsed() < Duration::from_secs(60),
+                "a thread that is late no more is left out for good"
+            );
+        }
+    }
+
+    #[test]
     fn a_panic_reaches_the_caller_and_the_pool_lives_on() {
         let pool = Pool::new(3).unwrap();
         for guilty in [0, 31, 63] {

@@ -6,10 +6,11 @@
 //!
 //! A job is work that its threads take in parts, so it needs no thread in particular. Who runs it does all that
 //! nobody else has taken, and waits only for threads that have begun: one that the system does not let run, or that
-//! has left, holds up nobody.
+//! has left, holds up nobody. Where those that have begun are often late, it does without them for a while ([`Worth`]).
 
 use super::Workers;
-use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, Ordering};
+use super::worth::{Worth, ticks};
+use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicUsize, Ordering};
 
 // What a team is at, in one word, so that a thread can sleep until it changes.
 /// Threads at work on the job, besides the one that runs it.
@@ -54,18 +55,23 @@ pub struct Team<W> {
     job: AtomicPtr<Job<'static>>,
     /// One job at a time.
     busy: AtomicBool,
+    worth: Worth,
     waiting: W,
 }
 
 /// A job, on the stack of the thread that runs it.
-struct Job<'j>(&'j (dyn Fn() + Sync));
+struct Job<'j> {
+    run: &'j (dyn Fn() + Sync),
+    /// Other threads that have taken part.
+    helpers: AtomicUsize,
+}
 
 impl<W: Waiting> Team<W> {
     /// A team of about `count` threads, the one that runs jobs among them. Jobs are divided for that many; that
     /// fewer or more are there does no harm.
     pub fn new(count: usize, waiting: W) -> Self {
         let (state, job) = (AtomicU32::new(0), AtomicPtr::new(core::ptr::null_mut()));
-        Self { count: count.max(1), state, job, busy: AtomicBool::new(false), waiting }
+        Self { count: count.max(1), state, job, busy: AtomicBool::new(false), worth: Worth::new(), waiting }
     }
 
     /// Works on jobs until [`Team::stop`]; for as many threads as like to. A job that unwinds takes its thread along.
@@ -93,7 +99,8 @@ impl<W: Waiting> Team<W> {
             // is inside until `_inside` is dropped, after the last use. The exchange acquired what `open` released,
             // the pointer and the job among it.
             let job = unsafe { &*self.job.load(Ordering::Relaxed) };
-            (job.0)();
+            job.helpers.fetch_add(1, Ordering::Relaxed);
+            (job.run)();
         }
     }
 
@@ -153,9 +160,17 @@ impl<W: Waiting> Workers for Team<W> {
         if self.busy.swap(true, Ordering::Acquire) {
             return job();
         }
-        let entry = Job(job);
-        let _opened = self.open(&entry);
+        let _busy = Busy(&self.busy);
+        if !self.worth.sharing() {
+            return job();
+        }
+        let entry = Job { run: job, helpers: AtomicUsize::new(0) };
+        let began = ticks();
+        let opened = self.open(&entry);
         job();
+        let done = ticks();
+        drop(opened);
+        self.worth.book(entry.helpers.into_inner(), began, done);
     }
 }
 
@@ -169,7 +184,15 @@ impl<W: Waiting> Drop for Opened<'_, W> {
             self.0.wait_while(|state| state & INSIDE != 0, AWAITED);
             state.fetch_and(!AWAITED, Ordering::Relaxed);
         }
-        self.0.busy.store(false, Ordering::Release);
+    }
+}
+
+/// The right to run a job.
+struct Busy<'t>(&'t AtomicBool);
+
+impl Drop for Busy<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Release);
     }
 }
 

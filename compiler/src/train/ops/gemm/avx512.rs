@@ -11,6 +11,7 @@
 use std::arch::x86_64::*;
 use std::array::from_fn;
 use std::cell::RefCell;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use rayon::prelude::*;
@@ -30,7 +31,7 @@ const CACHED: usize = 3 << 17;
 /// Two tiles, one upon the other, fill lines of the cache in a result that is turned and in rows that are packed.
 const PAIR: usize = 2 * ROWS;
 /// Tasks of a thread: few, since each reads the other operand anew, but enough for threads to end together.
-const TASKS: usize = 2;
+const TASKS: usize = 4;
 /// Most rows of a task.
 const TASK_ROWS: usize = 48 * ROWS;
 /// Most floats of a packed vector operand.
@@ -45,8 +46,15 @@ pub(super) fn detected() -> bool {
     is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl")
 }
 
-/// [`super::gemm`] on a CPU that is [`detected`].
-pub(super) fn gemm(c: &mut [f32], a: Matrix<'_>, b: Matrix<'_>, alpha: f32, accumulate: bool, threads: bool) {
+/// [`super::into`] on a CPU that is [`detected`].
+pub(super) fn gemm(
+    c: &mut [MaybeUninit<f32>],
+    a: Matrix<'_>,
+    b: Matrix<'_>,
+    alpha: f32,
+    accumulate: bool,
+    threads: bool,
+) {
     assert!(detected(), "a CPU with AVX-512");
     must_fit(c, &a, &b);
     let stride = b.cols;
@@ -54,13 +62,13 @@ pub(super) fn gemm(c: &mut [f32], a: Matrix<'_>, b: Matrix<'_>, alpha: f32, accu
     let (a, b) = if transposed { (b.t(), a.t()) } else { (a, b) };
     let (m, n, k) = (a.rows, b.cols, a.cols);
     if k == 0 && !accumulate {
-        c.fill(0.0);
+        c.fill(MaybeUninit::new(0.0));
     }
     if m == 0 || n == 0 || k == 0 {
         return;
     }
     let threads = threads && m * n * k >= SMALL;
-    let out = Out { values: c.as_mut_ptr(), stride, transposed, alpha };
+    let out = Out { values: c.as_mut_ptr().cast(), stride, transposed, alpha };
     let product = Product { a, b, out, panels: panels(n) };
     if b.col_stride == 1 && n.is_multiple_of(LANES) && !aliased(b.row_stride) {
         return product.run(None, 0..k, accumulate, threads);

@@ -4,6 +4,8 @@
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 
+use std::mem::MaybeUninit;
+
 use ::gemm::Parallelism;
 
 /// A matrix inside a slice: element `(i, j)` is at `offset + i * row_stride + j * col_stride`.
@@ -54,6 +56,33 @@ impl<'a> Matrix<'a> {
 /// # Panics
 /// If the shapes do not fit each other or their slices: a fault of the caller.
 pub fn gemm(c: &mut [f32], a: Matrix<'_>, b: Matrix<'_>, alpha: f32, accumulate: bool, threads: bool) {
+    // SAFETY: both are slices of the same length and layout, and `into` writes nothing but floats.
+    let c = unsafe { std::slice::from_raw_parts_mut(c.as_mut_ptr().cast(), c.len()) };
+    into(c, a, b, alpha, accumulate, threads);
+}
+
+/// `alpha * a * b`, row-major and dense, on all threads. Its memory is not filled with zeros before.
+///
+/// # Panics
+/// As [`gemm`].
+pub fn product(a: Matrix<'_>, b: Matrix<'_>, alpha: f32) -> Vec<f32> {
+    let size = a.rows * b.cols;
+    let mut c = Vec::with_capacity(size);
+    into(&mut c.spare_capacity_mut()[..size], a, b, alpha, false, true);
+    // SAFETY: `into` has written all `size` elements, since it adds to none.
+    unsafe { c.set_len(size) };
+    c
+}
+
+/// [`gemm`] into memory that may hold no values yet: it reads some only to `accumulate`, and writes them all.
+fn into(
+    c: &mut [MaybeUninit<f32>],
+    a: Matrix<'_>,
+    b: Matrix<'_>,
+    alpha: f32,
+    accumulate: bool,
+    threads: bool,
+) {
     #[cfg(target_arch = "x86_64")]
     if avx512::detected() {
         return avx512::gemm(c, a, b, alpha, accumulate, threads);
@@ -62,25 +91,39 @@ pub fn gemm(c: &mut [f32], a: Matrix<'_>, b: Matrix<'_>, alpha: f32, accumulate:
 }
 
 /// Panics unless `c = a * b` stays within the three slices, which every `unsafe` below relies on.
-fn must_fit(c: &[f32], a: &Matrix<'_>, b: &Matrix<'_>) {
+fn must_fit(c: &[MaybeUninit<f32>], a: &Matrix<'_>, b: &Matrix<'_>) {
     assert_eq!(a.cols, b.rows, "inner sizes of the product");
     assert_eq!(c.len(), a.rows * b.cols, "size of the result");
     assert!(a.end() <= a.values.len() && b.end() <= b.values.len(), "matrix beyond its slice");
 }
 
-/// [`gemm`] by the crate `gemm`.
-fn portable(c: &mut [f32], a: Matrix<'_>, b: Matrix<'_>, alpha: f32, accumulate: bool, threads: bool) {
+/// [`into`] by the crate `gemm`.
+fn portable(
+    c: &mut [MaybeUninit<f32>],
+    a: Matrix<'_>,
+    b: Matrix<'_>,
+    alpha: f32,
+    accumulate: bool,
+    threads: bool,
+) {
     must_fit(c, &a, &b);
+    if a.cols == 0 {
+        if !accumulate {
+            c.fill(MaybeUninit::new(0.0));
+        }
+        return;
+    }
     let parallelism = if threads { Parallelism::Rayon(0) } else { Parallelism::None };
     // SAFETY: every element (i, j) that the product reads lies before `end()` of its matrix, which was
     // just checked against its slice; every element of the result lies in `c`, whose length is exactly
-    // rows * cols and which nothing else can see during the call because it is borrowed mutably.
+    // rows * cols and which nothing else can see during the call because it is borrowed mutably. It is read only
+    // with `accumulate`, where the caller's elements are all there.
     unsafe {
         ::gemm::gemm(
             a.rows,
             b.cols,
             a.cols,
-            c.as_mut_ptr(),
+            c.as_mut_ptr().cast(),
             1,
             b.cols as isize,
             accumulate,
@@ -106,10 +149,18 @@ mod tests {
     use crate::train::ops::check::noise;
     use proptest::prelude::*;
 
-    type Gemm = fn(&mut [f32], Matrix<'_>, Matrix<'_>, f32, bool, bool);
+    type Gemm = fn(&mut [MaybeUninit<f32>], Matrix<'_>, Matrix<'_>, f32, bool, bool);
 
     /// The product of this CPU, and the one of CPUs that it does not know.
-    const BOTH: [(&str, Gemm); 2] = [("gemm", gemm), ("portable", portable)];
+    const BOTH: [(&str, Gemm); 2] = [("gemm", into), ("portable", portable)];
+
+    /// Calls `product` with values; those that it leaves are the ones from before.
+    fn call(product: Gemm, c: &mut [f32], a: Matrix<'_>, b: Matrix<'_>, how: (f32, bool, bool)) {
+        let mut made: Vec<_> = c.iter().copied().map(MaybeUninit::new).collect();
+        product(&mut made, a, b, how.0, how.1, how.2);
+        // SAFETY: they were values before, and only values are written.
+        c.iter_mut().zip(made).for_each(|(c, made)| *c = unsafe { made.assume_init() });
+    }
 
     /// An operand as it may lie in memory: rows or columns contiguous, with `gap` values between them.
     #[derive(Clone, Copy, Debug)]
@@ -144,7 +195,7 @@ mod tests {
         let before = noise(3, m * n);
         for (name, product) in BOTH {
             let mut c = before.clone();
-            product(&mut c, a, b, alpha, accumulate, threads);
+            call(product, &mut c, a, b, (alpha, accumulate, threads));
             for (at_c, (&found, &before)) in c.iter().zip(&before).enumerate() {
                 let (i, j) = (at_c / n, at_c % n);
                 let sum: f64 = (0..k).map(|x| at(&a, i, x) * at(&b, x, j)).sum();
@@ -225,7 +276,7 @@ mod tests {
                 let place = |i: usize, j: usize| if turned { j * (m + 2) + i } else { i * (k + 2) + j };
                 (left[place(3, 5)], left[place(10, 20)]) = (f32::NAN, f32::INFINITY);
                 let mut c = vec![f32::NAN; m * n];
-                product(&mut c, lie.matrix(&left, m, k), lie.matrix(&right, k, n), 1.0, false, false);
+                call(product, &mut c, lie.matrix(&left, m, k), lie.matrix(&right, k, n), (1.0, false, false));
                 for (row, c) in c.chunks_exact(n).enumerate() {
                     let expected = |x: &f32| match row {
                         3 => x.is_nan(),

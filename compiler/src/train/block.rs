@@ -1,25 +1,30 @@
-//! Activation checkpointing (Chen et al. 2016, arXiv 1604.06174): of a block only its input is kept, and the
-//! backward pass computes the block once more.
+//! A transformer block as one operation of candle's graph, with the [`Tape`] of what is inside.
 //!
-//! The memory of activations falls from that of all blocks to that of one, for a third more arithmetic. The
-//! gradients have the same bits, because the same operations run on the same values in the same order; only where
-//! hidden states have losses of their own are the parts of a block's gradient added in another order.
+//! With activation checkpointing (Chen et al. 2016, arXiv 1604.06174) of a block only its input is kept, and the backward
+//! pass computes the block once more: the memory of activations falls from that of all blocks to that of one, for a
+//! third more arithmetic. The gradients have the same bits, because the same operations run on the same values in the
+//! same order.
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, Var, bail};
+use std::sync::{Mutex, PoisonError};
+
+use candle_core::{CpuStorage, CustomOp2, DType, Device, Layout, Result, Shape, Tensor, Var, bail};
 
 use super::gradients::{absorb, under_way};
 use super::graph::Decoder;
 use super::ops::values;
+use super::tape::{Tape, record};
 
-/// What a block makes of its input: the second argument of the operation, which passes it on.
-struct Recomputed {
+/// What a block makes of `x`: the second argument of the operation, which passes it on. The first leads candle back.
+struct Block {
     decoder: Decoder,
     layer: usize,
-    batch: usize,
-    length: usize,
+    x: Tensor,
+    shape: (usize, usize),
+    /// The result with the tape that led to it, unless that is to be made again.
+    recorded: Mutex<Option<(Tensor, Tape)>>,
 }
 
-/// [`Decoder::block`] that forgets everything between its input and its output.
+/// [`Decoder::block`].
 ///
 /// # Errors
 /// The shapes do not fit; in the backward pass, if the gradients of the block's weights have no
@@ -31,22 +36,27 @@ pub(super) fn block(
     batch: usize,
     length: usize,
 ) -> Result<Tensor> {
+    let (y, tape) = record(|| decoder.compute_block(layer, x, batch, length))?;
+    if tape.is_empty() {
+        return Ok(y);
+    }
+    let result = y.detach();
     // Where nothing before the block is trained, candle would not come back to it.
-    let x = if x.track_op() { x.clone() } else { Var::from_tensor(x)?.into_inner() };
-    // Its graph goes with the last reference to it.
-    let y = decoder.compute_block(layer, &x, batch, length)?.detach();
-    x.apply_op2(&y, Recomputed { decoder: decoder.clone(), layer, batch, length })
+    let way = if x.track_op() { x.clone() } else { Var::zeros(1, DType::F32, &Device::Cpu)?.into_inner() };
+    let recorded = Mutex::new((!decoder.recomputes()).then_some((y, tape)));
+    let block = Block { decoder: decoder.clone(), layer, x: x.clone(), shape: (batch, length), recorded };
+    way.apply_op2(&result, block)
 }
 
-impl CustomOp2 for Recomputed {
+impl CustomOp2 for Block {
     fn name(&self) -> &'static str {
-        "recomputed-block"
+        "block"
     }
 
     fn cpu_fwd(
         &self,
-        _x: &CpuStorage,
-        _x_layout: &Layout,
+        _way: &CpuStorage,
+        _way_layout: &Layout,
         y: &CpuStorage,
         y_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
@@ -55,7 +65,7 @@ impl CustomOp2 for Recomputed {
 
     fn bwd(
         &self,
-        x: &Tensor,
+        _way: &Tensor,
         _y: &Tensor,
         _result: &Tensor,
         grad: &Tensor,
@@ -63,34 +73,16 @@ impl CustomOp2 for Recomputed {
         if !under_way() {
             bail!("{}: the gradients of its weights have nowhere to go", self.name());
         }
-        let x = Var::from_tensor(&x.detach())?;
-        let y = self.decoder.compute_block(self.layer, &x, self.batch, self.length)?;
-        let mut store = y.apply_op1(Seed { grad: grad.clone() })?.backward()?;
-        let dx = store.remove(&x);
-        absorb(store)?;
+        let (batch, length) = self.shape;
+        let recorded = self.recorded.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let (y, tape) = match recorded {
+            Some(recorded) => recorded,
+            None => record(|| self.decoder.compute_block(self.layer, &self.x, batch, length))?,
+        };
+        let mut grads = tape.backward(&y, grad)?;
+        let dx = grads.remove(&self.x.id());
+        absorb(grads)?;
         Ok((dx, None))
-    }
-}
-
-/// A scalar whose gradient is a given one.
-struct Seed {
-    grad: Tensor,
-}
-
-impl CustomOp1 for Seed {
-    fn name(&self) -> &'static str {
-        "seed"
-    }
-
-    fn cpu_fwd(&self, _: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        if layout.shape() != self.grad.shape() {
-            bail!("seed: gradient {:?} of {:?}", self.grad.shape(), layout.shape());
-        }
-        Ok((CpuStorage::F32(vec![0.0]), Shape::from(())))
-    }
-
-    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
-        Ok(Some(self.grad.clone()))
     }
 }
 
