@@ -10,10 +10,9 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 
 use candle_core::{Result, Tensor, TensorId, bail};
-use rayon::prelude::*;
 
 use super::error::TrainError;
-use super::ops::{widest, with_values};
+use super::ops::{threads, widest, with_values};
 use super::optimizer::{CHUNK, Parameter};
 
 /// One sum of gradients for each parameter.
@@ -86,13 +85,9 @@ impl Gradients {
 ///
 /// Sums in f64 over fixed chunks in a fixed order: the same on any number of threads.
 pub fn norm(gradients: &[&[f32]]) -> f64 {
-    let mut total = 0f64;
-    for gradient in gradients {
-        let partial: Vec<f64> =
-            gradient.par_chunks(CHUNK).map(|part| widest!(sum_of_squares(part))).collect();
-        total += partial.iter().sum::<f64>();
-    }
-    total.sqrt()
+    let chunks = gradients.iter().flat_map(|gradient| gradient.chunks(CHUNK)).collect();
+    let sums = threads::map(chunks, |chunk| widest!(sum_of_squares(chunk)));
+    sums.iter().sum::<f64>().sqrt()
 }
 
 /// Sum of squares in eight independent f64 lanes, which the compiler turns into vector code.
@@ -143,7 +138,7 @@ pub(crate) fn absorb(gradients: impl IntoIterator<Item = (TensorId, Tensor)>) ->
                 if values.len() != sum.len() {
                     bail!("a gradient of {} values for a parameter of {}", values.len(), sum.len());
                 }
-                sum.par_chunks_mut(CHUNK).zip(values.par_chunks(CHUNK)).for_each(|(sum, values)| {
+                threads::map(sum.chunks_mut(CHUNK).zip(values.chunks(CHUNK)).collect(), |(sum, values)| {
                     if add {
                         widest!(sum.iter_mut().zip(values).for_each(|(sum, value)| *sum += value));
                     } else {

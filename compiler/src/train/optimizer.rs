@@ -5,9 +5,8 @@
 //! number of threads. Never computes a gradient and knows no schedule: the caller gives the rate.
 
 use candle_core::Var;
-use rayon::prelude::*;
 
-use super::ops::{widest, with_values_mut};
+use super::ops::{threads, widest, with_values_mut};
 
 /// Elements that one thread works on at a time. Also the unit of the norm's summation order.
 pub(super) const CHUNK: usize = 1 << 14;
@@ -115,14 +114,11 @@ impl AdamW {
             };
             let Moments { first, second } = moments;
             with_values_mut(&parameter.var, |weights| {
-                weights
-                    .par_chunks_mut(CHUNK)
-                    .zip(gradient.par_chunks(CHUNK))
-                    .zip(first.par_chunks_mut(CHUNK))
-                    .zip(second.par_chunks_mut(CHUNK))
-                    .for_each(|(((weights, gradients), first), second)| {
-                        widest!(rule.apply(weights, gradients, first, second));
-                    });
+                let moments = first.chunks_mut(CHUNK).zip(second.chunks_mut(CHUNK));
+                let tasks = weights.chunks_mut(CHUNK).zip(gradient.chunks(CHUNK)).zip(moments).collect();
+                threads::map(tasks, |((weights, gradients), (first, second))| {
+                    widest!(rule.apply(weights, gradients, first, second));
+                });
             })?;
         }
         Ok(())

@@ -156,61 +156,11 @@ enum Scorer<'a> {
     Foreign(Box<Decoder>, &'a Interpreter<'a>),
 }
 
-/// What a batch is learned by.
-struct Lesson<'a> {
+/// A run under way.
+struct Trainer<'a> {
     teacher: Scorer<'a>,
     inner: Option<Inner>,
     student: &'a Decoder,
-    config: &'a TrainConfig,
-}
-
-impl Lesson<'_> {
-    /// The loss of one batch, multiplied by `share`, with its graph.
-    fn loss(&self, batch: &Batch, share: f64) -> Result<(Tensor, LossParts), TrainError> {
-        let Batch { inputs, targets, starts, .. } = batch;
-        let shape = (starts.len(), self.config.length);
-        let objective = &self.config.objective;
-        let fused = |hidden: &Tensor, target: Target<'_>| {
-            loss::loss(hidden, &self.student.head()?, target, targets, objective, share)
-        };
-        let plain = || self.student.hidden(inputs, shape.0, shape.1);
-        let (teacher, inner) = match (&self.teacher, &self.inner) {
-            (Scorer::Text, _) => return Ok(fused(&plain()?, Target::Text)?),
-            (Scorer::Cache(cache), _) => {
-                let kept = Arc::new(cache.read(starts, targets)?);
-                return Ok(fused(&plain()?, Target::Sparse(&kept))?);
-            }
-            (Scorer::Said(soft), _) => {
-                let said = Arc::new(said::targets(soft, batch, self.config.length));
-                return Ok(fused(&plain()?, Target::Sparse(&said))?);
-            }
-            (Scorer::Foreign(teacher, interpreter), _) if objective.universal => {
-                let groups = interpreter.group(teacher, batch, self.config.length)?;
-                return Ok(fused(&plain()?, Target::Universal(&groups))?);
-            }
-            (Scorer::Foreign(teacher, interpreter), _) => {
-                let (length, temperature) = (self.config.length, objective.temperature);
-                let translated = interpreter.translate(teacher, batch, length, temperature)?;
-                return Ok(fused(&plain()?, Target::Sparse(&translated))?);
-            }
-            (Scorer::Model(teacher), None) => {
-                let hidden = teacher.hidden(inputs, shape.0, shape.1)?;
-                return Ok(fused(&plain()?, Target::Teacher(&hidden, &teacher.head()?))?);
-            }
-            (Scorer::Model(teacher), Some(inner)) => (teacher, inner),
-        };
-        let of_teacher = inner.of_teacher(teacher, inputs, shape)?;
-        let of_student = inner.of_student(self.student, inputs, shape)?;
-        let (loss, mut parts) = fused(&of_student.last, Target::Teacher(&of_teacher.last, &teacher.head()?))?;
-        let (compared, value) = inner.loss(&of_student, &of_teacher, targets, share)?;
-        parts.loss += value;
-        Ok(((loss + compared)?, parts))
-    }
-}
-
-/// A run under way.
-struct Trainer<'a> {
-    lesson: Lesson<'a>,
     optimizer: AdamW,
     gradients: Gradients,
     windows: Windows<'a>,
@@ -254,7 +204,9 @@ impl<'a> Trainer<'a> {
         let (metrics, seconds) =
             metrics.map_err(|source| TrainError::Metrics { folder: folder.path.clone(), source })?.unzip();
         Ok(Self {
-            lesson: Lesson { teacher, inner, student: &student.decoder, config },
+            teacher,
+            inner,
+            student: &student.decoder,
             gradients: Gradients::new(optimizer.parameters()),
             optimizer,
             windows,
@@ -305,11 +257,7 @@ impl<'a> Trainer<'a> {
         let (mut own, mut scored) = (whole.part(range.clone(), length), whole.scored);
         if on_policy > 0.0 {
             let policy = Policy { share: on_policy, seed, length };
-            policy.rewrite(
-                self.lesson.student,
-                std::slice::from_mut(&mut own),
-                first + range.start as u64,
-            )?;
+            policy.rewrite(self.student, std::slice::from_mut(&mut own), first + range.start as u64)?;
             scored = self.over_all(own.scored as f32) as usize;
         }
         let mut total = LossParts { loss: 0.0, kl: 0.0, cross_entropy: 0.0, tokens: 0 };
@@ -318,13 +266,8 @@ impl<'a> Trainer<'a> {
             let part = own.part(start..range.len().min(start + batch), length);
             // Every scored token of the step weighs the same, however they fell into batches.
             let share = part.scored as f64 / scored as f64;
-            let (lesson, gradients) = (&self.lesson, &mut self.gradients);
-            // In one of rayon's threads, which has work done by others without falling asleep itself.
-            let parts = rayon::scope(|_| {
-                let (loss, parts) = lesson.loss(&part, share)?;
-                gradients.add(&loss)?;
-                Ok::<_, TrainError>(parts)
-            })?;
+            let (loss, parts) = self.forward(&part, share)?;
+            self.gradients.add(&loss)?;
             total.loss += parts.loss * share;
             total.kl += parts.kl * share;
             total.cross_entropy += parts.cross_entropy * share;
@@ -356,13 +299,55 @@ impl<'a> Trainer<'a> {
         [total.loss, total.kl, total.cross_entropy] = parts.map(f64::from);
     }
 
+    /// The loss of one batch, multiplied by `share`, with its graph.
+    fn forward(&self, batch: &Batch, share: f64) -> Result<(Tensor, LossParts), TrainError> {
+        let Batch { inputs, targets, starts, .. } = batch;
+        let shape = (starts.len(), self.config.length);
+        let objective = &self.config.objective;
+        let fused = |hidden: &Tensor, target: Target<'_>| {
+            loss::loss(hidden, &self.student.head()?, target, targets, objective, share)
+        };
+        let plain = || self.student.hidden(inputs, shape.0, shape.1);
+        let (teacher, inner) = match (&self.teacher, &self.inner) {
+            (Scorer::Text, _) => return Ok(fused(&plain()?, Target::Text)?),
+            (Scorer::Cache(cache), _) => {
+                let kept = Arc::new(cache.read(starts, targets)?);
+                return Ok(fused(&plain()?, Target::Sparse(&kept))?);
+            }
+            (Scorer::Said(soft), _) => {
+                let said = Arc::new(said::targets(soft, batch, self.config.length));
+                return Ok(fused(&plain()?, Target::Sparse(&said))?);
+            }
+            (Scorer::Foreign(teacher, interpreter), _) if objective.universal => {
+                let groups = interpreter.group(teacher, batch, self.config.length)?;
+                return Ok(fused(&plain()?, Target::Universal(&groups))?);
+            }
+            (Scorer::Foreign(teacher, interpreter), _) => {
+                let (length, temperature) = (self.config.length, objective.temperature);
+                let translated = interpreter.translate(teacher, batch, length, temperature)?;
+                return Ok(fused(&plain()?, Target::Sparse(&translated))?);
+            }
+            (Scorer::Model(teacher), None) => {
+                let hidden = teacher.hidden(inputs, shape.0, shape.1)?;
+                return Ok(fused(&plain()?, Target::Teacher(&hidden, &teacher.head()?))?);
+            }
+            (Scorer::Model(teacher), Some(inner)) => (teacher, inner),
+        };
+        let of_teacher = inner.of_teacher(teacher, inputs, shape)?;
+        let of_student = inner.of_student(self.student, inputs, shape)?;
+        let (loss, mut parts) = fused(&of_student.last, Target::Teacher(&of_teacher.last, &teacher.head()?))?;
+        let (compared, value) = inner.loss(&of_student, &of_teacher, targets, share)?;
+        parts.loss += value;
+        Ok(((loss + compared)?, parts))
+    }
+
     /// Stops a run whose numbers have left the range that training comes back from.
     ///
     /// A model that knows nothing has a cross-entropy of `ln(vocab)`; ten times that is far beyond
     /// what any start with sane weights shows.
     fn check(&self, parts: &LossParts, grad_norm: f64) -> Result<(), TrainError> {
         let limit = 10.0
-            * (self.lesson.student.spec().vocab as f64).ln().max(1.0)
+            * (self.student.spec().vocab as f64).ln().max(1.0)
             * self.config.objective.temperature.powi(2).max(1.0)
             * self.config.objective.soft.total().max(1.0)
             + LARGEST_STATES * self.config.hidden.mse

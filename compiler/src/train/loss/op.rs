@@ -5,7 +5,6 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
-use rayon::prelude::*;
 
 use super::dense::{Row, Scales, row_gradient};
 use super::objective::Objective;
@@ -14,7 +13,9 @@ use super::sparse::{SparseTargets, sparse_gradient};
 use super::universal::{Universal, check_groups, group_gradient};
 use super::{Head, LossParts};
 use crate::train::gradients::into_buffer;
-use crate::train::ops::{Matrix, gemm, product, rows_cols, slope, tensor, values, with_values, zeros};
+use crate::train::ops::{
+    Matrix, gemm, product, rows_cols, slope, tensor, threads, values, widest, with_values, zeros,
+};
 
 /// What the student is to say.
 #[derive(Clone, Copy, Debug)]
@@ -188,8 +189,8 @@ impl HeadLoss {
                 sums.cross_entropy += row.cross_entropy;
             }
             if student.soft_cap > 0.0 {
-                let rows = s.par_chunks_mut(vocab).zip(before.par_chunks(vocab));
-                rows.for_each(|(grads, logits)| {
+                let rows = s.chunks_mut(vocab).zip(before.chunks(vocab)).collect();
+                threads::map(rows, |(grads, logits)| {
                     grads.iter_mut().zip(logits).for_each(|(g, x)| *g *= slope(*x, student.soft_cap));
                 });
             }
@@ -232,34 +233,33 @@ fn gradients(
     buffer: &mut [f32],
     scales: &Scales,
 ) -> Vec<Row> {
-    let rows = s.par_chunks_mut(vocab).zip(chunk);
+    let rows = s.chunks_mut(vocab).zip(chunk);
     match teacher {
-        Beside::Text => rows
-            .map_init(Vec::new, |spare, (s, (_, target))| row_gradient(s, None, *target, scales, spare))
-            .collect(),
+        Beside::Text => threads::map(rows.collect(), |(s, (_, target))| {
+            row_gradient(s, None, *target, scales, &mut Vec::new())
+        }),
         Beside::Teacher(teacher) => {
             let t = &mut buffer[..chunk.len() * vocab];
             teacher.logits(chunk, t);
-            rows.zip(t.par_chunks_mut(vocab))
-                .map_init(Vec::new, |spare, ((s, (_, target)), t)| {
-                    row_gradient(s, Some(t), *target, scales, spare)
-                })
-                .collect()
-        }
-        Beside::Sparse(SparseTargets { sparsity, rows: kept }) => rows
-            .map_init(Vec::new, |spare, (s, (row, target))| match &kept[*row] {
-                kept if kept.is_text() => row_gradient(s, None, *target, scales, spare),
-                kept => sparse_gradient(s, kept, *sparsity, *target, scales, spare),
+            threads::map(rows.zip(t.chunks_mut(vocab)).collect(), |((s, (_, target)), t)| {
+                row_gradient(s, Some(t), *target, scales, &mut Vec::new())
             })
-            .collect(),
+        }
+        Beside::Sparse(SparseTargets { sparsity, rows: kept }) => {
+            threads::map(rows.collect(), |(s, (row, target))| {
+                let mut spare = Vec::new();
+                match &kept[*row] {
+                    kept if kept.is_text() => row_gradient(s, None, *target, scales, &mut spare),
+                    kept => sparse_gradient(s, kept, *sparsity, *target, scales, &mut spare),
+                }
+            })
+        }
         Beside::Universal(targets, teacher) => {
-            let rows: Vec<_> = split(s, vocab, chunk, targets)
-                .into_par_iter()
-                .map(|(s, rows)| match targets.group_of(rows[0].0) {
-                    None => vec![row_gradient(s, None, rows[0].1, scales, &mut Vec::new())],
-                    Some(group) => group_gradient(s, rows, group, targets, teacher, scales),
-                })
-                .collect();
+            let parts = split(s, vocab, chunk, targets);
+            let rows = threads::map(parts, |(s, rows)| match targets.group_of(rows[0].0) {
+                None => vec![row_gradient(s, None, rows[0].1, scales, &mut Vec::new())],
+                Some(group) => group_gradient(s, rows, group, targets, teacher, scales),
+            });
             rows.concat()
         }
     }
@@ -339,10 +339,10 @@ impl CustomOp2 for HeadLoss {
         let Some(dhead) = dhead else { return Ok((Some(dhidden), None)) };
         let buffered = into_buffer(head, |sum, add| {
             with_values(&dhead, |dhead| {
-                sum.par_chunks_mut(1 << 14).zip(dhead.par_chunks(1 << 14)).for_each(|(sum, dhead)| {
-                    for (sum, dhead) in sum.iter_mut().zip(dhead) {
+                threads::map(sum.chunks_mut(1 << 16).zip(dhead.chunks(1 << 16)).collect(), |(sum, dhead)| {
+                    widest!(for (sum, dhead) in sum.iter_mut().zip(dhead) {
                         *sum = dhead * factor + if add { *sum } else { 0.0 };
-                    }
+                    });
                 });
                 Ok(())
             })

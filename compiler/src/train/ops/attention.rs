@@ -3,13 +3,12 @@
 
 use std::ops::Range;
 
-use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
-use rayon::prelude::*;
-
 use super::sums::{dot, exponentiate, max};
 use super::{
-    Matrix, apply3, capped, fresh, gemm, matrix, rows_cols, slope, tensor, values, widest, with_values,
+    Matrix, apply3, capped, fresh, gemm, matrix, rows_cols, slope, tensor, threads, values, widest,
+    with_values,
 };
+use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 
 /// Query rows of one block. Keys after its last row are masked for all of it and never touched.
 const BLOCK: usize = 64;
@@ -239,7 +238,7 @@ impl CustomOp3 for Attention {
         }
         let q = values(q, q_layout, "attention")?;
         let (k, v) = (values(k, k_layout, "attention")?, values(v, v_layout, "attention")?);
-        let outputs: Vec<Vec<f32>> = self.groups(q, k, v, n).par_iter().map(Group::forward).collect();
+        let outputs: Vec<Vec<f32>> = threads::map(self.groups(q, k, v, n), |group| group.forward());
         let outputs: Vec<&[f32]> = outputs.iter().map(Vec::as_slice).collect();
         Ok(matrix(self.gather(&outputs, heads / kv_heads, n), n, width))
     }
@@ -258,7 +257,7 @@ impl CustomOp3 for Attention {
             with_values(k, |k| {
                 with_values(v, |v| {
                     with_values(&grad, |grad| {
-                        Ok(self.groups(q, k, v, n).par_iter().map(|group| group.backward(grad)).collect())
+                        Ok(threads::map(self.groups(q, k, v, n), |group| group.backward(grad)))
                     })
                 })
             })

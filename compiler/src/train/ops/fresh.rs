@@ -4,7 +4,7 @@
 use std::array::from_fn;
 use std::mem::MaybeUninit;
 
-use rayon::prelude::*;
+use super::threads;
 
 /// Values that one task fills where nothing else is done to them.
 const CHUNK: usize = 1 << 16;
@@ -23,7 +23,7 @@ pub(crate) fn fresh_with<const N: usize, R: Send>(
     let tasks: Vec<_> = starts
         .map(|start| (start, chunks.each_mut().map(|parts| parts.next().unwrap_or_default())))
         .collect();
-    let answers = tasks.into_par_iter().map(|(start, parts)| body(start, parts.map(cleared))).collect();
+    let answers = threads::map(tasks, |(start, parts)| body(start, parts.map(cleared)));
     for made in &mut made {
         // SAFETY: every task has cleared its chunk, and the chunks are all of the first `len` values.
         unsafe { made.set_len(len) };

@@ -19,6 +19,7 @@ mod rope;
 mod rows;
 mod soft_cap;
 pub(crate) mod sums;
+pub(crate) mod threads;
 mod tiles;
 mod vectors;
 

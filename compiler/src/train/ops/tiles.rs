@@ -4,19 +4,18 @@
 //! Both factors are integers of eight bits in blocks of 32 with a scale each: `W` (Q8_0, in tiles) from the start, `x`
 //! for the time of a product. A product has no backward pass; whoever asks for one is refused.
 
+use std::cell::RefCell;
 use std::sync::Arc;
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use edge_runtime::format::{DType, Layout as WeightLayout, tiled_bytes};
 use edge_runtime::kernels::{ActivationsMut, Features, Kernels, Matrix, pack_tiles};
-use edge_runtime::workers::Workers;
-use rayon::prelude::*;
 
-use super::{apply1, matrix, rows_cols, values, with_values, zeros};
+use super::{apply1, matrix, rows_cols, threads, values, with_values, zeros};
 use crate::quantize::quantize_rows;
 
-/// Rows of `x` that are quantized by one thread. Large enough that unpacking a tile is little beside its products, and,
-/// being fixed, the same whatever the number of threads.
+/// Rows of `x` that one thread quantizes, and that meet a tile once it is unpacked. Fixed, so the same whatever the number
+/// of threads.
 const TOGETHER: usize = 128;
 
 /// A matrix `[out, in]` in Q8_0 tiles; clones share them.
@@ -61,40 +60,34 @@ impl Tiles {
     pub fn product(&self, y: &mut [f32], x: &[f32]) {
         let [rows, cols] = self.dims;
         assert_eq!(x.len() / cols * rows, y.len(), "size of the result");
-        let kernels = Kernels::select(Features::detect());
-        let multiply = |(floats, quants): &mut (Vec<f32>, Vec<i8>), y: &mut [f32], x: &[f32]| {
-            let tokens = x.len() / cols;
-            let padded = ActivationsMut::padded_tokens(tokens);
-            floats.resize(padded * ActivationsMut::floats_per_token(cols), 0.0);
-            quants.resize(padded * ActivationsMut::quants_per_token(cols), 0);
+        thread_local! {
+            /// Values and integers of `x`, of any product before: fresh memory costs more than rounding into it.
+            static BUFFERS: RefCell<Vec<(Vec<f32>, Vec<i8>)>> = const { RefCell::new(Vec::new()) };
+        }
+        let mut done = |buffers: &mut Vec<(Vec<f32>, Vec<i8>)>| -> edge_runtime::Result<()> {
+            let kernels = Kernels::select(Features::detect());
             let weight = Matrix::with(WeightLayout::Tiles, DType::Q8_0, rows, cols, &self.bytes)?;
-            let mut acts = ActivationsMut::new(tokens, cols, floats, quants)?;
-            acts.values_mut().copy_from_slice(x);
-            kernels.matmul(&AllThreads, &weight, &kernels.quantize_for(&mut acts, &[&weight]), y)
+            let chunks = x.chunks(TOGETHER * cols);
+            let mut batches = Vec::new();
+            buffers.resize_with(chunks.len().max(buffers.len()), Default::default);
+            for ((floats, quants), x) in buffers.iter_mut().zip(chunks.clone()) {
+                let (tokens, padded) = (x.len() / cols, ActivationsMut::padded_tokens(x.len() / cols));
+                floats.resize(padded * ActivationsMut::floats_per_token(cols), 0.0);
+                quants.resize(padded * ActivationsMut::quants_per_token(cols), 0);
+                batches.push(ActivationsMut::new(tokens, cols, floats, quants)?);
+            }
+            let rounded = threads::map(batches.iter_mut().zip(chunks).collect(), |(acts, x)| {
+                acts.values_mut().copy_from_slice(x);
+                kernels.quantize_for(acts, &[&weight])
+            });
+            for (acts, y) in rounded.into_iter().zip(y.chunks_mut(TOGETHER * rows)) {
+                kernels.matmul(threads::pool(), &weight, &acts, y)?;
+            }
+            Ok(())
         };
-        y.par_chunks_mut(TOGETHER * rows).zip(x.par_chunks(TOGETHER * cols)).for_each_init(
-            Default::default,
-            |buffers, (y, x)| {
-                let done: edge_runtime::Result<()> = multiply(buffers, y, x);
-                done.expect("buffers of the sizes that kernels ask for");
-            },
-        );
-    }
-}
-
-/// Rayon's threads as the kernels' workers: few rows of `x` times a large matrix are work for all of them, too.
-struct AllThreads;
-
-impl Workers for AllThreads {
-    fn count(&self) -> usize {
-        rayon::current_num_threads()
-    }
-
-    fn run(&self, job: &(dyn Fn() + Sync)) {
-        rayon::scope(|scope| {
-            (1..self.count()).for_each(|_| scope.spawn(|_| job()));
-            job();
-        });
+        let mut buffers = BUFFERS.take();
+        done(&mut buffers).expect("buffers of the sizes that kernels ask for");
+        BUFFERS.set(buffers);
     }
 }
 

@@ -14,8 +14,7 @@ use std::cell::RefCell;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use rayon::prelude::*;
-
+use super::super::threads;
 use super::{Matrix, must_fit};
 
 /// Floats of a register.
@@ -141,10 +140,9 @@ fn stretches(inner: Range<usize>) -> impl Iterator<Item = Range<usize>> {
     inner.clone().step_by(step).map(move |start| start..inner.end.min(start + step))
 }
 
-fn for_each<T: Send>(tasks: impl Iterator<Item = T>, threads: bool, run: impl Fn(T) + Send + Sync) {
-    if threads {
-        let tasks: Vec<T> = tasks.collect();
-        tasks.into_par_iter().with_max_len(1).for_each(run);
+fn for_each<T: Send>(tasks: impl Iterator<Item = T>, together: bool, run: impl Fn(T) + Send + Sync) {
+    if together {
+        threads::map(tasks.collect(), run);
     } else {
         tasks.for_each(run);
     }
