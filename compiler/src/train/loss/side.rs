@@ -7,7 +7,7 @@ use super::{Head, IGNORE};
 use crate::train::ops::{Matrix, Tiles, capped, gemm, with_values};
 
 /// Tokens whose logits exist at one time.
-pub(super) const CHUNK: usize = 128;
+pub(super) const CHUNK: usize = 256;
 
 /// Final hidden states and the head of one model.
 pub(super) struct Side<'a> {

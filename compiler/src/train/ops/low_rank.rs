@@ -81,7 +81,7 @@ impl Frozen {
     /// # Errors
     /// The shapes do not fit.
     pub fn apply_with(&self, x: &Tensor, down: &Tensor, up: &Tensor, scale: f32) -> Result<Tensor> {
-        apply3([x, down, up], LowRankProduct { weight: Some(self.clone()), scale })
+        apply3([x, down, up], LowRankProduct { weight: Some(self.clone()), scale, low: Mutex::default() })
     }
 
     /// `x W^T`, or with `transposed` `x W`.
@@ -99,7 +99,7 @@ impl Frozen {
 /// # Errors
 /// The shapes do not fit.
 pub fn low_rank(x: &Tensor, down: &Tensor, up: &Tensor, scale: f32) -> Result<Tensor> {
-    apply3([x, down, up], LowRankProduct { weight: None, scale })
+    apply3([x, down, up], LowRankProduct { weight: None, scale, low: Mutex::default() })
 }
 
 struct Product {
@@ -133,6 +133,8 @@ impl CustomOp1 for Product {
 struct LowRankProduct {
     weight: Option<Frozen>,
     scale: f32,
+    /// `x A^T`, from the forward to the backward pass.
+    low: Mutex<Option<Vec<f32>>>,
 }
 
 impl CustomOp3 for LowRankProduct {
@@ -160,8 +162,8 @@ impl CustomOp3 for LowRankProduct {
         let x = Matrix::new(values(x, x_layout, op)?, n, cols);
         let down = Matrix::new(values(down, down_layout, op)?, rank, cols);
         let up = Matrix::new(values(up, up_layout, op)?, out, rank);
-        let low = product(x, down.t(), 1.0);
-        let low = Matrix::new(&low, n, rank);
+        let kept = product(x, down.t(), 1.0);
+        let low = Matrix::new(&kept, n, rank);
         let y = match &self.weight {
             None => product(low, up.t(), self.scale),
             Some(weight) => {
@@ -170,6 +172,7 @@ impl CustomOp3 for LowRankProduct {
                 y
             }
         };
+        *self.low.lock().unwrap_or_else(PoisonError::into_inner) = Some(kept);
         Ok(matrix(y, n, out))
     }
 
@@ -190,7 +193,8 @@ impl CustomOp3 for LowRankProduct {
                     with_values(up, |up| {
                         let (grad, x) = (Matrix::new(grad, n, out), Matrix::new(x, n, cols));
                         let down = Matrix::new(down, rank, cols);
-                        let mut low = product(x, down.t(), 1.0);
+                        let kept = self.low.lock().unwrap_or_else(PoisonError::into_inner).take();
+                        let mut low = kept.unwrap_or_else(|| product(x, down.t(), 1.0));
                         let dup = product(grad.t(), Matrix::new(&low, n, rank), self.scale);
                         // The gradient of `x A^T`, in the same memory.
                         gemm(&mut low, grad, Matrix::new(up, out, rank), self.scale, false, true);
@@ -389,7 +393,7 @@ mod tests {
     /// An input that depends on nothing trained gets no gradient: that product would be for nothing.
     #[test]
     fn an_input_that_is_not_trained_gets_no_gradient() {
-        let op = LowRankProduct { weight: Some(bases()[0].clone()), scale: 1.0 };
+        let op = LowRankProduct { weight: Some(bases()[0].clone()), scale: 1.0, low: Mutex::default() };
         let (x, down, up) = (check::matrix(1, 5, 32), check::matrix(2, 3, 32), check::matrix(3, 6, 3));
         let grad = check::matrix(8, 5, 6);
         assert!(op.bwd(&x, &down, &up, &grad, &grad).unwrap().0.is_none());

@@ -37,6 +37,8 @@ const TASK_ROWS: usize = 48 * ROWS;
 const PACKED: usize = 1 << 21;
 /// Steps of the inner axis between the vectors that are multiplied and those that are fetched.
 const AHEAD: usize = 8;
+/// Times as many columns as rows from which on a result is turned rather than its vector operand packed.
+const MANY: usize = 8;
 /// Below this many multiplications threads cost more than they bring.
 const SMALL: usize = 1 << 20;
 
@@ -57,7 +59,13 @@ pub(super) fn gemm(
     assert!(detected(), "a CPU with AVX-512");
     must_fit(c, &a, &b);
     let stride = b.cols;
-    let transposed = b.col_stride != 1 && (a.col_stride != 1 || b.cols > a.rows);
+    let transposed = if b.col_stride != 1 {
+        // Either `b` is packed or the result is turned.
+        a.col_stride != 1 || b.cols > MANY * a.rows
+    } else {
+        // A result of a single vector is turned, if that is met in place then.
+        a.col_stride != 1 && b.cols <= LANES && a.rows > b.cols
+    };
     let (a, b) = if transposed { (b.t(), a.t()) } else { (a, b) };
     let (m, n, k) = (a.rows, b.cols, a.cols);
     if k == 0 && !accumulate {
