@@ -1,7 +1,7 @@
 //! The head and the loss, fused: `alpha * T^2 * sum(weight * divergence) + (1 - alpha) * cross-entropy`
 //! (Hinton et al., 2015), averaged over the scored tokens.
 //!
-//! Logits over a whole vocabulary are the largest thing in a step. They exist for 128 tokens at a time, once
+//! Logits over a whole vocabulary are the largest thing in a step. They exist for 256 tokens at a time, once
 //! for the teacher and once for the student; the student's buffer becomes the gradient in place and is spent
 //! on both weight and input gradients before the next chunk.
 //!

@@ -9,9 +9,9 @@ pub(super) use clock::ticks;
 use core::sync::atomic::{AtomicUsize, Ordering};
 
 /// The most that is remembered of good times, so that bad ones are noticed soon. In milliseconds, as what follows.
-const MEMORY: usize = 8;
+const MEMORY: usize = 4;
 /// How long jobs are run alone, at first; twice as long each time that another try fails.
-const SHORTEST: usize = 16;
+const SHORTEST: usize = 32;
 const LONGEST: usize = 512;
 
 /// The books of a team. Only the thread that runs the team's job writes; they are atomic to be shared at all.
