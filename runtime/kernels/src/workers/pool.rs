@@ -151,8 +151,9 @@ mod tests {
 
     #[test]
     fn threads_that_sleep_are_woken_and_slow_ones_waited_for() {
-        let pool = Pool::new(3).unwrap();
         for _ in 0..3 {
+            // A pool that has waited so long before would do without threads for a while.
+            let pool = Pool::new(3).unwrap();
             thread::sleep(Duration::from_millis(30));
             let workers = Mutex::new(Vec::new());
             check(&pool, |index| {
