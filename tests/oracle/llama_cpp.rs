@@ -24,7 +24,7 @@ const TOKENS: usize = 16;
 const CONTEXT: usize = 64;
 const WINDOWS: usize = 6;
 /// Logits that are closer than this may be ordered otherwise: activations are rounded to eight bits.
-const CLOSE: f32 = 0.2;
+const CLOSE: f32 = 0.05;
 /// Largest difference of a perplexity, as a share of it.
 const PERPLEXITY: f64 = 0.005;
 
