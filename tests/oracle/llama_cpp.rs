@@ -67,12 +67,11 @@ fn greedy(model: &Path, prompt: &str) -> Value {
     serde_json::from_str(&run(&mut command)).unwrap()
 }
 
-/// The token ids of a text.
-fn ids(model: &Path, text: &str) -> Vec<u32> {
-    let file = model.with_extension("txt");
-    std::fs::write(&file, text).unwrap();
+/// The token ids of a file of text.
+fn tokenize(model: &Path, text: &Path, options: &[&str]) -> Vec<u32> {
     let mut command = edgec();
-    serde_json::from_str(&run(command.arg("tokenize").arg(model).stdin(File::open(&file).unwrap()))).unwrap()
+    command.arg("tokenize").arg(model).args(options).stdin(File::open(text).unwrap());
+    serde_json::from_str(&run(&mut command)).unwrap()
 }
 
 /// The tokens are llama.cpp's, up to a choice that 8-bit activations leave open.
@@ -83,7 +82,9 @@ fn assert_same_choices(kind: &str, model: &Path, prompt: &str, golden: &Value) {
     let Some(at) = found.iter().zip(&golden).position(|(found, golden)| found != golden) else {
         return assert_eq!(found, golden, "{kind}: {prompt}");
     };
-    let mut read = ids(model, prompt);
+    let file = model.with_extension("txt");
+    std::fs::write(&file, prompt).unwrap();
+    let mut read = tokenize(model, &file, &[]);
     read.extend(&found[..at]);
     let out = model.with_extension("logits");
     let mut command = edgec();
@@ -106,12 +107,7 @@ fn assert_same_choices(kind: &str, model: &Path, prompt: &str, golden: &Value) {
 
 /// The windows that `edgec eval` reads, each of which begins with BOS where the vocabulary asks for it.
 fn windows(model: &Path) -> Vec<Vec<u32>> {
-    let tokenize = |options: &[&str]| -> Vec<u32> {
-        let mut command = edgec();
-        command.arg("tokenize").arg(model).args(options).stdin(File::open(text()).unwrap());
-        serde_json::from_str(&run(&mut command)).unwrap()
-    };
-    let (ids, plain) = (tokenize(&[]), tokenize(&["--no-bos"]));
+    let (ids, plain) = (tokenize(model, text(), &[]), tokenize(model, text(), &["--no-bos"]));
     let mut windows: Vec<_> = ids.chunks(CONTEXT).take(WINDOWS).map(<[u32]>::to_vec).collect();
     if ids.len() > plain.len() {
         windows.iter_mut().for_each(|window| window[0] = ids[0]);

@@ -10,11 +10,10 @@ use std::collections::HashMap;
 
 use candle_core::backend::BackendStorage;
 use candle_core::{
-    CpuStorage, CustomOp1, CustomOp2, CustomOp3, Device, Layout, Result, Shape, Storage, Tensor, TensorId,
-    Var, bail,
+    CpuStorage, CustomOp1, CustomOp2, CustomOp3, Device, Result, Shape, Tensor, TensorId, Var, bail,
 };
 
-use super::ops::sum;
+use super::ops::{add, with_storage};
 
 /// Operations with their arguments and results.
 #[derive(Default)]
@@ -62,13 +61,13 @@ impl Tape {
     /// # Errors
     /// What an operation's backward pass answers.
     pub fn backward(self, result: &Tensor, grad: &Tensor) -> Result<HashMap<TensorId, Tensor>> {
-        let mut grads = HashMap::from([(result.id(), grad.clone())]);
+        let mut grads = HashMap::from([(result.id(), grad.contiguous()?)]);
         for Entry { result, back } in self.0.into_iter().rev() {
             let Some(grad) = grads.remove(&result) else { continue };
             for (argument, grad) in back(&grad)? {
                 let Some(grad) = grad.filter(|_| argument.track_op()) else { continue };
                 let grad = match grads.remove(&argument.id()) {
-                    Some(before) => sum(&before, &grad)?,
+                    Some(before) => add(&before, &grad)?,
                     None => grad,
                 };
                 grads.insert(argument.id(), grad);
@@ -148,12 +147,4 @@ fn keep<const N: usize>(
     let entry = Entry { result: result.id(), back };
     TAPE.with_borrow_mut(|tape| tape.get_or_insert_default().0.push(entry));
     Ok(result)
-}
-
-fn with_storage<T>(tensor: &Tensor, body: impl FnOnce(&CpuStorage, &Layout) -> Result<T>) -> Result<T> {
-    let (storage, layout) = tensor.storage_and_layout();
-    match &*storage {
-        Storage::Cpu(storage) => body(storage, layout),
-        _ => bail!("tensor is not on the CPU"),
-    }
 }

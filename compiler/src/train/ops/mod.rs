@@ -23,7 +23,6 @@ pub(crate) mod threads;
 mod tiles;
 mod vectors;
 
-pub(crate) use add::sum;
 pub use add::{add, add_row};
 pub use attention::{Heads, attention};
 pub(crate) use exp::exp;
@@ -56,9 +55,17 @@ pub(crate) fn values<'a>(storage: &'a CpuStorage, layout: &Layout, op: &str) -> 
 
 /// Calls `body` with the values of a contiguous f32 tensor on the CPU.
 pub(crate) fn with_values<T>(tensor: &Tensor, body: impl FnOnce(&[f32]) -> Result<T>) -> Result<T> {
+    with_storage(tensor, |storage, layout| body(values(storage, layout, "tensor")?))
+}
+
+/// Calls `body` with the storage of a tensor on the CPU.
+pub(crate) fn with_storage<T>(
+    tensor: &Tensor,
+    body: impl FnOnce(&CpuStorage, &Layout) -> Result<T>,
+) -> Result<T> {
     let (storage, layout) = tensor.storage_and_layout();
     match &*storage {
-        Storage::Cpu(storage) => body(values(storage, layout, "tensor")?),
+        Storage::Cpu(storage) => body(storage, layout),
         _ => bail!("tensor is not on the CPU"),
     }
 }

@@ -15,7 +15,7 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::super::threads;
-use super::{Matrix, must_fit};
+use super::{Matrix, is_empty};
 
 /// Floats of a register.
 const LANES: usize = 16;
@@ -57,7 +57,9 @@ pub(super) fn gemm(
     threads: bool,
 ) {
     assert!(detected(), "a CPU with AVX-512");
-    must_fit(c, &a, &b);
+    if is_empty(c, &a, &b, accumulate) {
+        return;
+    }
     let stride = b.cols;
     let transposed = if b.col_stride != 1 {
         // Either `b` is packed or the result is turned.
@@ -68,12 +70,6 @@ pub(super) fn gemm(
     };
     let (a, b) = if transposed { (b.t(), a.t()) } else { (a, b) };
     let (m, n, k) = (a.rows, b.cols, a.cols);
-    if k == 0 && !accumulate {
-        c.fill(MaybeUninit::new(0.0));
-    }
-    if m == 0 || n == 0 || k == 0 {
-        return;
-    }
     let threads = threads && m * n * k >= SMALL;
     let out = Out { values: c.as_mut_ptr().cast(), stride, transposed, alpha };
     let product = Product { a, b, out, panels: panels(n) };
@@ -264,7 +260,7 @@ impl Product<'_> {
         };
         // SAFETY: `gemm` has asserted that the CPU has the features. The slices of `strip` were just made to hold
         // `depth` values in steps of 1 or `ROWS`, and `vectors` was found to hold `depth` rows of the panel. Rows
-        // and columns of the tile are rows and columns of the result, which `must_fit` has found to have them
+        // and columns of the tile are rows and columns of the result, which `is_empty` has found to have them
         // all, and which this task alone writes.
         unsafe {
             match (panel.vectors, block.strips) {

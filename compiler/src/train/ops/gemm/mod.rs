@@ -90,11 +90,16 @@ fn into(
     portable(c, a, b, alpha, accumulate, threads);
 }
 
-/// Panics unless `c = a * b` stays within the three slices, which every `unsafe` below relies on.
-fn must_fit(c: &[MaybeUninit<f32>], a: &Matrix<'_>, b: &Matrix<'_>) {
+/// Panics unless `c = a * b` stays within the three slices, which every `unsafe` below relies on. Answers whether nothing
+/// is to be multiplied: then `c` is as it must be.
+fn is_empty(c: &mut [MaybeUninit<f32>], a: &Matrix<'_>, b: &Matrix<'_>, accumulate: bool) -> bool {
     assert_eq!(a.cols, b.rows, "inner sizes of the product");
     assert_eq!(c.len(), a.rows * b.cols, "size of the result");
     assert!(a.end() <= a.values.len() && b.end() <= b.values.len(), "matrix beyond its slice");
+    if a.cols == 0 && !accumulate {
+        c.fill(MaybeUninit::new(0.0));
+    }
+    a.cols == 0 || c.is_empty()
 }
 
 /// [`into`] by the crate `gemm`.
@@ -106,11 +111,7 @@ fn portable(
     accumulate: bool,
     threads: bool,
 ) {
-    must_fit(c, &a, &b);
-    if a.cols == 0 {
-        if !accumulate {
-            c.fill(MaybeUninit::new(0.0));
-        }
+    if is_empty(c, &a, &b, accumulate) {
         return;
     }
     let parallelism = if threads { Parallelism::Rayon(0) } else { Parallelism::None };
