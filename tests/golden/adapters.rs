@@ -10,6 +10,7 @@ use edge_tests::workspace;
 use edgec::adapter::AdapterError;
 use edgec::export::gguf::Mix;
 use edgec::profile::{lay_out, open, open_with, spec_of};
+use edgec::train::Precision;
 use edgec::train::adapter::Base;
 use edgec::{adapter, pack, quantize, teacher};
 use safetensors::SafeTensors;
@@ -101,7 +102,7 @@ fn adapters_say_what_peft_says() {
 #[test]
 fn the_graph_says_what_peft_says() {
     let model = teacher::load(&base()).unwrap();
-    let frozen = Base::dense(&model).unwrap();
+    let frozen = Base::dense(&model, Precision::F32).unwrap();
     for name in ["lora", "rslora", "dora"] {
         let golden = Golden::read(&folder(name));
         let adapter = adapter::read(&folder(name), &model.spec).unwrap();

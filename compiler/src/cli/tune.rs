@@ -6,7 +6,7 @@ use anyhow::bail;
 use clap::Args;
 use edgec::adapter::Settings;
 use edgec::pipeline::{self, TeacherSource, TuneRecipe};
-use edgec::train::{RunFolder, TrainConfig};
+use edgec::train::{Precision, RunFolder, TrainConfig};
 
 use super::distill::Screen;
 use super::output;
@@ -52,6 +52,9 @@ pub struct Arguments {
     /// QLoRA: hold the base in blocks (Q4_0, Q8_0, Q4_K, ...); a GGUF that is quantized already is held as it is
     #[arg(long, value_name = "TYPE")]
     base_quant: Option<String>,
+    /// Multiply with the base in these numbers, both ways: `int8` is faster and a little coarser
+    #[arg(long, value_enum, default_value_t, conflicts_with = "base_quant")]
+    base_precision: Precision,
     /// Peak learning rate
     #[arg(long, default_value_t = 1e-3)]
     lr: f64,
@@ -101,6 +104,7 @@ impl Arguments {
                 "Q4_K" | "Q5_K" => format!("{name}_M"),
                 _ => name,
             }),
+            base_precision: self.base_precision,
             train: TrainConfig { lr: self.lr, weight_decay: self.weight_decay, ..self.training.config() },
         }
     }

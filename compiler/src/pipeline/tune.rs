@@ -19,7 +19,7 @@ use crate::text::corpus::Corpus;
 use crate::train::adapter::{self as train_adapter, Base, Start};
 use crate::train::trainee::Trainee;
 use crate::train::trainer::{self, Text};
-use crate::train::{RunFolder, TrainConfig};
+use crate::train::{Precision, RunFolder, TrainConfig};
 use crate::{demo, teacher};
 
 /// PEFT's folder inside a run's.
@@ -51,6 +51,9 @@ pub struct TuneRecipe {
     pub dropout: f32,
     /// Types of the base's blocks; `None` holds it in f32.
     pub base_quant: Option<String>,
+    /// In what numbers a base in f32 is multiplied with.
+    #[serde(default)]
+    pub base_precision: Precision,
     /// Settings of the training.
     pub train: TrainConfig,
 }
@@ -122,6 +125,9 @@ pub fn tune(recipe: &TuneRecipe, folder: &RunFolder, observer: &mut dyn Observer
     let targets: Targets = recipe.targets.parse()?;
     let mix = recipe.base_quant.as_deref().map(str::parse::<Mix>).transpose();
     let mix = mix.map_err(|error| Error::Student(format!("--base-quant: {error}")))?;
+    if mix.is_some() && recipe.base_precision != Precision::F32 {
+        return Err(Error::Student("--base-precision: a base in blocks (--base-quant) has its own".into()));
+    }
     let made = !folder.path.exists();
     folder::open(&folder.path, folder.resume, recipe)?;
     let prepared = prepare(recipe, &targets, mix, observer).inspect_err(|_| {
@@ -191,7 +197,7 @@ fn prepare(
         None => {
             let dense = recipe.dense()?;
             observer.note("model", &describe(&dense));
-            (Base::dense(&dense)?, false)
+            (Base::dense(&dense, recipe.base_precision)?, false)
         }
         Some(mix) => {
             let held = recipe.held(mix)?;
@@ -202,7 +208,11 @@ fn prepare(
     };
     let [bytes, dense] = base.bytes();
     let share = 100.0 * bytes as f64 / dense as f64;
-    observer.note("model", &format!("frozen weights take {:.1} MB, {share:.1} % of f32", bytes as f64 / 1e6));
+    let (megabytes, numbers) = (bytes as f64 / 1e6, base.numbers());
+    observer.note(
+        "model",
+        &format!("frozen weights take {megabytes:.1} MB, {share:.1} % of f32; multiplied in {numbers}"),
+    );
     let start = Start { dropout: recipe.dropout, seed: recipe.train.seed };
     let trainee = train_adapter::adapter(&base, &recipe.adapter, &chosen, start, Path::new(ADAPTER))?;
     let (trained, modules) = (trainee.trained(), chosen.len());

@@ -10,6 +10,7 @@ use super::eval::{Config, Outcome, evaluate_all};
 use super::{Adapter, Error, ModelFile, Settings, lay_out};
 use crate::adapter::{self, Adapter as HostAdapter};
 use crate::model::Model;
+use crate::train::Precision;
 use crate::train::adapter::Base;
 use crate::train::graph::Decoder;
 use crate::train::loss::divergence;
@@ -85,7 +86,7 @@ fn in_graph(
 ) -> Result<(f64, f64), Error> {
     let mut adapter = adapter.clone();
     adapter.pairs.iter_mut().for_each(|pair| pair.scale *= scale);
-    let beside = Base::dense(base)?.with(&adapter)?;
+    let beside = Base::dense(base, Precision::F32)?.with(&adapter)?;
     let merged = Decoder::new(&merged.spec, &merged.weights)?;
     let length = config.context - 1;
     let (mut nll, mut kl, mut count) = (0.0, 0.0, 0.0);

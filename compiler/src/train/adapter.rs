@@ -13,10 +13,10 @@ use super::graph::Decoder;
 use super::low_rank::{Lengths, LowRank, row_squares};
 use super::ops::{Frozen, Scratch, with_values};
 use super::optimizer::Parameter;
+use super::precision::{Count, Precision};
 use super::projection::{Matrices, Projection};
 use super::random::SplitMix64;
 use super::trainee::Trainee;
-use super::trainer::fingerprint;
 use crate::adapter::{Adapter, Pair, Settings, module};
 use crate::model::{Model, Weights};
 use crate::pack::hex;
@@ -28,23 +28,31 @@ pub struct Base {
     vectors: Weights,
     matrices: BTreeMap<(Role, usize), Frozen>,
     fingerprint: String,
+    /// In what numbers it is multiplied with, as a user is told.
+    numbers: String,
 }
 
 impl Base {
-    /// A model in f32, whose weights are shared.
+    /// A model in f32, whose weights are shared, to be multiplied with in `precision`.
     ///
     /// # Errors
-    /// A weight that is not contiguous f32 on the CPU.
-    pub fn dense(model: &Model) -> Result<Self, TrainError> {
+    /// A weight that is not contiguous f32 on the CPU, or that `precision` cannot hold.
+    pub fn dense(model: &Model, precision: Precision) -> Result<Self, TrainError> {
         let (mut vectors, mut matrices) = (Weights::default(), BTreeMap::new());
+        let (tied, mut count) = (model.spec.tied_embeddings, Count::default());
         for (role, layer, tensor) in model.weights.iter() {
             if role.is_vector() {
                 vectors.insert(role, layer, tensor.clone());
             } else {
-                matrices.insert((role, layer), Frozen::Dense(tensor.clone()));
+                let frozen = precision.frozen(role, layer, tensor, tied, true, &mut count)?;
+                matrices.insert((role, layer), frozen);
             }
         }
-        Ok(Self { spec: model.spec, vectors, matrices, fingerprint: fingerprint(model)? })
+        let numbers = match precision {
+            Precision::F32 => precision.to_string(),
+            Precision::Int8 => format!("{precision} {count}"),
+        };
+        Ok(Self { spec: model.spec, vectors, matrices, fingerprint: precision.fingerprint(model)?, numbers })
     }
 
     /// A model in blocks, which are shared; one buffer serves all of them.
@@ -69,7 +77,13 @@ impl Base {
             })?;
         }
         let fingerprint = hex(&hash.finalize());
-        Ok(Self { spec: model.spec, vectors: model.vectors.clone(), matrices, fingerprint })
+        let (vectors, numbers) = (model.vectors.clone(), Precision::F32.to_string());
+        Ok(Self { spec: model.spec, vectors, matrices, fingerprint, numbers })
+    }
+
+    /// In what numbers products with it are made.
+    pub fn numbers(&self) -> &str {
+        &self.numbers
     }
 
     /// Bytes that all its weights take, and those that they would take in f32.

@@ -81,10 +81,7 @@ pub fn quantized(model: Model, start: RoundedModel) -> Result<Trainee<Quantized>
         .iter()
         .filter_map(|(place, matrix)| match matrix {
             Projection::Dense(tensor) => Some((*place, tensor.clone())),
-            Projection::OnGrid(_)
-            | Projection::Frozen(_)
-            | Projection::Tiled(..)
-            | Projection::LowRank(_) => None,
+            Projection::OnGrid(_) | Projection::Frozen(_) | Projection::LowRank(_) => None,
         })
         .chain(vectors.iter().map(|(role, layer, tensor)| ((role, layer), tensor.clone())))
         .collect();

@@ -18,10 +18,8 @@ pub enum Projection {
     Dense(Tensor),
     /// As the blocks of a file hold it, which the forward pass rounds it to.
     OnGrid(OnGrid),
-    /// Not trained, and held in f32 or in blocks.
+    /// Not trained.
     Frozen(Frozen),
-    /// Not trained, and multiplied with through int8 kernels; what it is otherwise asked for it is as it is.
-    Tiled(Tensor, Tiles),
     /// Not trained, with a trained update beside it.
     LowRank(Box<LowRank>),
 }
@@ -59,7 +57,7 @@ impl Projection {
     /// `[out, in]`.
     pub fn dims(&self) -> &[usize] {
         match self {
-            Self::Dense(weight) | Self::Tiled(weight, _) => weight.dims(),
+            Self::Dense(weight) => weight.dims(),
             Self::OnGrid(grid) => grid.latent.dims(),
             Self::Frozen(weight) => weight.dims(),
             Self::LowRank(weight) => weight.base.dims(),
@@ -75,7 +73,6 @@ impl Projection {
             Self::Dense(weight) => linear(x, weight),
             Self::OnGrid(grid) => linear(x, &grid.rounded()?),
             Self::Frozen(weight) => weight.apply(x),
-            Self::Tiled(_, tiles) => tiles.apply(x),
             Self::LowRank(weight) => weight.apply(x),
         }
     }
@@ -87,7 +84,7 @@ impl Projection {
     pub fn rows(&self, ids: &[u32]) -> Result<Tensor> {
         match self {
             Self::OnGrid(grid) => grid.rows(ids)?.rounded(),
-            Self::Dense(weight) | Self::Tiled(weight, _) | Self::Frozen(Frozen::Dense(weight)) => {
+            Self::Dense(weight) | Self::Frozen(Frozen::Dense(weight) | Frozen::Tiled(weight, _)) => {
                 rows(weight, ids)
             }
             Self::Frozen(Frozen::Blocks(blocks, _)) => {
@@ -111,7 +108,7 @@ impl Projection {
     pub fn matrix(&self) -> Result<Tensor> {
         match self {
             Self::OnGrid(grid) => grid.rounded(),
-            Self::Dense(weight) | Self::Tiled(weight, _) | Self::Frozen(Frozen::Dense(weight)) => {
+            Self::Dense(weight) | Self::Frozen(Frozen::Dense(weight) | Frozen::Tiled(weight, _)) => {
                 Ok(weight.clone())
             }
             Self::Frozen(Frozen::Blocks(blocks, _)) => {
@@ -126,7 +123,7 @@ impl Projection {
     /// What multiplies in its place, if that is not itself.
     pub(super) fn tiles(&self) -> Option<&Tiles> {
         match self {
-            Self::Tiled(_, tiles) => Some(tiles),
+            Self::Frozen(Frozen::Tiled(_, tiles)) => Some(tiles),
             Self::Dense(_) | Self::OnGrid(_) | Self::Frozen(_) | Self::LowRank(_) => None,
         }
     }

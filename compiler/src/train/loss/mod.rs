@@ -43,7 +43,7 @@ pub const IGNORE: u32 = u32::MAX;
 pub struct Head {
     /// `[vocab, hidden]`.
     pub weight: Tensor,
-    /// The same for int8 kernels, where those make the logits: of a teacher, there is no gradient through them.
+    /// The same for int8 kernels, where those multiply with it.
     pub tiles: Option<Tiles>,
     /// Logits `x` become `cap * tanh(x / cap)`; 0 if they stay as they are.
     pub soft_cap: f32,

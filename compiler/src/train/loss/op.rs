@@ -14,7 +14,7 @@ use super::universal::{Universal, check_groups, group_gradient};
 use super::{Head, LossParts};
 use crate::train::gradients::into_buffer;
 use crate::train::ops::{
-    Matrix, gemm, product, rows_cols, slope, tensor, threads, values, widest, with_values, zeros,
+    Matrix, Tiles, gemm, product, rows_cols, slope, tensor, threads, values, widest, with_values, zeros,
 };
 
 /// What the student is to say.
@@ -104,6 +104,7 @@ pub fn loss(
         teacher: target.into(),
         targets: targets.to_vec(),
         soft_cap: student_head.soft_cap,
+        tiles: student_head.tiles.clone(),
         trains_head: student_head.weight.track_op(),
         objective: *objective,
         scale,
@@ -120,6 +121,8 @@ struct HeadLoss {
     targets: Vec<u32>,
     /// The student's.
     soft_cap: f32,
+    /// What multiplies in place of its head.
+    tiles: Option<Tiles>,
     /// The head needs a gradient too; one that is frozen does not.
     trains_head: bool,
     objective: Objective,
@@ -194,9 +197,9 @@ impl HeadLoss {
                     grads.iter_mut().zip(logits).for_each(|(g, x)| *g *= slope(*x, student.soft_cap));
                 });
             }
-            let grad = Matrix::new(s, chunk.len(), vocab);
-            let dpicked = product(grad, Matrix::new(student.head, vocab, width), 1.0);
+            let dpicked = student.dhidden(s)?;
             if self.trains_head {
+                let grad = Matrix::new(s, chunk.len(), vocab);
                 let picked = student.pick(chunk);
                 let picked = Matrix::new(&picked, chunk.len(), width);
                 if dhead.is_empty() {
@@ -316,7 +319,7 @@ impl CustomOp2 for HeadLoss {
         let hidden = values(hidden, hidden_layout, "loss")?;
         let head = values(head, head_layout, "loss")?;
         let mut student = Side::new(hidden, shape, head, head_shape)?;
-        student.soft_cap = self.soft_cap;
+        (student.soft_cap, student.tiles) = (self.soft_cap, self.tiles.as_ref());
         let (parts, dhidden, dhead) = self.forward(&student)?;
         let dhead = self.trains_head.then(|| tensor(dhead, head_shape.0, head_shape.1)).transpose()?;
         let gradients = (tensor(dhidden, shape.0, shape.1)?, dhead);

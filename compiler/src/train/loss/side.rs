@@ -4,7 +4,7 @@ use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 
 use super::{Head, IGNORE};
-use crate::train::ops::{Matrix, Tiles, capped, gemm, with_values};
+use crate::train::ops::{Matrix, Tiles, capped, gemm, product, with_values, zeros};
 
 /// Tokens whose logits exist at one time.
 pub(super) const CHUNK: usize = 256;
@@ -14,7 +14,7 @@ pub(super) struct Side<'a> {
     hidden: &'a [f32],
     pub head: &'a [f32],
     /// What makes the logits in place of `head`.
-    tiles: Option<&'a Tiles>,
+    pub tiles: Option<&'a Tiles>,
     pub soft_cap: f32,
     pub rows: usize,
     pub width: usize,
@@ -80,6 +80,21 @@ impl<'a> Side<'a> {
         if self.soft_cap > 0.0 {
             out.par_chunks_mut(self.vocab).flatten().for_each(|x| *x = capped(*x, self.soft_cap));
         }
+    }
+
+    /// The gradients of hidden states, `[n, width]`, from those of their logits (before these are capped).
+    ///
+    /// # Errors
+    /// The head has no backward pass.
+    pub fn dhidden(&self, dlogits: &[f32]) -> Result<Vec<f32>> {
+        let n = dlogits.len() / self.vocab;
+        let Some(tiles) = self.tiles else {
+            let head = Matrix::new(self.head, self.vocab, self.width);
+            return Ok(product(Matrix::new(dlogits, n, self.vocab), head, 1.0));
+        };
+        let mut dhidden = zeros(n * self.width);
+        tiles.backward(&mut dhidden, dlogits)?;
+        Ok(dhidden)
     }
 }
 

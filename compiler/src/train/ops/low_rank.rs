@@ -3,14 +3,17 @@
 //!
 //! The products with `W` are the only large ones: forward `x W^T`, backward `dy W`. There is no gradient of
 //! `W`, and what the factors add is accumulated in place. A matrix in blocks is dequantized for each product into
-//! a buffer that all matrices share.
+//! a buffer that all matrices share; one in tiles goes through the device's int8 kernels both ways.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::{Matrix, apply1, apply2, apply3, gemm, matrix, product, rows_cols, tensor, values, with_values};
+use super::{
+    Matrix, Tiles, apply1, apply2, apply3, gemm, matrix, product, rows_cols, tensor, values, with_values,
+    zeros,
+};
 use crate::quantize::Blocks;
 use crate::train::random::SplitMix64;
 
@@ -23,6 +26,8 @@ pub struct Scratch(Arc<Mutex<Vec<f32>>>);
 pub enum Frozen {
     /// In f32.
     Dense(Tensor),
+    /// The same, multiplied with in integers of eight bits; for what it is otherwise asked it is as it is.
+    Tiled(Tensor, Tiles),
     /// In blocks, and where they are dequantized.
     Blocks(Blocks, Scratch),
 }
@@ -31,7 +36,7 @@ impl Frozen {
     /// `[out, in]`.
     pub fn dims(&self) -> &[usize] {
         match self {
-            Self::Dense(weight) => weight.dims(),
+            Self::Dense(weight) | Self::Tiled(weight, _) => weight.dims(),
             Self::Blocks(blocks, _) => blocks.dims(),
         }
     }
@@ -40,6 +45,7 @@ impl Frozen {
     pub fn bytes(&self) -> usize {
         match self {
             Self::Dense(weight) => weight.elem_count() * size_of::<f32>(),
+            Self::Tiled(weight, tiles) => weight.elem_count() * size_of::<f32>() + tiles.bytes(),
             Self::Blocks(blocks, _) => blocks.bytes().len(),
         }
     }
@@ -50,7 +56,7 @@ impl Frozen {
     /// A dense matrix that is not contiguous f32 on the CPU; what `body` answers.
     pub fn with_values<T>(&self, body: impl FnOnce(&[f32]) -> Result<T>) -> Result<T> {
         match self {
-            Self::Dense(weight) => with_values(weight, body),
+            Self::Dense(weight) | Self::Tiled(weight, _) => with_values(weight, body),
             Self::Blocks(blocks, Scratch(scratch)) => {
                 // Taken out, not kept locked: whoever comes meanwhile works in a buffer of its own.
                 let mut buffer = std::mem::take(&mut *scratch.lock().unwrap_or_else(PoisonError::into_inner));
@@ -72,7 +78,7 @@ impl Frozen {
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
         match self {
             Self::Dense(weight) => super::linear(x, weight),
-            Self::Blocks(..) => apply1(x, Product { weight: self.clone() }),
+            Self::Tiled(..) | Self::Blocks(..) => apply1(x, Product { weight: self.clone() }),
         }
     }
 
@@ -84,12 +90,29 @@ impl Frozen {
         apply3([x, down, up], LowRankProduct { weight: Some(self.clone()), scale, low: Mutex::default() })
     }
 
-    /// `x W^T`, or with `transposed` `x W`.
-    fn product(&self, x: Matrix<'_>, transposed: bool) -> Result<Vec<f32>> {
+    /// `x W^T` for `n` rows `x`.
+    fn forward(&self, x: &[f32], n: usize) -> Result<Vec<f32>> {
         let (rows, cols) = (self.dims()[0], self.dims()[1]);
+        if let Self::Tiled(_, tiles) = self {
+            let mut y = zeros(n * rows);
+            tiles.product(&mut y, x);
+            return Ok(y);
+        }
         self.with_values(|weight| {
-            let weight = Matrix::new(weight, rows, cols);
-            Ok(product(x, if transposed { weight } else { weight.t() }, 1.0))
+            Ok(product(Matrix::new(x, n, cols), Matrix::new(weight, rows, cols).t(), 1.0))
+        })
+    }
+
+    /// `grad W` for `n` rows `grad`.
+    fn backward(&self, grad: &[f32], n: usize) -> Result<Vec<f32>> {
+        let (rows, cols) = (self.dims()[0], self.dims()[1]);
+        if let Self::Tiled(_, tiles) = self {
+            let mut dx = zeros(n * cols);
+            tiles.backward(&mut dx, grad)?;
+            return Ok(dx);
+        }
+        self.with_values(|weight| {
+            Ok(product(Matrix::new(grad, n, rows), Matrix::new(weight, rows, cols), 1.0))
         })
     }
 }
@@ -117,14 +140,12 @@ impl CustomOp1 for Product {
         if cols != weight_cols {
             bail!("frozen linear: {cols} columns times a weight of {weight_cols}");
         }
-        let x = Matrix::new(values(x, layout, "frozen linear")?, n, cols);
-        Ok(matrix(self.weight.product(x, false)?, n, out))
+        Ok(matrix(self.weight.forward(values(x, layout, "frozen linear")?, n)?, n, out))
     }
 
     fn bwd(&self, x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let ((n, cols), (_, out)) = (x.dims2()?, grad.dims2()?);
-        let dx =
-            with_values(&grad.contiguous()?, |grad| self.weight.product(Matrix::new(grad, n, out), true))?;
+        let (n, cols) = x.dims2()?;
+        let dx = with_values(&grad.contiguous()?, |grad| self.weight.backward(grad, n))?;
         Ok(Some(tensor(dx, n, cols)?))
     }
 }
@@ -159,15 +180,15 @@ impl CustomOp3 for LowRankProduct {
             let weight = self.weight.as_ref().map(Frozen::dims);
             bail!("{op}: x {n} x {cols}, W {weight:?}, A {rank} x {down_cols}, B {out} x {up_cols}");
         }
-        let x = Matrix::new(values(x, x_layout, op)?, n, cols);
+        let x = values(x, x_layout, op)?;
         let down = Matrix::new(values(down, down_layout, op)?, rank, cols);
         let up = Matrix::new(values(up, up_layout, op)?, out, rank);
-        let kept = product(x, down.t(), 1.0);
+        let kept = product(Matrix::new(x, n, cols), down.t(), 1.0);
         let low = Matrix::new(&kept, n, rank);
         let y = match &self.weight {
             None => product(low, up.t(), self.scale),
             Some(weight) => {
-                let mut y = weight.product(x, false)?;
+                let mut y = weight.forward(x, n)?;
                 gemm(&mut y, low, up.t(), self.scale, true, true);
                 y
             }
@@ -191,20 +212,20 @@ impl CustomOp3 for LowRankProduct {
             with_values(x, |x| {
                 with_values(down, |down| {
                     with_values(up, |up| {
-                        let (grad, x) = (Matrix::new(grad, n, out), Matrix::new(x, n, cols));
+                        let (dy, x) = (Matrix::new(grad, n, out), Matrix::new(x, n, cols));
                         let down = Matrix::new(down, rank, cols);
                         let kept = self.low.lock().unwrap_or_else(PoisonError::into_inner).take();
                         let mut low = kept.unwrap_or_else(|| product(x, down.t(), 1.0));
-                        let dup = product(grad.t(), Matrix::new(&low, n, rank), self.scale);
+                        let dup = product(dy.t(), Matrix::new(&low, n, rank), self.scale);
                         // The gradient of `x A^T`, in the same memory.
-                        gemm(&mut low, grad, Matrix::new(up, out, rank), self.scale, false, true);
+                        gemm(&mut low, dy, Matrix::new(up, out, rank), self.scale, false, true);
                         let dlow = Matrix::new(&low, n, rank);
                         let ddown = product(dlow.t(), x, 1.0);
                         let dx = wants_x.then(|| {
                             let dx = match &self.weight {
                                 None => product(dlow, down, 1.0),
                                 Some(weight) => {
-                                    let mut dx = weight.product(grad, true)?;
+                                    let mut dx = weight.backward(grad, n)?;
                                     gemm(&mut dx, dlow, down, 1.0, true, true);
                                     dx
                                 }

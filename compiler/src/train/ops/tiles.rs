@@ -1,8 +1,9 @@
-//! `y = x W^T` through the int8 kernels of the device's runtime, for a `W` that is asked and never trained: a
-//! teacher's.
+//! `y = x W^T` through the int8 kernels of the device's runtime, for a `W` that is not trained: a teacher's, or the base
+//! beside an adapter.
 //!
 //! Both factors are integers of eight bits in blocks of 32 with a scale each: `W` (Q8_0, in tiles) from the start, `x`
-//! for the time of a product. A product has no backward pass; whoever asks for one is refused.
+//! for the time of a product. The backward pass, `dx = dy W`, is the same with the tiles of `W^T`; without these, whoever
+//! asks for one is refused.
 
 use std::cell::RefCell;
 use std::sync::Arc;
@@ -11,7 +12,7 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use edge_runtime::format::{DType, Layout as WeightLayout, tiled_bytes};
 use edge_runtime::kernels::{ActivationsMut, Features, Kernels, Matrix, pack_tiles};
 
-use super::{apply1, matrix, rows_cols, threads, values, with_values, zeros};
+use super::{apply1, matrix, rows_cols, threads, values, widest, with_values, zeros};
 use crate::quantize::quantize_rows;
 
 /// Rows of `x` that one thread quantizes, and that meet a tile once it is unpacked. Fixed, so the same whatever the number
@@ -21,6 +22,14 @@ const TOGETHER: usize = 128;
 /// A matrix `[out, in]` in Q8_0 tiles; clones share them.
 #[derive(Clone, Debug)]
 pub struct Tiles {
+    forward: Packed,
+    /// Those of `W^T`.
+    backward: Option<Packed>,
+}
+
+/// Tiles of `[rows, columns]`.
+#[derive(Clone, Debug)]
+struct Packed {
     dims: [usize; 2],
     bytes: Arc<[u8]>,
 }
@@ -31,18 +40,26 @@ impl Tiles {
         cols > 0 && cols.is_multiple_of(DType::Q8_0.block_len())
     }
 
-    /// The values of `weight` `[out, in]`, f32, rounded to Q8_0.
+    /// The values of `weight` `[out, in]`, f32, rounded to Q8_0, to be asked without a gradient.
     ///
     /// # Errors
     /// Rows that do not [`fit`](Self::fit); a value that Q8_0 cannot hold.
     pub fn round(weight: &Tensor) -> Result<Self> {
-        let (rows, cols) = weight.dims2()?;
-        let blocks = with_values(weight, |values| {
-            quantize_rows(DType::Q8_0, values, cols, None).map_err(candle_core::Error::wrap)
-        })?;
-        let mut bytes = vec![0; tiled_bytes(DType::Q8_0, rows, cols).unwrap_or(0)];
-        pack_tiles(DType::Q8_0, rows, cols, &blocks, &mut bytes).map_err(candle_core::Error::wrap)?;
-        Ok(Self { dims: [rows, cols], bytes: bytes.into() })
+        Ok(Self { forward: Packed::round(weight)?, backward: None })
+    }
+
+    /// The same for products that have a backward pass.
+    ///
+    /// # Errors
+    /// Rows or columns that do not [`fit`](Self::fit); a value that Q8_0 cannot hold.
+    pub fn round_both_ways(weight: &Tensor) -> Result<Self> {
+        let backward = Some(Packed::round(&weight.t()?.contiguous()?)?);
+        Ok(Self { backward, ..Self::round(weight)? })
+    }
+
+    /// Bytes that the tiles take.
+    pub fn bytes(&self) -> usize {
+        self.forward.bytes.len() + self.backward.as_ref().map_or(0, |tiles| tiles.bytes.len())
     }
 
     /// `x W^T` for `x` `[n, in]`, without a gradient.
@@ -58,6 +75,51 @@ impl Tiles {
     /// # Panics
     /// If the shapes do not fit: a fault of the caller.
     pub fn product(&self, y: &mut [f32], x: &[f32]) {
+        self.forward.product(y, x, false);
+    }
+
+    /// `dx = dy W`, likewise. Rows of gradients may be of any size: scales of blocks have half precision, below which most
+    /// of them lie, so each row is rounded times a power of two that brings its largest value near 1.
+    ///
+    /// # Errors
+    /// The matrix is not there for it.
+    ///
+    /// # Panics
+    /// As [`Self::product`].
+    pub fn backward(&self, dx: &mut [f32], dy: &[f32]) -> Result<()> {
+        let Some(tiles) = &self.backward else { bail!("int8 linear: made without a backward pass") };
+        tiles.product(dx, dy, true);
+        Ok(())
+    }
+}
+
+/// Multiplies by a power of two, so that the largest magnitude is between 1 and 2 as far as it can be, and answers it.
+fn bring_near_1(row: &mut [f32]) -> f32 {
+    // Without the sign, floats are ordered as their bits are.
+    let peak = widest!(row.iter().fold(0, |peak: u32, x| peak.max(x.to_bits() & 0x7fff_ffff)));
+    // Twice the bias, less the exponent; zeros, and what is no number, stay what they are times any factor.
+    let factor = f32::from_bits((254 - (peak >> 23)).clamp(1, 253) << 23);
+    multiply(row, factor);
+    factor
+}
+
+fn multiply(row: &mut [f32], factor: f32) {
+    widest!(row.iter_mut().for_each(|x| *x *= factor));
+}
+
+impl Packed {
+    fn round(weight: &Tensor) -> Result<Self> {
+        let (rows, cols) = weight.dims2()?;
+        let blocks = with_values(weight, |values| {
+            quantize_rows(DType::Q8_0, values, cols, None).map_err(candle_core::Error::wrap)
+        })?;
+        let mut bytes = vec![0; tiled_bytes(DType::Q8_0, rows, cols).unwrap_or(0)];
+        pack_tiles(DType::Q8_0, rows, cols, &blocks, &mut bytes).map_err(candle_core::Error::wrap)?;
+        Ok(Self { dims: [rows, cols], bytes: bytes.into() })
+    }
+
+    /// `y = x W^T`, with `level` each row of `x` brought near 1 before it is rounded.
+    fn product(&self, y: &mut [f32], x: &[f32], level: bool) {
         let [rows, cols] = self.dims;
         assert_eq!(x.len() / cols * rows, y.len(), "size of the result");
         thread_local! {
@@ -78,10 +140,14 @@ impl Tiles {
             }
             let rounded = threads::map(batches.iter_mut().zip(chunks).collect(), |(acts, x)| {
                 acts.values_mut().copy_from_slice(x);
-                kernels.quantize_for(acts, &[&weight])
+                let rows = acts.values_mut().chunks_exact_mut(cols).filter(|_| level);
+                let factors: Vec<f32> = rows.map(bring_near_1).collect();
+                (kernels.quantize_for(acts, &[&weight]), factors)
             });
-            for (acts, y) in rounded.into_iter().zip(y.chunks_mut(TOGETHER * rows)) {
+            for ((acts, factors), y) in rounded.into_iter().zip(y.chunks_mut(TOGETHER * rows)) {
                 kernels.matmul(threads::pool(), &weight, &acts, y)?;
+                let scaled = y.chunks_exact_mut(rows).zip(&factors);
+                threads::map(scaled.collect(), |(y, factor)| multiply(y, 1.0 / factor));
             }
             Ok(())
         };
@@ -99,7 +165,7 @@ impl CustomOp1 for Product {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let ((n, cols), [out, weight_cols]) = (rows_cols(layout, self.name())?, self.0.dims);
+        let ((n, cols), [out, weight_cols]) = (rows_cols(layout, self.name())?, self.0.forward.dims);
         if cols != weight_cols {
             bail!("int8 linear: {cols} columns times a weight of {weight_cols}");
         }
@@ -168,6 +234,32 @@ mod tests {
         let error = (square((&found - &exact).unwrap()) / square(exact)).sqrt();
         // Each rounding is off by at most half of 1/127 of a block's peak, 1 / (127 sqrt(12)) of it on average.
         assert!((1e-3..7e-3).contains(&error), "{error}");
+    }
+
+    /// Backward likewise, whatever the size of a row, and nothing that is no number gets lost.
+    #[test]
+    fn gradients_of_any_size_pass() {
+        let weight = check::matrix(2, 64, 96);
+        let tiles = Tiles::round_both_ways(&weight).unwrap();
+        for size in [1e-37, 1e-12, 1.0, 1e20] {
+            let rows = check::noise(1, 40 * 64).iter().map(|x| x * size).collect();
+            let dy = Tensor::from_vec(rows, (40, 64), &candle_core::Device::Cpu).unwrap();
+            let exact = dy.matmul(&weight).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let mut dx = vec![f32::NAN; 40 * 96];
+            with_values(&dy, |dy| tiles.backward(&mut dx, dy)).unwrap();
+            let square = |x: f64| (x / f64::from(size)).powi(2);
+            let error: f64 = dx.iter().zip(&exact).map(|(a, b)| square(f64::from(a - b))).sum();
+            let whole: f64 = exact.iter().map(|x| square(f64::from(*x))).sum();
+            assert!((1e-3..7e-3).contains(&(error / whole).sqrt()), "{size}: {}", (error / whole).sqrt());
+        }
+        let mut dx = vec![0.0; 3 * 96];
+        let mut dy = vec![0.0; 3 * 64];
+        dy[64 + 5] = f32::NAN;
+        tiles.backward(&mut dx, &dy).unwrap();
+        assert!(
+            dx[..96].iter().chain(&dx[192..]).all(|x| *x == 0.0) && dx[96..192].iter().all(|x| x.is_nan())
+        );
+        assert!(Tiles::round(&weight).unwrap().backward(&mut dx, &dy).is_err());
     }
 
     /// A row's product does not depend on the rows beside it, nor on the threads. (Of the kernels for FEAT_I8MM it does,
