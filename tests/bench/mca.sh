@@ -62,31 +62,31 @@ loop() {
     fi
 }
 
+# row NAME TABLE FUNCTION: of the table that is printed.
+row() {
+    local name=$1 table=$2 function=$3 file instructions products core row
+    [ -n "$function" ] && read -r file instructions products < <(loop "${name//[ ,]/-}" "$function") ||
+        { echo "$0: no loop of products for $name" >&2; exit 1; }
+    row="| $name | $instructions | $products"
+    for core in "${cores[@]}"; do
+        # Cores without the instruction never run the loop.
+        case $core-$table in
+            cortex-a55-i8mm | neoverse-n1-i8mm) row+=" | -" ;;
+            *) row+=$(cycles "$core" "$file" | awk -v p="$products" '{ printf " | %d (%.1f)", $1, p / $1 }') ;;
+        esac
+    done
+    echo "$row |"
+}
 
 echo "llvm-mca $version; cycles of a turn (products of 8-bit integers in a cycle)" >&2
 echo "| loop | instructions | products$(printf ' | %s' "${cores[@]}") |"
 echo "|---|---:|---:$(printf '|---:%.0s' "${cores[@]}")|"
 for type in "$@"; do
     for table in neon dotprod i8mm; do
-        for kind in decode prefill; do
-            case $kind-$table in
-                # Matrix products are for several tokens: a single one takes dotprod's way.
-                decode-i8mm) continue ;;
-                decode-*) kernel=aarch64::$table::ONE_TOKEN::$type ;;
-                prefill-*) kernel=aarch64::$table::MULTIPLY::$type ;;
-            esac
-            function=$(symbol "$kernel")
-            [ -n "$function" ] && read -r file instructions products < <(loop "$kind-$table-$type" "$function") ||
-                { echo "$0: no loop of products in $kernel" >&2; exit 1; }
-            row="| $type $table, $kind | $instructions | $products"
-            for core in "${cores[@]}"; do
-                # Cores without the instruction never run the loop.
-                case $core-$table in
-                    cortex-a55-i8mm | neoverse-n1-i8mm) row+=" | -" ;;
-                    *) row+=$(cycles "$core" "$file" | awk -v p="$products" '{ printf " | %d (%.1f)", $1, p / $1 }') ;;
-                esac
-            done
-            echo "$row |"
-        done
+        # Matrix products are for several tokens: a single one takes dotprod's way.
+        [ $table = i8mm ] || row "$type $table, decode" $table "$(symbol "aarch64::$table::ONE_TOKEN::$type")"
+        row "$type $table, prefill" $table "$(symbol "aarch64::$table::MULTIPLY::$type")"
     done
 done
+# The loop that these types share in batches of 32 tokens and more.
+row "q8_0, q4_0 and q5_0 i8mm, wide prefill" i8mm "$(symbol i8mm_panel::eight_rows_wide)"
