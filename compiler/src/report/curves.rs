@@ -37,7 +37,10 @@ pub fn curve(label: &str, tokens: &[u64], values: &[f64]) -> Option<String> {
 
 fn draw(area: &Area<'_>, label: &str, tokens: &[u64], values: &[f64], range: std::ops::Range<f64>) -> Drawn {
     let last = tokens.last().copied().unwrap_or(1) as f64;
-    let room = (range.end - range.start) * 0.05;
+    let window = values.len() / SMOOTH;
+    let smooth = window > 1;
+    // A legend lies above the curves.
+    let room = (range.end - range.start) * if smooth { 0.25 } else { 0.05 };
     let mut chart = ChartBuilder::on(area)
         .margin(6)
         .x_label_area_size(34)
@@ -56,8 +59,6 @@ fn draw(area: &Area<'_>, label: &str, tokens: &[u64], values: &[f64], range: std
         .y_label_formatter(&|value| amount(*value))
         .draw()?;
 
-    let window = values.len() / SMOOTH;
-    let smooth = window > 1;
     let each = INK.mix(if smooth { 0.35 } else { 1.0 });
     chart
         .draw_series(LineSeries::new(thinned(tokens, values), each.stroke_width(1)))?
