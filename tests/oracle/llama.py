@@ -22,6 +22,8 @@ def server(model, context, lora):
     params.n_ctx = context
     params.n_parallel = 1
     params.warmup = False
+    # Errors alone.
+    params.verbosity = 1
     params.cpuparams.n_threads = 1
     return xllamacpp.Server(params)
 
@@ -64,4 +66,5 @@ def answer(task):
     return {"greedy": greedy, "ppl": ppl, "tokens": len(sums)}
 
 
-json.dump([answer(task) for task in json.load(sys.stdin)], sys.stdout)
+if __name__ == "__main__":
+    json.dump([answer(task) for task in json.load(sys.stdin)], sys.stdout)
