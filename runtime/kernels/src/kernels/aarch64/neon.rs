@@ -3,8 +3,10 @@
 //! Bytes are multiplied into 16 bits, where at least two products of signed bytes fit (128 * 127 * 2), and
 //! widened to 32 bits by pairwise addition.
 
-use crate::kernels::simd::{Op, Simd};
+use super::products::add_products;
+use crate::kernels::simd::{self, Op, Simd};
 use core::arch::aarch64::*;
+use core::arch::asm;
 
 /// NEON belongs to the build's baseline, so this needs no proof.
 #[derive(Clone, Copy)]
@@ -128,8 +130,36 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
+    fn summands(self, x: &[[f32; 4]; 6]) -> [F; 5] {
+        // Loads, where the compiler would copy registers: an addition overwrites what it adds to.
+        let (a, b, c, d, e, f, g, h, i, j);
+        // SAFETY: NEON belongs to the baseline; the 96 bytes of `x` are read, and nothing is written but the registers
+        // named.
+        unsafe {
+            asm!(
+                "ld1 {{v16.4s, v17.4s, v18.4s, v19.4s}}, [{x}]",
+                "ld1 {{v20.4s, v21.4s, v22.4s, v23.4s}}, [{x}]",
+                "ldp {i:q}, {j:q}, [{x}, #64]",
+                x = in(reg) x.as_ptr(),
+                i = out(vreg) i,
+                j = out(vreg) j,
+                out("v16") a, out("v17") b, out("v18") c, out("v19") d,
+                out("v20") e, out("v21") f, out("v22") g, out("v23") h,
+                options(nostack, readonly, preserves_flags),
+            );
+        }
+        [[a, e], [b, f], [c, g], [d, h], [i, j]]
+    }
+
+    #[inline(always)]
     fn load(self, x: &[f32; 8]) -> F {
         neon!([vld1q_f32(x.as_ptr()), vld1q_f32(x.as_ptr().add(4))])
+    }
+
+    #[inline(always)]
+    fn load2(self, x: &[f32; 16]) -> [F; 2] {
+        let x = neon!(vld1q_f32_x4(x.as_ptr()));
+        [[x.0, x.1], [x.2, x.3]]
     }
 
     #[inline(always)]
@@ -211,17 +241,17 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
-    fn fma4(self, w: &[f32; 4], x: [F; 4], mut c: F) -> F {
-        neon!({
-            let w = vld1q_f32(w.as_ptr());
-            for i in 0..2 {
-                c[i] = vfmaq_laneq_f32::<0>(c[i], x[0][i], w);
-                c[i] = vfmaq_laneq_f32::<1>(c[i], x[1][i], w);
-                c[i] = vfmaq_laneq_f32::<2>(c[i], x[2][i], w);
-                c[i] = vfmaq_laneq_f32::<3>(c[i], x[3][i], w);
-            }
-            c
-        })
+    fn add_products<const N: usize, const P: usize>(
+        self,
+        w: [&[f32]; N],
+        x: [&[[f32; 16]]; P],
+        sums: &mut [[[F; 2]; P]; N],
+    ) {
+        if let (Some(w), [x], Some(sums)) = (w.as_array(), &x[..], sums.as_flattened_mut().as_mut_array()) {
+            add_products(*w, x, sums);
+        } else {
+            simd::add_products(self, w, x, sums);
+        }
     }
 
     #[inline(always)]

@@ -8,7 +8,7 @@
 //! of their scales.
 
 use super::super::activations::{ActivationsMut, BLOCK};
-use super::super::float::{peak, quantize_block};
+use super::super::float::{peak, quantize_block, scale_of};
 use super::super::simd::Simd;
 use core::ops::Range;
 
@@ -130,40 +130,49 @@ impl<'a> Quads<'a> {
 /// no type with one scale a block needs them once its bias is off a panel.
 #[inline(always)]
 pub(crate) fn quantize<S: Simd>(s: S, acts: &mut ActivationsMut, run: usize) {
-    let (tokens, cols) = (acts.tokens(), acts.cols());
-    if acts.scales.is_empty() {
-        return;
+    match acts.tokens() {
+        _ if acts.scales.is_empty() => {}
+        1 => quantize_in_fours::<S, 1>(s, acts, run),
+        _ => quantize_in_fours::<S, SIDE>(s, acts, run),
     }
-    let (blocks, side) = (cols / BLOCK, if tokens == 1 { 1 } else { SIDE });
+}
+
+/// [`quantize`] of `N` tokens side by side.
+#[inline(always)]
+fn quantize_in_fours<S: Simd, const N: usize>(s: S, acts: &mut ActivationsMut, run: usize) {
+    let (tokens, cols) = (acts.tokens(), acts.cols());
+    let blocks = cols / BLOCK;
     let (sums, halves) = acts.sums.split_at_mut(acts.scales.len());
-    let octets = acts.quants.as_chunks_mut::<8>().0;
-    for token in 0..padded_tokens(tokens) {
-        // Behind the last token come zeros.
-        let row = if token < tokens { acts.values[token * cols..][..cols].as_chunks().0 } else { &[] };
-        // Where the token's next block and its next eight integers are.
-        let (first, lane) = (token / side * side * blocks, token % side);
-        let (mut number, mut octet) = (first + lane, first * (BLOCK / 8) + lane);
-        let (mut highest, mut left) = (0.0, 0);
-        for index in 0..blocks {
-            if left == 0 {
-                // What is not finite has the highest bits.
-                let peaks = row.iter().skip(index).take(run).map(|values| peak(s, values).to_bits());
-                highest = f32::from_bits(peaks.max().unwrap_or(0));
-                left = run;
+    let (sums, halves) = (sums.as_chunks_mut::<N>().0, halves.as_chunks_mut::<N>().0);
+    let scales = acts.scales.as_chunks_mut::<N>().0;
+    let quants = acts.quants.as_chunks_mut::<8>().0.as_chunks_mut::<N>().0.as_chunks_mut::<4>().0;
+    // Behind the last token come zeros.
+    let whole = tokens / N * blocks;
+    scales[whole..].fill([0.0; N]);
+    sums[whole..].fill([0.0; N]);
+    halves[whole..].fill([0.0; N]);
+    quants[whole..].as_flattened_mut().as_flattened_mut().fill([0; 8]);
+    for token in 0..tokens {
+        let (mut number, lane) = (token / N * blocks, token % N);
+        let values = acts.values[token * cols..][..cols].as_chunks::<BLOCK>().0;
+        let (quants, scales) = (&mut quants[number..][..blocks], &mut scales[number..][..blocks]);
+        let runs = values.chunks(run).zip(quants.chunks_mut(run)).zip(scales.chunks_mut(run));
+        for ((values, quants), scales) in runs {
+            // What is not finite has the highest bits.
+            let highest = values.iter().map(|values| peak(s, values).to_bits()).max();
+            let (scale, inverse) = scale_of(f32::from_bits(highest.unwrap_or(0)));
+            for ((values, quants), scales) in values.iter().zip(quants).zip(scales) {
+                let found = quantize_block(s, values, inverse);
+                for (to, found) in quants.iter_mut().zip(found.as_flattened().as_chunks().0) {
+                    to[lane] = *found;
+                }
+                scales[lane] = scale;
+                if run == 1 {
+                    let (first, second) = (s.sum_i8(&found[0]), s.sum_i8(&found[1]));
+                    (sums[number][lane], halves[number][lane]) = (bits(first + second), bits(first));
+                    number += 1;
+                }
             }
-            left -= 1;
-            let quants;
-            (acts.scales[number], quants) =
-                quantize_block(s, row.get(index).unwrap_or(&[0.0; BLOCK]), highest);
-            if run == 1 {
-                let (first, second) = (s.sum_i8(&quants[0]), s.sum_i8(&quants[1]));
-                (sums[number], halves[number]) = (bits(first + second), bits(first));
-            }
-            for from in quants.as_flattened().as_chunks().0 {
-                octets[octet] = *from;
-                octet += side;
-            }
-            number += side;
         }
     }
 }
