@@ -35,8 +35,7 @@ pub(crate) fn exp_lanes<S: Simd>(s: S, x: S::F) -> S::F {
 #[inline(always)]
 pub(crate) fn one_and_exp<S: Simd>(s: S, x: S::F) -> S::F {
     // What the lowest power adds to 1 is nothing, too.
-    let x = s.higher(s.splat(LOWEST), x);
-    let y = s.add(s.splat(1.0), power(s, x));
+    let y = s.add(s.splat(1.0), power(s, s.higher(s.splat(LOWEST), x)));
     s.select_less(s.splat(HIGHEST), x, s.splat(f32::INFINITY), y)
 }
 

@@ -8,6 +8,7 @@ use super::exp::{exp_lanes, one_and_exp};
 use super::simd::{Op, Simd};
 use crate::format::{f16_to_f32, f32_to_f16};
 use core::marker::PhantomData;
+use core::slice::from_ref;
 use edge_models::RopePairing;
 
 /// An element of a stored row.
@@ -325,7 +326,7 @@ pub(crate) fn quantize<S: Simd>(s: S, acts: &mut ActivationsMut) {
         let sums = &mut acts.sums[token * padded..][..padded];
         quants[values.len() / 2..].as_flattened_mut().fill(0);
         for (b, values) in values.iter().enumerate() {
-            let (scale, inverse) = scale_of(peak(s, values));
+            let (scale, inverse) = scale_of(s.peak(from_ref(values)));
             let halves = quantize_block(s, values, inverse);
             scales[b] = scale;
             sums[b] = (s.sum_i8(&halves[0]) + s.sum_i8(&halves[1])) as f32;
@@ -356,15 +357,10 @@ fn load_block<S: Simd>(s: S, values: &[f32; BLOCK]) -> [S::F; 4] {
     [a, b, c, d]
 }
 
-/// The largest magnitude in a block; not finite if one of its values is not.
+/// The scale of blocks with that [`Simd::peak`], and what the values are multiplied by.
 #[inline(always)]
-pub(super) fn peak<S: Simd>(s: S, values: &[f32; BLOCK]) -> f32 {
-    f32::from_bits(s.peak(load_block(s, values)))
-}
-
-/// The scale of blocks whose values are at most `peak` in magnitude, and what the values are multiplied by.
-#[inline(always)]
-pub(super) fn scale_of(peak: f32) -> (f32, f32) {
+pub(super) fn scale_of(peak: u32) -> (f32, f32) {
+    let peak = f32::from_bits(peak);
     if !peak.is_finite() {
         (f32::NAN, 0.0)
     } else if peak <= TINY {

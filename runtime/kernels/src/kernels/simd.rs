@@ -115,8 +115,8 @@ pub(crate) trait Simd: Copy {
         core::array::from_fn(|j| self.load(&rows.map(|row| row[j])))
     }
 
-    /// The largest bit pattern of `|x|` over 32 floats; at least `0x7f80_0000` if one is not finite.
-    fn peak(self, x: [Self::F; 4]) -> u32;
+    /// The largest bit pattern of `|x|` over blocks of 32 floats; at least `0x7f80_0000` if one is not finite.
+    fn peak(self, x: &[[f32; 32]]) -> u32;
     /// 16 floats within ±127.5, rounded to nearest, ties to even.
     fn round_i8(self, x: [Self::F; 2]) -> [i8; 16];
     /// The sum of 16 integers.

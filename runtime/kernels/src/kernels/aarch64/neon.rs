@@ -324,13 +324,16 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
-    fn peak(self, x: [F; 4]) -> u32 {
+    fn peak(self, x: &[[f32; 32]]) -> u32 {
         neon!({
             // Without the sign, floats are ordered as their bits are.
             let magnitude = vdupq_n_u32(0x7fff_ffff);
             let mut peak = vdupq_n_u32(0);
-            for x in x.as_flattened() {
-                peak = vmaxq_u32(peak, vandq_u32(vreinterpretq_u32_f32(*x), magnitude));
+            for x in x {
+                for x in x.as_chunks::<4>().0 {
+                    peak =
+                        vmaxq_u32(peak, vandq_u32(vreinterpretq_u32_f32(vld1q_f32(x.as_ptr())), magnitude));
+                }
             }
             vmaxvq_u32(peak)
         })

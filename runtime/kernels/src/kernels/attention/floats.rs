@@ -207,7 +207,10 @@ impl<S: Simd, T: Element> Op<S> for WidenKeys<'_, T> {
                 let whole = rows.map(|row| &row.as_chunks::<8>().0[..eights]);
                 let (to, rest) = to.split_at_mut(eights * 8);
                 for (c, to) in to.as_chunks_mut::<8>().0.iter_mut().enumerate() {
-                    let columns = s.transpose(whole.map(|row| T::load8(s, &row[c])));
+                    // Not by `map`, which the compiler may leave a call.
+                    let row = |i: usize| T::load8(s, &whole[i][c]);
+                    let columns =
+                        s.transpose([row(0), row(1), row(2), row(3), row(4), row(5), row(6), row(7)]);
                     for (to, column) in to.iter_mut().zip(columns) {
                         s.store(column, &mut to.as_chunks_mut().0[half]);
                     }
@@ -346,8 +349,8 @@ impl<S: Simd, const N: usize> Op<S> for AddValues<'_, N> {
             let mut to = places.map(|place| unsafe { start.add(place + first) }.cast::<[f32; 16]>());
             let left = width - first;
             if left < 16 {
+                load_last(out, &places, first, left, &mut last);
                 for l in 0..N {
-                    last[l][..left].copy_from_slice(&out[places[l] + first..][..left]);
                     to[l] = &mut last[l];
                 }
             }
@@ -363,10 +366,28 @@ impl<S: Simd, const N: usize> Op<S> for AddValues<'_, N> {
                 store16(s, sums[l][0], unsafe { &mut *to[l] });
             }
             if left < 16 {
-                for l in 0..N {
-                    out[places[l] + first..][..left].copy_from_slice(&last[l][..left]);
-                }
+                store_last(&last, left, &places, first, out);
             }
+        }
+    }
+}
+
+/// The last columns of several rows, fewer than sixteen from `first` on. For these alone, so it need not be fast.
+#[inline(never)]
+fn load_last(out: &[f32], places: &[usize], first: usize, count: usize, last: &mut [[f32; 16]]) {
+    for (place, last) in places.iter().zip(last) {
+        for (to, from) in last.iter_mut().zip(&out[place + first..][..count]) {
+            *to = *from;
+        }
+    }
+}
+
+/// [`load_last`] the other way round.
+#[inline(never)]
+fn store_last(last: &[[f32; 16]], count: usize, places: &[usize], first: usize, out: &mut [f32]) {
+    for (place, last) in places.iter().zip(last) {
+        for (to, from) in out[place + first..][..count].iter_mut().zip(last) {
+            *to = *from;
         }
     }
 }

@@ -8,7 +8,7 @@
 //! of their scales.
 
 use super::super::activations::{ActivationsMut, BLOCK};
-use super::super::float::{peak, quantize_block, scale_of};
+use super::super::float::{quantize_block, scale_of};
 use super::super::simd::Simd;
 use core::ops::Range;
 
@@ -130,47 +130,41 @@ impl<'a> Quads<'a> {
 /// no type with one scale a block needs them once its bias is off a panel.
 #[inline(always)]
 pub(crate) fn quantize<S: Simd>(s: S, acts: &mut ActivationsMut, run: usize) {
-    match acts.tokens() {
-        _ if acts.scales.is_empty() => {}
-        1 => quantize_in_fours::<S, 1>(s, acts, run),
-        _ => quantize_in_fours::<S, SIDE>(s, acts, run),
-    }
-}
-
-/// [`quantize`] of `N` tokens side by side.
-#[inline(always)]
-fn quantize_in_fours<S: Simd, const N: usize>(s: S, acts: &mut ActivationsMut, run: usize) {
     let (tokens, cols) = (acts.tokens(), acts.cols());
-    let blocks = cols / BLOCK;
+    if acts.scales.is_empty() {
+        return;
+    }
+    let (blocks, side) = (cols / BLOCK, if tokens == 1 { 1 } else { SIDE });
     let (sums, halves) = acts.sums.split_at_mut(acts.scales.len());
-    let (sums, halves) = (sums.as_chunks_mut::<N>().0, halves.as_chunks_mut::<N>().0);
-    let scales = acts.scales.as_chunks_mut::<N>().0;
-    let quants = acts.quants.as_chunks_mut::<8>().0.as_chunks_mut::<N>().0.as_chunks_mut::<4>().0;
+    let octets = acts.quants.as_chunks_mut::<8>().0;
     // Behind the last token come zeros.
-    let whole = tokens / N * blocks;
-    scales[whole..].fill([0.0; N]);
-    sums[whole..].fill([0.0; N]);
-    halves[whole..].fill([0.0; N]);
-    quants[whole..].as_flattened_mut().as_flattened_mut().fill([0; 8]);
+    let whole = tokens / side * side * blocks;
+    acts.scales[whole..].fill(0.0);
+    sums[whole..].fill(0.0);
+    halves[whole..].fill(0.0);
+    octets[whole * (BLOCK / 8)..].fill([0; 8]);
     for token in 0..tokens {
-        let (mut number, lane) = (token / N * blocks, token % N);
         let values = acts.values[token * cols..][..cols].as_chunks::<BLOCK>().0;
-        let (quants, scales) = (&mut quants[number..][..blocks], &mut scales[number..][..blocks]);
-        let runs = values.chunks(run).zip(quants.chunks_mut(run)).zip(scales.chunks_mut(run));
-        for ((values, quants), scales) in runs {
+        // Where the token's next block and its next eight integers are.
+        let (first, lane) = (token / side * side * blocks, token % side);
+        let (mut number, octet) = (first + lane, first * (BLOCK / 8) + lane);
+        assert!(octet + (values.len() * (BLOCK / 8)).saturating_sub(1) * side < octets.len());
+        let mut octet = octets[octet..].as_mut_ptr();
+        for values in values.chunks(run) {
             // What is not finite has the highest bits.
-            let highest = values.iter().map(|values| peak(s, values).to_bits()).max();
-            let (scale, inverse) = scale_of(f32::from_bits(highest.unwrap_or(0)));
-            for ((values, quants), scales) in values.iter().zip(quants).zip(scales) {
-                let found = quantize_block(s, values, inverse);
-                for (to, found) in quants.iter_mut().zip(found.as_flattened().as_chunks().0) {
-                    to[lane] = *found;
-                }
-                scales[lane] = scale;
+            let (scale, inverse) = scale_of(s.peak(values));
+            for values in values {
+                let quants = quantize_block(s, values, inverse);
+                acts.scales[number] = scale;
                 if run == 1 {
-                    let (first, second) = (s.sum_i8(&found[0]), s.sum_i8(&found[1]));
-                    (sums[number][lane], halves[number][lane]) = (bits(first + second), bits(first));
-                    number += 1;
+                    let (first, second) = (s.sum_i8(&quants[0]), s.sum_i8(&quants[1]));
+                    (sums[number], halves[number]) = (bits(first + second), bits(first));
+                }
+                number += side;
+                for from in quants.as_flattened().as_chunks().0 {
+                    // SAFETY: each of the token's octets is `side` behind the one before, and the last one is there.
+                    unsafe { *octet = *from };
+                    octet = octet.wrapping_add(side);
                 }
             }
         }
