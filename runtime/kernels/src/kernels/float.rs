@@ -372,7 +372,7 @@ pub(super) fn scale_of(peak: u32) -> (f32, f32) {
 
 /// The two halves of one block, with the second of [`scale_of`]'s numbers.
 #[inline(always)]
-pub(super) fn quantize_block<S: Simd>(s: S, values: &[f32; BLOCK], inverse: f32) -> [[i8; 16]; 2] {
+fn quantize_block<S: Simd>(s: S, values: &[f32; BLOCK], inverse: f32) -> [[i8; 16]; 2] {
     if inverse == 0.0 {
         return [[0; 16]; 2];
     }

@@ -119,6 +119,18 @@ pub(crate) trait Simd: Copy {
     fn peak(self, x: &[[f32; 32]]) -> u32;
     /// 16 floats within ±127.5, rounded to nearest, ties to even.
     fn round_i8(self, x: [Self::F; 2]) -> [i8; 16];
+    /// [`Simd::round_i8`] of `x * factor` in eights, each of which goes `side` behind the one before.
+    #[inline(always)]
+    fn round_blocks(self, x: &[[f32; 32]], factor: f32, side: usize, to: &mut [[i8; 8]]) {
+        let mut to = to.iter_mut().step_by(side);
+        for x in x.as_flattened().as_chunks().0 {
+            let [a, b] = self.load2(x);
+            let quants = self.round_i8([self.mul(a, self.splat(factor)), self.mul(b, self.splat(factor))]);
+            for (from, to) in quants.as_chunks().0.iter().zip(&mut to) {
+                *to = *from;
+            }
+        }
+    }
     /// The sum of 16 integers.
     fn sum_i8(self, x: &[i8; 16]) -> i32;
 

@@ -355,6 +355,50 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
+    fn round_blocks(self, x: &[[f32; 32]], factor: f32, side: usize, to: &mut [[i8; 8]]) {
+        if x.is_empty() {
+            return;
+        }
+        assert!((4 * x.len() - 1) * side < to.len());
+        // SAFETY: NEON belongs to the baseline. A round reads the 128 bytes of a block and writes four times 8 bytes, each
+        // `side` times 8 behind the ones before, of which the last ones are within `to`.
+        unsafe {
+            asm!(
+                "2:",
+                "ld1 {{v16.4s, v17.4s, v18.4s, v19.4s}}, [{x}], #64",
+                "ld1 {{v20.4s, v21.4s, v22.4s, v23.4s}}, [{x}], #64",
+                "fmul v16.4s, v16.4s, {factor:v}.s[0]", "fmul v17.4s, v17.4s, {factor:v}.s[0]",
+                "fmul v18.4s, v18.4s, {factor:v}.s[0]", "fmul v19.4s, v19.4s, {factor:v}.s[0]",
+                "fmul v20.4s, v20.4s, {factor:v}.s[0]", "fmul v21.4s, v21.4s, {factor:v}.s[0]",
+                "fmul v22.4s, v22.4s, {factor:v}.s[0]", "fmul v23.4s, v23.4s, {factor:v}.s[0]",
+                // As in `round_i8`.
+                "fadd v16.4s, v16.4s, {shift:v}.4s", "fadd v17.4s, v17.4s, {shift:v}.4s",
+                "fadd v18.4s, v18.4s, {shift:v}.4s", "fadd v19.4s, v19.4s, {shift:v}.4s",
+                "fadd v20.4s, v20.4s, {shift:v}.4s", "fadd v21.4s, v21.4s, {shift:v}.4s",
+                "fadd v22.4s, v22.4s, {shift:v}.4s", "fadd v23.4s, v23.4s, {shift:v}.4s",
+                "uzp1 v16.8h, v16.8h, v17.8h", "uzp1 v18.8h, v18.8h, v19.8h",
+                "uzp1 v20.8h, v20.8h, v21.8h", "uzp1 v22.8h, v22.8h, v23.8h",
+                "uzp1 v16.16b, v16.16b, v18.16b", "uzp1 v20.16b, v20.16b, v22.16b",
+                "st1 {{v16.d}}[0], [{to}], {side}",
+                "st1 {{v16.d}}[1], [{to}], {side}",
+                "st1 {{v20.d}}[0], [{to}], {side}",
+                "st1 {{v20.d}}[1], [{to}], {side}",
+                "sub {blocks}, {blocks}, #1",
+                "cbnz {blocks}, 2b",
+                blocks = inout(reg) x.len() => _,
+                x = inout(reg) x.as_ptr() => _,
+                to = inout(reg) to.as_mut_ptr() => _,
+                side = in(reg) 8 * side,
+                factor = in(vreg) vdupq_n_f32(factor),
+                shift = in(vreg) vdupq_n_f32(12_582_912.0),
+                out("v16") _, out("v17") _, out("v18") _, out("v19") _,
+                out("v20") _, out("v21") _, out("v22") _, out("v23") _,
+                options(nostack, preserves_flags),
+            );
+        }
+    }
+
+    #[inline(always)]
     fn sum_i8(self, x: &[i8; 16]) -> i32 {
         neon!(i32::from(vaddlvq_s8(vld1q_s8(x.as_ptr()))))
     }

@@ -8,7 +8,7 @@
 //! of their scales.
 
 use super::super::activations::{ActivationsMut, BLOCK};
-use super::super::float::{quantize_block, scale_of};
+use super::super::float::scale_of;
 use super::super::simd::Simd;
 use core::ops::Range;
 
@@ -147,26 +147,32 @@ pub(crate) fn quantize<S: Simd>(s: S, acts: &mut ActivationsMut, run: usize) {
         let values = acts.values[token * cols..][..cols].as_chunks::<BLOCK>().0;
         // Where the token's next block and its next eight integers are.
         let (first, lane) = (token / side * side * blocks, token % side);
-        let (mut number, octet) = (first + lane, first * (BLOCK / 8) + lane);
-        assert!(octet + (values.len() * (BLOCK / 8)).saturating_sub(1) * side < octets.len());
-        let mut octet = octets[octet..].as_mut_ptr();
+        let (mut number, mut octet) = (first + lane, first * (BLOCK / 8) + lane);
         for values in values.chunks(run) {
             // What is not finite has the highest bits.
             let (scale, inverse) = scale_of(s.peak(values));
-            for values in values {
-                let quants = quantize_block(s, values, inverse);
+            let octets = &mut octets[octet..][..(values.len() * (BLOCK / 8) - 1) * side + 1];
+            if inverse == 0.0 {
+                octets.iter_mut().step_by(side).for_each(|to| *to = [0; 8]);
+            } else {
+                s.round_blocks(values, inverse, side, octets);
+            }
+            for index in 0..values.len() {
                 acts.scales[number] = scale;
                 if run == 1 {
-                    let (first, second) = (s.sum_i8(&quants[0]), s.sum_i8(&quants[1]));
+                    let from = &octets[index * (BLOCK / 8) * side..];
+                    let half = |i: usize| {
+                        let mut both = [0; 16];
+                        both[..8].copy_from_slice(&from[i * side]);
+                        both[8..].copy_from_slice(&from[(i + 1) * side]);
+                        s.sum_i8(&both)
+                    };
+                    let (first, second) = (half(0), half(2));
                     (sums[number], halves[number]) = (bits(first + second), bits(first));
                 }
                 number += side;
-                for from in quants.as_flattened().as_chunks().0 {
-                    // SAFETY: each of the token's octets is `side` behind the one before, and the last one is there.
-                    unsafe { *octet = *from };
-                    octet = octet.wrapping_add(side);
-                }
             }
+            octet += values.len() * (BLOCK / 8) * side;
         }
     }
 }
