@@ -299,13 +299,12 @@ impl<S: Simd, const N: usize, const P: usize> Op<S> for Products<'_, N, P> {
             let keys = core::array::from_fn(|p| &wide[(group + p).min(last) * width..][..width]);
             let to = |p| at + 16 * (group + p);
             let mut sums = [[[s.splat(0.0); 2]; P]; N];
-            // Hidden, because the compiler would make a loop for each answer.
+            // Hidden, and without another branch, because the compiler would make a loop for each answer.
             if black_box(columns.start > 0) {
                 for l in 0..N {
                     for p in 0..P {
-                        if let Some(before) = scores[l].get(to(p)..).and_then(|row| row.first_chunk()) {
-                            sums[l][p] = load16(s, before);
-                        }
+                        let Some(before) = scores[l][to(p).min(POSITIONS)..].first_chunk() else { continue };
+                        sums[l][p] = load16(s, before);
                     }
                 }
             }
