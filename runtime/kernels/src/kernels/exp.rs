@@ -18,6 +18,10 @@ const LN2: [f32; 2] = [0.693_359_4, -2.121_944_4e-4];
 /// `(exp(r) - 1 - r) / r^2`, lowest power first.
 const POLYNOMIAL: [f32; 5] = [0.499_999_94, 0.166_665_2, 0.041_668_385, 0.008_368_748, 0.001_381_492_5];
 
+/// What [`reduced`] adds products to: coefficients, highest power first, and [`ROUND`].
+const SUMMANDS: [[f32; 4]; 6] =
+    [[POLYNOMIAL[3]; 4], [POLYNOMIAL[2]; 4], [POLYNOMIAL[1]; 4], [POLYNOMIAL[0]; 4], [ROUND; 4], [ROUND; 4]];
+
 /// Eight exponentials.
 #[inline(always)]
 pub(crate) fn exp_lanes<S: Simd>(s: S, x: S::F) -> S::F {
@@ -31,24 +35,36 @@ pub(crate) fn exp_lanes<S: Simd>(s: S, x: S::F) -> S::F {
 #[inline(always)]
 pub(crate) fn one_and_exp<S: Simd>(s: S, x: S::F) -> S::F {
     // What the lowest power adds to 1 is nothing, too.
-    let x = s.higher(s.splat(LOWEST), x);
-    let y = s.add(s.splat(1.0), power(s, x));
+    let y = s.add(s.splat(1.0), power(s, s.higher(s.splat(LOWEST), x)));
     s.select_less(s.splat(HIGHEST), x, s.splat(f32::INFINITY), y)
+}
+
+/// [`exp_lanes`] of what is not above 0.
+#[inline(always)]
+pub(crate) fn exp_below<S: Simd>(s: S, x: S::F) -> S::F {
+    let (p, n) = reduced(s, x);
+    // 2^n is a normal number, so 2^n + 2^n p is rounded as 1 + p is; and NaN stays NaN, whatever 2^n has become.
+    let power = s.add_exponent(s.splat(1.0), n);
+    s.select_less(x, s.splat(LOWEST), s.splat(0.0), s.fma(power, p, power))
 }
 
 /// Eight exponentials of numbers from [`LOWEST`] to [`HIGHEST`].
 #[inline(always)]
 fn power<S: Simd>(s: S, x: S::F) -> S::F {
-    let shifted = s.fma(x, s.splat(core::f32::consts::LOG2_E), s.splat(ROUND));
+    let (p, n) = reduced(s, x);
+    s.add_exponent(s.add(p, s.splat(1.0)), n)
+}
+
+/// `exp(r) - 1`, and `n` with [`ROUND`] added.
+#[inline(always)]
+fn reduced<S: Simd>(s: S, x: S::F) -> (S::F, S::F) {
+    let [c3, c2, c1, c0, round] = s.summands(&SUMMANDS);
+    let shifted = s.fma(x, s.splat(core::f32::consts::LOG2_E), round);
     let n = s.sub(shifted, s.splat(ROUND));
     let r = s.fma(n, s.splat(-LN2[1]), s.fma(n, s.splat(-LN2[0]), x));
-    let mut p = s.splat(POLYNOMIAL[4]);
-    p = s.fma(p, r, s.splat(POLYNOMIAL[3]));
-    p = s.fma(p, r, s.splat(POLYNOMIAL[2]));
-    p = s.fma(p, r, s.splat(POLYNOMIAL[1]));
-    p = s.fma(p, r, s.splat(POLYNOMIAL[0]));
-    p = s.add(s.fma(s.mul(r, r), p, r), s.splat(1.0));
-    s.add_exponent(p, shifted)
+    let p = s.fma(s.splat(POLYNOMIAL[4]), r, c3);
+    let p = s.fma(s.fma(s.fma(p, r, c2), r, c1), r, c0);
+    (s.fma(s.mul(r, r), p, r), shifted)
 }
 
 /// The exponential of one number, equal to what the vector kernels compute.

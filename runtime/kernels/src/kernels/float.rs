@@ -8,18 +8,30 @@ use super::exp::{exp_lanes, one_and_exp};
 use super::simd::{Op, Simd};
 use crate::format::{f16_to_f32, f32_to_f16};
 use core::marker::PhantomData;
+use core::slice::from_ref;
 use edge_models::RopePairing;
 
 /// An element of a stored row.
 pub(crate) trait Element: Copy + Default {
     /// Eight elements as floats.
     fn load8<S: Simd>(s: S, x: &[Self; 8]) -> S::F;
+    /// Sixteen elements as floats.
+    #[inline(always)]
+    fn load16<S: Simd>(s: S, x: &[Self; 16]) -> [S::F; 2] {
+        let ([a, b], _) = x.as_chunks::<8>() else { return [s.splat(0.0); 2] };
+        [Self::load8(s, a), Self::load8(s, b)]
+    }
 }
 
 impl Element for f32 {
     #[inline(always)]
     fn load8<S: Simd>(s: S, x: &[f32; 8]) -> S::F {
         s.load(x)
+    }
+
+    #[inline(always)]
+    fn load16<S: Simd>(s: S, x: &[f32; 16]) -> [S::F; 2] {
+        s.load2(x)
     }
 }
 
@@ -44,8 +56,7 @@ fn padded<T: Element>(rest: &[T]) -> [T; 16] {
 /// The two halves of 16 elements.
 #[inline(always)]
 pub(crate) fn load16<S: Simd, T: Element>(s: S, x: &[T; 16]) -> [S::F; 2] {
-    let ([a, b], _) = x.as_chunks::<8>() else { return [s.splat(0.0); 2] };
-    [T::load8(s, a), T::load8(s, b)]
+    T::load16(s, x)
 }
 
 /// The 16 sums of a dot product, folded to 8.
@@ -315,7 +326,8 @@ pub(crate) fn quantize<S: Simd>(s: S, acts: &mut ActivationsMut) {
         let sums = &mut acts.sums[token * padded..][..padded];
         quants[values.len() / 2..].as_flattened_mut().fill(0);
         for (b, values) in values.iter().enumerate() {
-            let (scale, halves) = quantize_block(s, values, peak(s, values));
+            let (scale, inverse) = scale_of(s.peak(from_ref(values)));
+            let halves = quantize_block(s, values, inverse);
             scales[b] = scale;
             sums[b] = (s.sum_i8(&halves[0]) + s.sum_i8(&halves[1])) as f32;
             let (even_or_odd, pair) = (b % 2 * 16, &mut quants[b / 2]);
@@ -345,26 +357,25 @@ fn load_block<S: Simd>(s: S, values: &[f32; BLOCK]) -> [S::F; 4] {
     [a, b, c, d]
 }
 
-/// The largest magnitude in a block; not finite if one of its values is not.
+/// The scale of blocks with that [`Simd::peak`], and what the values are multiplied by.
 #[inline(always)]
-pub(super) fn peak<S: Simd>(s: S, values: &[f32; BLOCK]) -> f32 {
-    f32::from_bits(s.peak(load_block(s, values)))
+pub(super) fn scale_of(peak: u32) -> (f32, f32) {
+    let peak = f32::from_bits(peak);
+    if !peak.is_finite() {
+        (f32::NAN, 0.0)
+    } else if peak <= TINY {
+        (0.0, 0.0)
+    } else {
+        (round_to_half_precision(peak / 127.0), 127.0 / peak)
+    }
 }
 
-/// The scale and the two halves of one block, whose values are at most `peak` in magnitude.
+/// The two halves of one block, with the second of [`scale_of`]'s numbers.
 #[inline(always)]
-pub(super) fn quantize_block<S: Simd>(s: S, values: &[f32; BLOCK], peak: f32) -> (f32, [[i8; 16]; 2]) {
-    let [a, b, c, d] = load_block(s, values);
-    if !peak.is_finite() {
-        return (f32::NAN, [[0; 16]; 2]);
+fn quantize_block<S: Simd>(s: S, values: &[f32; BLOCK], inverse: f32) -> [[i8; 16]; 2] {
+    if inverse == 0.0 {
+        return [[0; 16]; 2];
     }
-    if peak <= TINY {
-        return (0.0, [[0; 16]; 2]);
-    }
-    let inverse = s.splat(127.0 / peak);
-    let halves = [
-        s.round_i8([s.mul(a, inverse), s.mul(b, inverse)]),
-        s.round_i8([s.mul(c, inverse), s.mul(d, inverse)]),
-    ];
-    (round_to_half_precision(peak / 127.0), halves)
+    let ([a, b, c, d], inverse) = (load_block(s, values), s.splat(inverse));
+    [s.round_i8([s.mul(a, inverse), s.mul(b, inverse)]), s.round_i8([s.mul(c, inverse), s.mul(d, inverse)])]
 }

@@ -31,8 +31,26 @@ pub(crate) trait Simd: Copy {
 
     /// `x` in all lanes.
     fn splat(self, x: f32) -> Self::F;
+    /// Each of five numbers in all lanes, where they are four times in a row, the last one in two rows. For constants
+    /// that something is added to once.
+    #[inline(always)]
+    fn summands(self, x: &[[f32; 4]; 6]) -> [Self::F; 5] {
+        [
+            self.splat(x[0][0]),
+            self.splat(x[1][0]),
+            self.splat(x[2][0]),
+            self.splat(x[3][0]),
+            self.splat(x[4][0]),
+        ]
+    }
     /// Eight floats.
     fn load(self, x: &[f32; 8]) -> Self::F;
+    /// Sixteen floats.
+    #[inline(always)]
+    fn load2(self, x: &[f32; 16]) -> [Self::F; 2] {
+        let ([a, b], _) = x.as_chunks() else { return [self.splat(0.0); 2] };
+        [self.load(a), self.load(b)]
+    }
     /// Writes eight floats.
     fn store(self, x: Self::F, to: &mut [f32; 8]);
     /// Eight little-endian floats at any address.
@@ -56,12 +74,15 @@ pub(crate) trait Simd: Copy {
     fn mul(self, a: Self::F, b: Self::F) -> Self::F;
     /// `a * b + c`, rounded once.
     fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
-    /// `w[3] * x[3] + (w[2] * x[2] + (w[1] * x[1] + (w[0] * x[0] + c)))`, each rounded once.
+    /// `sums[l][p] += w[l][r] * x[p][r]` for one `r` after the other, each rounded once; all have as many of them.
     #[inline(always)]
-    fn fma4(self, w: &[f32; 4], x: [Self::F; 4], c: Self::F) -> Self::F {
-        let [a, b, d, e] = x;
-        let c = self.fma(self.splat(w[1]), b, self.fma(self.splat(w[0]), a, c));
-        self.fma(self.splat(w[3]), e, self.fma(self.splat(w[2]), d, c))
+    fn add_products<const N: usize, const P: usize>(
+        self,
+        w: [&[f32]; N],
+        x: [&[[f32; 16]]; P],
+        sums: &mut [[[Self::F; 2]; P]; N],
+    ) {
+        add_products(self, w, x, sums);
     }
     /// `a / b`.
     fn div(self, a: Self::F, b: Self::F) -> Self::F;
@@ -94,10 +115,22 @@ pub(crate) trait Simd: Copy {
         core::array::from_fn(|j| self.load(&rows.map(|row| row[j])))
     }
 
-    /// The largest bit pattern of `|x|` over 32 floats; at least `0x7f80_0000` if one is not finite.
-    fn peak(self, x: [Self::F; 4]) -> u32;
+    /// The largest bit pattern of `|x|` over blocks of 32 floats; at least `0x7f80_0000` if one is not finite.
+    fn peak(self, x: &[[f32; 32]]) -> u32;
     /// 16 floats within ±127.5, rounded to nearest, ties to even.
     fn round_i8(self, x: [Self::F; 2]) -> [i8; 16];
+    /// [`Simd::round_i8`] of `x * factor` in eights, each of which goes `side` behind the one before.
+    #[inline(always)]
+    fn round_blocks(self, x: &[[f32; 32]], factor: f32, side: usize, to: &mut [[i8; 8]]) {
+        let mut to = to.iter_mut().step_by(side);
+        for x in x.as_flattened().as_chunks().0 {
+            let [a, b] = self.load2(x);
+            let quants = self.round_i8([self.mul(a, self.splat(factor)), self.mul(b, self.splat(factor))]);
+            for (from, to) in quants.as_chunks().0.iter().zip(&mut to) {
+                *to = *from;
+            }
+        }
+    }
     /// The sum of 16 integers.
     fn sum_i8(self, x: &[i8; 16]) -> i32;
 
@@ -133,4 +166,25 @@ pub(crate) trait Simd: Copy {
     fn no_products(self) -> Self::P;
     /// The exact sums of eight blocks (four pairs), each below 2^24.
     fn totals(self, p: [Self::P; 4]) -> Self::F;
+}
+
+/// [`Simd::add_products`], as the fused multiplications and additions that it is made of.
+#[inline(always)]
+pub(crate) fn add_products<S: Simd, const N: usize, const P: usize>(
+    s: S,
+    w: [&[f32]; N],
+    x: [&[[f32; 16]]; P],
+    sums: &mut [[[S::F; 2]; P]; N],
+) {
+    let Some(rows) = x.first().map(|x| x.len()) else { return };
+    let (w, x) = (w.map(|w| &w[..rows]), x.map(|x| &x[..rows]));
+    for r in 0..rows {
+        for p in 0..P {
+            let x = s.load2(&x[p][r]);
+            for l in 0..N {
+                let w = s.splat(w[l][r]);
+                sums[l][p] = [s.fma(w, x[0], sums[l][p][0]), s.fma(w, x[1], sums[l][p][1])];
+            }
+        }
+    }
 }

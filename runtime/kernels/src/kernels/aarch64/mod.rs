@@ -6,4 +6,5 @@ pub(super) mod i8mm;
 mod i8mm_panel;
 pub(super) mod neon;
 mod neon_tiles;
+mod products;
 mod rows16;

@@ -3,8 +3,10 @@
 //! Bytes are multiplied into 16 bits, where at least two products of signed bytes fit (128 * 127 * 2), and
 //! widened to 32 bits by pairwise addition.
 
-use crate::kernels::simd::{Op, Simd};
+use super::products::add_products;
+use crate::kernels::simd::{self, Op, Simd};
 use core::arch::aarch64::*;
+use core::arch::asm;
 
 /// NEON belongs to the build's baseline, so this needs no proof.
 #[derive(Clone, Copy)]
@@ -128,8 +130,36 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
+    fn summands(self, x: &[[f32; 4]; 6]) -> [F; 5] {
+        // Loads, where the compiler would copy registers: an addition overwrites what it adds to.
+        let (a, b, c, d, e, f, g, h, i, j);
+        // SAFETY: NEON belongs to the baseline; the 96 bytes of `x` are read, and nothing is written but the registers
+        // named.
+        unsafe {
+            asm!(
+                "ld1 {{v16.4s, v17.4s, v18.4s, v19.4s}}, [{x}]",
+                "ld1 {{v20.4s, v21.4s, v22.4s, v23.4s}}, [{x}]",
+                "ldp {i:q}, {j:q}, [{x}, #64]",
+                x = in(reg) x.as_ptr(),
+                i = out(vreg) i,
+                j = out(vreg) j,
+                out("v16") a, out("v17") b, out("v18") c, out("v19") d,
+                out("v20") e, out("v21") f, out("v22") g, out("v23") h,
+                options(nostack, readonly, preserves_flags),
+            );
+        }
+        [[a, e], [b, f], [c, g], [d, h], [i, j]]
+    }
+
+    #[inline(always)]
     fn load(self, x: &[f32; 8]) -> F {
         neon!([vld1q_f32(x.as_ptr()), vld1q_f32(x.as_ptr().add(4))])
+    }
+
+    #[inline(always)]
+    fn load2(self, x: &[f32; 16]) -> [F; 2] {
+        let x = neon!(vld1q_f32_x4(x.as_ptr()));
+        [[x.0, x.1], [x.2, x.3]]
     }
 
     #[inline(always)]
@@ -211,17 +241,17 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
-    fn fma4(self, w: &[f32; 4], x: [F; 4], mut c: F) -> F {
-        neon!({
-            let w = vld1q_f32(w.as_ptr());
-            for i in 0..2 {
-                c[i] = vfmaq_laneq_f32::<0>(c[i], x[0][i], w);
-                c[i] = vfmaq_laneq_f32::<1>(c[i], x[1][i], w);
-                c[i] = vfmaq_laneq_f32::<2>(c[i], x[2][i], w);
-                c[i] = vfmaq_laneq_f32::<3>(c[i], x[3][i], w);
-            }
-            c
-        })
+    fn add_products<const N: usize, const P: usize>(
+        self,
+        w: [&[f32]; N],
+        x: [&[[f32; 16]]; P],
+        sums: &mut [[[F; 2]; P]; N],
+    ) {
+        if let (Some(w), [x], Some(sums)) = (w.as_array(), &x[..], sums.as_flattened_mut().as_mut_array()) {
+            add_products(*w, x, sums);
+        } else {
+            simd::add_products(self, w, x, sums);
+        }
     }
 
     #[inline(always)]
@@ -294,13 +324,16 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
-    fn peak(self, x: [F; 4]) -> u32 {
+    fn peak(self, x: &[[f32; 32]]) -> u32 {
         neon!({
             // Without the sign, floats are ordered as their bits are.
             let magnitude = vdupq_n_u32(0x7fff_ffff);
             let mut peak = vdupq_n_u32(0);
-            for x in x.as_flattened() {
-                peak = vmaxq_u32(peak, vandq_u32(vreinterpretq_u32_f32(*x), magnitude));
+            for x in x {
+                for x in x.as_chunks::<4>().0 {
+                    peak =
+                        vmaxq_u32(peak, vandq_u32(vreinterpretq_u32_f32(vld1q_f32(x.as_ptr())), magnitude));
+                }
             }
             vmaxvq_u32(peak)
         })
@@ -319,6 +352,50 @@ impl Simd for Neon {
             vst1q_s8(out.as_mut_ptr(), vreinterpretq_s8_u8(bytes));
             out
         })
+    }
+
+    #[inline(always)]
+    fn round_blocks(self, x: &[[f32; 32]], factor: f32, side: usize, to: &mut [[i8; 8]]) {
+        if x.is_empty() {
+            return;
+        }
+        assert!((4 * x.len() - 1) * side < to.len());
+        // SAFETY: NEON belongs to the baseline. A round reads the 128 bytes of a block and writes four times 8 bytes, each
+        // `side` times 8 behind the ones before, of which the last ones are within `to`.
+        unsafe {
+            asm!(
+                "2:",
+                "ld1 {{v16.4s, v17.4s, v18.4s, v19.4s}}, [{x}], #64",
+                "ld1 {{v20.4s, v21.4s, v22.4s, v23.4s}}, [{x}], #64",
+                "fmul v16.4s, v16.4s, {factor:v}.s[0]", "fmul v17.4s, v17.4s, {factor:v}.s[0]",
+                "fmul v18.4s, v18.4s, {factor:v}.s[0]", "fmul v19.4s, v19.4s, {factor:v}.s[0]",
+                "fmul v20.4s, v20.4s, {factor:v}.s[0]", "fmul v21.4s, v21.4s, {factor:v}.s[0]",
+                "fmul v22.4s, v22.4s, {factor:v}.s[0]", "fmul v23.4s, v23.4s, {factor:v}.s[0]",
+                // As in `round_i8`.
+                "fadd v16.4s, v16.4s, {shift:v}.4s", "fadd v17.4s, v17.4s, {shift:v}.4s",
+                "fadd v18.4s, v18.4s, {shift:v}.4s", "fadd v19.4s, v19.4s, {shift:v}.4s",
+                "fadd v20.4s, v20.4s, {shift:v}.4s", "fadd v21.4s, v21.4s, {shift:v}.4s",
+                "fadd v22.4s, v22.4s, {shift:v}.4s", "fadd v23.4s, v23.4s, {shift:v}.4s",
+                "uzp1 v16.8h, v16.8h, v17.8h", "uzp1 v18.8h, v18.8h, v19.8h",
+                "uzp1 v20.8h, v20.8h, v21.8h", "uzp1 v22.8h, v22.8h, v23.8h",
+                "uzp1 v16.16b, v16.16b, v18.16b", "uzp1 v20.16b, v20.16b, v22.16b",
+                "st1 {{v16.d}}[0], [{to}], {side}",
+                "st1 {{v16.d}}[1], [{to}], {side}",
+                "st1 {{v20.d}}[0], [{to}], {side}",
+                "st1 {{v20.d}}[1], [{to}], {side}",
+                "sub {blocks}, {blocks}, #1",
+                "cbnz {blocks}, 2b",
+                blocks = inout(reg) x.len() => _,
+                x = inout(reg) x.as_ptr() => _,
+                to = inout(reg) to.as_mut_ptr() => _,
+                side = in(reg) 8 * side,
+                factor = in(vreg) vdupq_n_f32(factor),
+                shift = in(vreg) vdupq_n_f32(12_582_912.0),
+                out("v16") _, out("v17") _, out("v18") _, out("v19") _,
+                out("v20") _, out("v21") _, out("v22") _, out("v23") _,
+                options(nostack, preserves_flags),
+            );
+        }
     }
 
     #[inline(always)]

@@ -1,21 +1,23 @@
 //! Attention over rows of floating-point numbers.
 //!
 //! Some rows at a time are widened to `f32` on the stack, laid out as the loops read them, for all queries of a
-//! call: four of these meet eight keys at once, a number of each, then four values, sixteen numbers of each. So
+//! call: four of these meet sixteen keys at once, a number of each, then a value, sixteen numbers of it. So
 //! a score is one chain of fused multiplications and additions, and no register is ever added up across.
 #![allow(clippy::needless_range_loop, reason = "indices name registers")]
 
 use super::{Cache, Elements, MAX_WIDTH, POSITIONS, Query, Row, Scores, State, Weigh};
 use crate::kernels::float::{Element, load16};
 use crate::kernels::simd::{Op, Simd};
+use core::hint::black_box;
 use core::ops::Range;
 
 /// Queries that share widened rows.
 const LANES: usize = 48;
 /// Queries of a tile.
 const TILE: usize = 4;
-/// Widened numbers, in eights: 16 KiB, eight rows of half the widest head or four of all of it.
-const EIGHTS: usize = MAX_WIDTH / 2;
+/// Widened numbers, in sixteens: 16 KiB, sixteen rows of a quarter of the widest head or four of all of it.
+const SIXTEENS: usize = MAX_WIDTH / 4;
+type Wide = [[f32; 16]; SIXTEENS];
 
 /// Some rows of a block of positions.
 #[derive(Clone, Copy)]
@@ -37,7 +39,7 @@ pub(crate) fn attention<S: Simd>(
     rule: Scores,
     out: &mut [f32],
 ) {
-    let mut wide = [[0.0; 8]; EIGHTS];
+    let mut wide = [[0.0; 16]; SIXTEENS];
     for lanes in lanes.chunks(LANES) {
         together(s, queries, lanes, cache, rule, &mut wide, out);
     }
@@ -52,10 +54,10 @@ fn together<S: Simd>(
     lanes: &[Query],
     cache: Cache<Elements>,
     rule: Scores,
-    wide: &mut [[f32; 8]; EIGHTS],
+    wide: &mut Wide,
     out: &mut [f32],
 ) {
-    let mut scores: [[Row; TILE]; LANES / TILE] = [[[0.0; POSITIONS + 8]; TILE]; LANES / TILE];
+    let mut scores: [[Row; TILE]; LANES / TILE] = [[[0.0; _]; _]; _];
     let mut states = [State::START; LANES];
     for lane in lanes {
         out[lane.at..][..cache.width].fill(0.0);
@@ -64,8 +66,8 @@ fn together<S: Simd>(
     for block in (first / POSITIONS * POSITIONS..end).step_by(POSITIONS) {
         let start = block.max(first);
         let n = end.min(block + POSITIONS) - start;
-        let columns = cache.width.min(EIGHTS);
-        for_pieces(&cache, EIGHTS / columns * 8, start - block, start, n, |piece| {
+        let columns = cache.width.min(SIXTEENS);
+        for_pieces(&cache, SIXTEENS / columns * 16, start - block, start, n, |piece| {
             for first in (0..cache.width).step_by(columns) {
                 let columns = first..cache.width.min(first + columns);
                 widen_keys(s, &cache, piece, columns.clone(), wide);
@@ -77,7 +79,7 @@ fn together<S: Simd>(
                     }
                     let (columns, tile) = (columns.clone(), Tile { lanes, wide, at: piece.at, rows });
                     if let ([_], Some(scores)) = (lanes, scores.first_chunk_mut()) {
-                        s.outline(Products::<1, 4> { tile, queries, columns, scale, scores });
+                        s.outline(Products::<1, 2> { tile, queries, columns, scale, scores });
                     } else {
                         s.outline(Products::<TILE, 1> { tile, queries, columns, scale, scores });
                     }
@@ -86,7 +88,7 @@ fn together<S: Simd>(
         });
         let (scores, soft_cap) = (scores.as_flattened_mut(), rule.soft_cap);
         s.outline(Weigh { lanes, block, soft_cap, scores, states: &mut states });
-        let room = EIGHTS / 2 / sixteens(cache.width);
+        let room = SIXTEENS / sixteens(cache.width);
         for_pieces(&cache, room, start - block, start, n, |piece| {
             widen_values(s, &cache, piece, room, wide);
             let tiles = lanes.chunks(TILE).zip(scores.as_chunks::<TILE>().0).zip(states.as_chunks_mut().0);
@@ -158,7 +160,7 @@ fn widen_keys<S: Simd>(
     &Cache { keys, stride, .. }: &Cache<Elements>,
     piece: Piece,
     columns: Range<usize>,
-    wide: &mut [[f32; 8]; EIGHTS],
+    wide: &mut Wide,
 ) {
     match keys {
         Elements::Half(elements) => s.outline(WidenKeys { elements, stride, piece, columns, wide }),
@@ -173,7 +175,7 @@ fn widen_values<S: Simd>(
     &Cache { values, stride, width, .. }: &Cache<Elements>,
     piece: Piece,
     room: usize,
-    wide: &mut [[f32; 8]; EIGHTS],
+    wide: &mut Wide,
 ) {
     match values {
         Elements::Half(elements) => s.outline(WidenValues { elements, stride, width, piece, room, wide }),
@@ -181,14 +183,14 @@ fn widen_values<S: Simd>(
     }
 }
 
-/// Keys, eight rows at a time: the first number of each, then the second of each, and so on. Behind the last row it
+/// Keys, sixteen rows at a time: the first number of each, then the second of each, and so on. Behind the last row it
 /// comes again.
 struct WidenKeys<'x, T> {
     elements: &'x [T],
     stride: usize,
     piece: Piece,
     columns: Range<usize>,
-    wide: &'x mut [[f32; 8]; EIGHTS],
+    wide: &'x mut Wide,
 }
 
 impl<S: Simd, T: Element> Op<S> for WidenKeys<'_, T> {
@@ -196,26 +198,31 @@ impl<S: Simd, T: Element> Op<S> for WidenKeys<'_, T> {
     fn run(self, s: S) {
         let Self { elements, stride, piece, columns, wide } = self;
         let groups = wide.chunks_exact_mut(columns.len().max(1));
-        for (to, first) in groups.zip((0..piece.count).step_by(8)) {
-            let rows: [&[T]; 8] = core::array::from_fn(|i| {
-                let row = piece.row + (first + i).min(piece.count - 1);
-                &elements[row * stride..][columns.clone()]
-            });
-            let eights = columns.len() / 8;
-            let whole = rows.map(|row| &row.as_chunks::<8>().0[..eights]);
-            let (to, rest) = to.split_at_mut(eights * 8);
-            for (c, to) in to.as_chunks_mut::<8>().0.iter_mut().enumerate() {
-                let columns = s.transpose(whole.map(|row| T::load8(s, &row[c])));
-                for (to, column) in to.iter_mut().zip(columns) {
-                    s.store(column, to);
+        for (to, first) in groups.zip((0..piece.count).step_by(16)) {
+            for half in 0..2 {
+                let rows: [&[T]; 8] = core::array::from_fn(|i| {
+                    let row = piece.row + (first + 8 * half + i).min(piece.count - 1);
+                    &elements[row * stride..][columns.clone()]
+                });
+                let eights = columns.len() / 8;
+                let whole = rows.map(|row| &row.as_chunks::<8>().0[..eights]);
+                let (to, rest) = to.split_at_mut(eights * 8);
+                for (c, to) in to.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+                    // Not by `map`, which the compiler may leave a call.
+                    let row = |i: usize| T::load8(s, &whole[i][c]);
+                    let columns =
+                        s.transpose([row(0), row(1), row(2), row(3), row(4), row(5), row(6), row(7)]);
+                    for (to, column) in to.iter_mut().zip(columns) {
+                        s.store(column, &mut to.as_chunks_mut().0[half]);
+                    }
                 }
-            }
-            if !rest.is_empty() {
-                for (i, row) in rows.into_iter().enumerate() {
-                    let mut last = [0.0; 8];
-                    s.store(T::load8(s, &filled_up(&row[eights * 8..])), &mut last);
-                    for (to, x) in rest.iter_mut().zip(last) {
-                        to[i] = x;
+                if !rest.is_empty() {
+                    for (i, row) in rows.iter().enumerate() {
+                        let mut last = [0.0; 8];
+                        s.store(T::load8(s, &filled_up(&row[eights * 8..])), &mut last);
+                        for (to, x) in rest.iter_mut().zip(last) {
+                            to[8 * half + i] = x;
+                        }
                     }
                 }
             }
@@ -230,7 +237,7 @@ struct WidenValues<'x, T> {
     width: usize,
     piece: Piece,
     room: usize,
-    wide: &'x mut [[f32; 8]; EIGHTS],
+    wide: &'x mut Wide,
 }
 
 impl<S: Simd, T: Element> Op<S> for WidenValues<'_, T> {
@@ -239,18 +246,22 @@ impl<S: Simd, T: Element> Op<S> for WidenValues<'_, T> {
         let Self { elements, stride, width, piece, room, wide } = self;
         for r in 0..piece.count {
             let (row, rest) = elements[(piece.row + r) * stride..][..width].as_chunks::<16>();
-            let mut to = wide.as_chunks_mut::<2>().0[r..].iter_mut().step_by(room);
+            let mut to = wide[r..].iter_mut().step_by(room);
             for (row, to) in row.iter().zip(&mut to) {
-                let x = load16(s, row);
-                s.store(x[0], &mut to[0]);
-                s.store(x[1], &mut to[1]);
+                store16(s, load16(s, row), to);
             }
             if let (false, Some(to)) = (rest.is_empty(), to.next()) {
-                let x = load16(s, &filled_up(rest));
-                s.store(x[0], &mut to[0]);
-                s.store(x[1], &mut to[1]);
+                store16(s, load16(s, &filled_up(rest)), to);
             }
         }
+    }
+}
+
+/// Writes sixteen numbers.
+#[inline(always)]
+fn store16<S: Simd>(s: S, x: [S::F; 2], to: &mut [f32; 16]) {
+    for (x, to) in x.into_iter().zip(to.as_chunks_mut().0) {
+        s.store(x, to);
     }
 }
 
@@ -258,14 +269,14 @@ impl<S: Simd, T: Element> Op<S> for WidenValues<'_, T> {
 struct Tile<'x> {
     /// Fewer than there are registers for leave some of these with what nobody asks for.
     lanes: &'x [Query],
-    wide: &'x [[f32; 8]; EIGHTS],
+    wide: &'x Wide,
     /// The place of the first widened row.
     at: usize,
     /// Those that any of the queries sees.
     rows: Range<usize>,
 }
 
-/// `scores[l][at + r] = scale * dot(q[l], key[r])` for the rows of keys in eights, of `N` queries and `P` eights at a
+/// `scores[l][at + r] = scale * dot(q[l], key[r])` for the rows of keys in sixteens, of `N` queries and `P` sixteens at a
 /// time. The dot product goes on from the score unless `columns` are the first ones. Scores of other rows may be
 /// overwritten.
 struct Products<'x, const N: usize, const P: usize> {
@@ -283,44 +294,26 @@ impl<S: Simd, const N: usize, const P: usize> Op<S> for Products<'_, N, P> {
         // Behind the last query the last one again.
         let q: [&[f32]; N] =
             core::array::from_fn(|l| &queries[lanes[l.min(lanes.len() - 1)].at..][columns.clone()]);
-        let (width, fours) = (columns.len(), columns.len() / 4);
-        let q4 = q.map(|q| &q.as_chunks::<4>().0[..fours]);
-        let last = (rows.end - 1) / 8;
-        for group in (rows.start / 8..last + 1).step_by(P) {
-            let keys: [&[[f32; 8]]; P] =
-                core::array::from_fn(|p| &wide[(group + p).min(last) * width..][..width]);
-            let k4 = keys.map(|keys| &keys.as_chunks::<4>().0[..fours]);
-            let mut sums = [[s.splat(0.0); P]; N];
+        let (width, last) = (columns.len(), (rows.end - 1) / 16);
+        for group in (rows.start / 16..last + 1).step_by(P) {
+            let keys = core::array::from_fn(|p| &wide[(group + p).min(last) * width..][..width]);
+            let to = |p| at + 16 * (group + p);
+            let mut sums = [[[s.splat(0.0); 2]; P]; N];
+            // Hidden, and without another branch, because the compiler would make a loop for each answer.
+            if black_box(columns.start > 0) {
+                for l in 0..N {
+                    for p in 0..P {
+                        let Some(before) = scores[l][to(p).min(POSITIONS)..].first_chunk() else { continue };
+                        sums[l][p] = load16(s, before);
+                    }
+                }
+            }
+            s.add_products(q, keys, &mut sums);
             for l in 0..N {
                 for p in 0..P {
-                    let before =
-                        scores[l].get(at + 8 * (group + p)..).and_then(|scores| scores.first_chunk());
-                    if let (true, Some(before)) = (columns.start > 0, before) {
-                        sums[l][p] = s.load(before);
-                    }
-                }
-            }
-            for i in 0..fours {
-                for p in 0..P {
-                    let x = k4[p][i].each_ref().map(|key| s.load(key));
-                    for l in 0..N {
-                        sums[l][p] = s.fma4(&q4[l][i], x, sums[l][p]);
-                    }
-                }
-            }
-            for c in fours * 4..width {
-                for p in 0..P {
-                    let x = s.load(&keys[p][c]);
-                    for l in 0..N {
-                        sums[l][p] = s.fma(s.splat(q[l][c]), x, sums[l][p]);
-                    }
-                }
-            }
-            for l in 0..N {
-                for p in 0..P {
-                    let to = scores[l].get_mut(at + 8 * (group + p)..);
-                    if let Some(to) = to.and_then(|scores| scores.first_chunk_mut()) {
-                        s.store(s.mul(sums[l][p], s.splat(scale)), to);
+                    let to = scores[l].get_mut(to(p)..).and_then(|row| row.first_chunk_mut());
+                    if let Some(to) = to {
+                        store16(s, sums[l][p].map(|sum| s.mul(sum, s.splat(scale))), to);
                     }
                 }
             }
@@ -343,50 +336,59 @@ impl<S: Simd, const N: usize> Op<S> for AddValues<'_, N> {
     #[inline(always)]
     fn run(self, s: S) {
         let Self { tile: Tile { lanes, wide, at, rows }, width, room, weights, states, out } = self;
-        let weights = weights.each_ref().map(|weights| &weights[at + rows.start..][..rows.len()]);
-        let fours = rows.len() / 4;
-        let weights4 = weights.map(|weights| &weights.as_chunks::<4>().0[..fours]);
-        let columns = wide.as_chunks::<2>().0.chunks_exact(room);
-        for (column, first) in columns.zip((0..width).step_by(16)) {
-            let column = &column[rows.clone()];
-            let len = (width - first).min(16);
-            let mut sums = [[s.splat(0.0); 2]; N];
-            for l in 0..N.min(lanes.len()) {
-                let out = &out[lanes[l].at + first..][..len];
-                let keep = s.splat(states[l].keep);
-                sums[l] = match out.as_array() {
-                    Some(out) => load16(s, out),
-                    None => load16(s, &filled_up(out)),
-                }
-                .map(|sum| s.mul(sum, keep));
-            }
-            for (i, values) in column.as_chunks::<4>().0[..fours].iter().enumerate() {
-                for half in 0..2 {
-                    let x = values.each_ref().map(|value| s.load(&value[half]));
-                    for l in 0..N {
-                        sums[l][half] = s.fma4(&weights4[l][i], x, sums[l][half]);
-                    }
+        // Behind the last query the last one again, with the same results.
+        let lane = |l: usize| l.min(lanes.len() - 1);
+        let weights: [&[f32]; N] =
+            core::array::from_fn(|l| &weights[lane(l)][at + rows.start..][..rows.len()]);
+        let mut last = [[0.0; 16]; N];
+        let places: [usize; N] = core::array::from_fn(|l| lanes[lane(l)].at);
+        assert!(places.iter().all(|place| *place <= out.len() && width <= out.len() - place));
+        for (column, first) in wide.chunks_exact(room).zip((0..width).step_by(16)) {
+            let start = out.as_mut_ptr();
+            // SAFETY: `first` of the `width` numbers that are there from each place on. If sixteen are left, these are
+            // what is read, then written; otherwise `last` is.
+            let mut to = places.map(|place| unsafe { start.add(place + first) }.cast::<[f32; 16]>());
+            let left = width - first;
+            if left < 16 {
+                load_last(out, &places, first, left, &mut last);
+                for l in 0..N {
+                    to[l] = &mut last[l];
                 }
             }
-            for (i, value) in column.iter().enumerate().skip(fours * 4) {
-                for half in 0..2 {
-                    let x = s.load(&value[half]);
-                    for l in 0..N {
-                        sums[l][half] = s.fma(s.splat(weights[l][i]), x, sums[l][half]);
-                    }
-                }
+            let mut sums = [[[s.splat(0.0); 2]; 1]; N];
+            for l in 0..N {
+                let keep = s.splat(states[lane(l)].keep);
+                // SAFETY: see there.
+                sums[l][0] = load16(s, unsafe { &*to[l] }).map(|sum| s.mul(sum, keep));
             }
-            for l in 0..N.min(lanes.len()) {
-                let mut last = [0.0; 16];
-                let out = &mut out[lanes[l].at + first..][..len];
-                let to = out.as_mut_array().unwrap_or(&mut last);
-                let ([a, b], _) = to.as_chunks_mut::<8>() else { continue };
-                s.store(sums[l][0], a);
-                s.store(sums[l][1], b);
-                if len < 16 {
-                    out.copy_from_slice(&last[..len]);
-                }
+            s.add_products(weights, [&column[rows.clone()]], &mut sums);
+            for l in 0..N {
+                // SAFETY: see there.
+                store16(s, sums[l][0], unsafe { &mut *to[l] });
             }
+            if left < 16 {
+                store_last(&last, left, &places, first, out);
+            }
+        }
+    }
+}
+
+/// The last columns of several rows, fewer than sixteen from `first` on. For these alone, so it need not be fast.
+#[inline(never)]
+fn load_last(out: &[f32], places: &[usize], first: usize, count: usize, last: &mut [[f32; 16]]) {
+    for (place, last) in places.iter().zip(last) {
+        for (to, from) in last.iter_mut().zip(&out[place + first..][..count]) {
+            *to = *from;
+        }
+    }
+}
+
+/// [`load_last`] the other way round.
+#[inline(never)]
+fn store_last(last: &[[f32; 16]], count: usize, places: &[usize], first: usize, out: &mut [f32]) {
+    for (place, last) in places.iter().zip(last) {
+        for (to, from) in out[place + first..][..count].iter_mut().zip(last) {
+            *to = *from;
         }
     }
 }

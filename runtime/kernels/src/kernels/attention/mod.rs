@@ -13,7 +13,7 @@ mod floats;
 pub(crate) use blocks::attention_blocks;
 pub(crate) use floats::attention;
 
-use super::exp::exp_lanes;
+use super::exp::exp_below;
 use super::float::soft_cap;
 use super::simd::{Op, Simd};
 use core::ops::Range;
@@ -120,7 +120,7 @@ impl State {
 }
 
 /// Scores of a block, and room behind the last ones for those of a whole step.
-type Row = [f32; POSITIONS + 8];
+type Row = [f32; POSITIONS + 16];
 
 /// Turns the scores of a block of positions into weights, of which those of places that a lane does not see are zeros:
 /// once for all types of caches, which make up a block otherwise.
@@ -172,11 +172,11 @@ fn weigh<S: Simd>(s: S, scores: &mut [f32; POSITIONS], seen: Range<usize>, cap: 
     state.highest = peak;
 }
 
-/// One exponential.
+/// One exponential, of what is not above 0.
 #[inline(always)]
 fn exp1<S: Simd>(s: S, x: f32) -> f32 {
     let mut lanes = [0.0; 8];
-    s.store(exp_lanes(s, s.splat(x)), &mut lanes);
+    s.store(exp_below(s, s.splat(x)), &mut lanes);
     lanes[0]
 }
 
@@ -195,7 +195,7 @@ fn peak<S: Simd>(s: S, highest: f32, x: &[f32]) -> f32 {
 fn exponentials<S: Simd>(s: S, peak: f32, x: &mut [f32]) -> f32 {
     let mut sum = s.splat(0.0);
     for x in x.as_chunks_mut::<8>().0 {
-        let y = exp_lanes(s, s.sub(s.load(x), s.splat(peak)));
+        let y = exp_below(s, s.sub(s.load(x), s.splat(peak)));
         sum = s.add(sum, y);
         s.store(y, x);
     }

@@ -139,7 +139,7 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
-    fn peak(self, x: [F; 4]) -> u32 {
+    fn peak(self, x: &[[f32; 32]]) -> u32 {
         x.as_flattened().iter().fold(0, |peak, x| peak.max(x.to_bits() & 0x7fff_ffff))
     }
 

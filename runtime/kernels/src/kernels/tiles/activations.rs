@@ -8,7 +8,7 @@
 //! of their scales.
 
 use super::super::activations::{ActivationsMut, BLOCK};
-use super::super::float::{peak, quantize_block};
+use super::super::float::scale_of;
 use super::super::simd::Simd;
 use core::ops::Range;
 
@@ -137,33 +137,42 @@ pub(crate) fn quantize<S: Simd>(s: S, acts: &mut ActivationsMut, run: usize) {
     let (blocks, side) = (cols / BLOCK, if tokens == 1 { 1 } else { SIDE });
     let (sums, halves) = acts.sums.split_at_mut(acts.scales.len());
     let octets = acts.quants.as_chunks_mut::<8>().0;
-    for token in 0..padded_tokens(tokens) {
-        // Behind the last token come zeros.
-        let row = if token < tokens { acts.values[token * cols..][..cols].as_chunks().0 } else { &[] };
+    // Behind the last token come zeros.
+    let whole = tokens / side * side * blocks;
+    acts.scales[whole..].fill(0.0);
+    sums[whole..].fill(0.0);
+    halves[whole..].fill(0.0);
+    octets[whole * (BLOCK / 8)..].fill([0; 8]);
+    for token in 0..tokens {
+        let values = acts.values[token * cols..][..cols].as_chunks::<BLOCK>().0;
         // Where the token's next block and its next eight integers are.
         let (first, lane) = (token / side * side * blocks, token % side);
         let (mut number, mut octet) = (first + lane, first * (BLOCK / 8) + lane);
-        let (mut highest, mut left) = (0.0, 0);
-        for index in 0..blocks {
-            if left == 0 {
-                // What is not finite has the highest bits.
-                let peaks = row.iter().skip(index).take(run).map(|values| peak(s, values).to_bits());
-                highest = f32::from_bits(peaks.max().unwrap_or(0));
-                left = run;
+        for values in values.chunks(run) {
+            // What is not finite has the highest bits.
+            let (scale, inverse) = scale_of(s.peak(values));
+            let octets = &mut octets[octet..][..(values.len() * (BLOCK / 8) - 1) * side + 1];
+            if inverse == 0.0 {
+                octets.iter_mut().step_by(side).for_each(|to| *to = [0; 8]);
+            } else {
+                s.round_blocks(values, inverse, side, octets);
             }
-            left -= 1;
-            let quants;
-            (acts.scales[number], quants) =
-                quantize_block(s, row.get(index).unwrap_or(&[0.0; BLOCK]), highest);
-            if run == 1 {
-                let (first, second) = (s.sum_i8(&quants[0]), s.sum_i8(&quants[1]));
-                (sums[number], halves[number]) = (bits(first + second), bits(first));
+            for index in 0..values.len() {
+                acts.scales[number] = scale;
+                if run == 1 {
+                    let from = &octets[index * (BLOCK / 8) * side..];
+                    let half = |i: usize| {
+                        let mut both = [0; 16];
+                        both[..8].copy_from_slice(&from[i * side]);
+                        both[8..].copy_from_slice(&from[(i + 1) * side]);
+                        s.sum_i8(&both)
+                    };
+                    let (first, second) = (half(0), half(2));
+                    (sums[number], halves[number]) = (bits(first + second), bits(first));
+                }
+                number += side;
             }
-            for from in quants.as_flattened().as_chunks().0 {
-                octets[octet] = *from;
-                octet += side;
-            }
-            number += side;
+            octet += values.len() * (BLOCK / 8) * side;
         }
     }
 }

@@ -222,15 +222,17 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn peak(self, x: [__m256; 4]) -> u32 {
+    fn peak(self, x: &[[f32; 32]]) -> u32 {
         avx2!({
             // Without the sign, floats are ordered as their bits are.
             let magnitude = _mm256_set1_epi32(0x7fff_ffff);
-            let a = _mm256_and_si256(_mm256_castps_si256(x[0]), magnitude);
-            let b = _mm256_and_si256(_mm256_castps_si256(x[1]), magnitude);
-            let c = _mm256_and_si256(_mm256_castps_si256(x[2]), magnitude);
-            let d = _mm256_and_si256(_mm256_castps_si256(x[3]), magnitude);
-            let eight = _mm256_max_epi32(_mm256_max_epi32(a, b), _mm256_max_epi32(c, d));
+            let mut eight = _mm256_setzero_si256();
+            for x in x {
+                for x in x.as_chunks::<8>().0 {
+                    let x = _mm256_castps_si256(_mm256_loadu_ps(x.as_ptr()));
+                    eight = _mm256_max_epi32(eight, _mm256_and_si256(x, magnitude));
+                }
+            }
             let four = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256::<1>(eight));
             let two = _mm_max_epi32(four, _mm_shuffle_epi32::<0b01_00_11_10>(four));
             _mm_cvtsi128_si32(_mm_max_epi32(two, _mm_shuffle_epi32::<0b10_11_00_01>(two))) as u32
