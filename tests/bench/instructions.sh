@@ -6,7 +6,7 @@
 # MODEL is a GGUF or a pack. Counts are exact; what a run does before its first token is taken off by differences.
 # A prompt of 512 takes minutes.
 #   decode      a token of 64 that follow one another from an empty context
-#   prefill     a token of a prompt of 128, and of 512
+#   prefill     a token of a prompt of 128, of 256 and of 512
 #   start       from the process's start to the first token's forward pass, with a tokenizer: `edge-run generate` of a
 #               prompt of one letter. A pack that takes more than 30 million is a failure
 # EDGE_RUN names another program, EDGE_RUN_ARGS adds arguments (--kernels NAME). ADAPTER=FILE asks for something else:
@@ -77,18 +77,24 @@ if [ -n "${ADAPTER:-}" ]; then
     exit
 fi
 failed=0
-echo "| million instructions | decode | prefill 128 | prefill 512 | start |"
-echo "|---|---:|---:|---:|---:|"
+echo "| million instructions | decode | prefill 128 | prefill 256 | prefill 512 | start |"
+echo "|---|---:|---:|---:|---:|---:|"
 for cpu in "$@"; do
     tokens "$cpu"
-    short=$((($(count "$cpu" bench "$model" -n 0 -p 128 -r 1) - before) / 256))
-    long=$((($(count "$cpu" bench "$model" -n 0 -p 512 -r 1) - before) / 1024))
+    prefill=
+    for prompt in 128 256 512; do
+        prefill+=" $((($(count "$cpu" bench "$model" -n 0 -p $prompt -r 1) - before) / (2 * prompt)))"
+    done
     start=$before
     if [ -z "${EDGE_LIBRARY:-}" ]; then
         start=$(($(count "$cpu" generate "$model" --prompt A --max-tokens 1) - token))
     fi
     case $model in *.edgepack) [ "$start" -le 30000000 ] || failed=1 ;; esac
-    awk -v name="$(basename "$model"), $cpu" -v d="$decode" -v p="$short" -v q="$long" -v s="$start" \
-        'BEGIN { printf "| %s | %.2f | %.2f | %.2f | %.2f |\n", name, d / 1e6, p / 1e6, q / 1e6, s / 1e6 }'
+    awk -v name="$(basename "$model"), $cpu" -v counts="$decode$prefill $start" 'BEGIN {
+        printf "| %s |", name
+        n = split(counts, count, " ")
+        for (i = 1; i <= n; i++) printf " %.2f |", count[i] / 1e6
+        print ""
+    }'
 done
 exit $failed
