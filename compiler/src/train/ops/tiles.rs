@@ -98,7 +98,7 @@ fn bring_near_1(row: &mut [f32]) -> f32 {
     // Without the sign, floats are ordered as their bits are.
     let peak = widest!(row.iter().fold(0, |peak: u32, x| peak.max(x.to_bits() & 0x7fff_ffff)));
     // Twice the bias, less the exponent; zeros, and what is no number, stay what they are times any factor.
-    let factor = f32::from_bits((254 - (peak >> 23)).clamp(1, 253) << 23);
+    let factor = f32::from_bits(254u32.saturating_sub(peak >> 23).clamp(1, 253) << 23);
     multiply(row, factor);
     factor
 }
