@@ -18,8 +18,10 @@ use edge_models::{Activation, DecoderSpec};
 const WORTH_SHARING: usize = 1 << 15;
 /// Tokens whose attention is one piece of work.
 const TOKENS_TOGETHER: usize = 16;
+/// Those where there are so many of them that each thread has two pieces all the same.
+const MORE_TOGETHER: usize = 32;
 /// Query heads that are handed to the kernel at once.
-const LANES: usize = 48;
+const LANES: usize = 96;
 
 /// Room for everything between the embedding and the logits of one batch.
 pub(super) struct Buffers<'a> {
@@ -227,11 +229,13 @@ impl<'s> Step<'s> {
         let cost = 2 * out.len().saturating_mul(position + self.tokens);
         // Some tokens together, because they see nearly the same rows; of one token each group of heads.
         let (q_width, alone) = (spec.q_width(), self.tokens == 1);
-        let part = if alone { group * width } else { TOKENS_TOGETHER * q_width };
+        let many = self.tokens / (2 * MORE_TOGETHER) >= self.workers.count();
+        let together = if many { MORE_TOGETHER } else { TOKENS_TOGETHER };
+        let part = if alone { group * width } else { together * q_width };
         for_each_chunk(self.workers, cost >= WORTH_SHARING, out, part, &|index, out| {
             let queries = &queries[index * part..][..out.len()];
             let (kv_heads, first_token) =
-                if alone { (index..index + 1, 0) } else { (0..spec.kv_heads, index * TOKENS_TOGETHER) };
+                if alone { (index..index + 1, 0) } else { (0..spec.kv_heads, index * together) };
             for (kv_at, kv_head) in kv_heads.enumerate() {
                 let (cache, ring) = cache.view(kv_head * width);
                 let mut lanes = [Query { at: 0, first: 0, end: 0 }; LANES];

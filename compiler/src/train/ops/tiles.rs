@@ -146,8 +146,10 @@ impl Packed {
             });
             for ((acts, factors), y) in rounded.into_iter().zip(y.chunks_mut(TOGETHER * rows)) {
                 kernels.matmul(threads::pool(), &weight, &acts, y)?;
-                let scaled = y.chunks_exact_mut(rows).zip(&factors);
-                threads::map(scaled.collect(), |(y, factor)| multiply(y, 1.0 / factor));
+                if level {
+                    let scaled = y.chunks_exact_mut(rows).zip(&factors);
+                    threads::map(scaled.collect(), |(y, factor)| multiply(y, 1.0 / factor));
+                }
             }
             Ok(())
         };

@@ -59,6 +59,14 @@ pub(crate) fn load16<S: Simd, T: Element>(s: S, x: &[T; 16]) -> [S::F; 2] {
     T::load16(s, x)
 }
 
+/// Writes sixteen numbers.
+#[inline(always)]
+pub(crate) fn store16<S: Simd>(s: S, x: [S::F; 2], to: &mut [f32; 16]) {
+    for (x, to) in x.into_iter().zip(to.as_chunks_mut().0) {
+        s.store(x, to);
+    }
+}
+
 /// The 16 sums of a dot product, folded to 8.
 #[inline(always)]
 pub(crate) fn dot_lanes<S: Simd, T: Element>(s: S, x: &[f32], y: &[T]) -> S::F {
@@ -86,10 +94,11 @@ pub(crate) fn dot<S: Simd, T: Element>(s: S, x: &[f32], y: &[T]) -> f32 {
 #[inline(always)]
 pub(crate) fn axpy<S: Simd>(s: S, a: f32, x: &[f32], y: &mut [f32]) {
     let len = x.len().min(y.len());
-    let (x, x_rest) = x[..len].as_chunks::<8>();
-    let (y, y_rest) = y[..len].as_chunks_mut::<8>();
+    let (x, x_rest) = x[..len].as_chunks::<16>();
+    let (y, y_rest) = y[..len].as_chunks_mut::<16>();
     for (x, y) in x.iter().zip(y) {
-        s.store(s.fma(s.splat(a), s.load(x), s.load(y)), y);
+        let (x, sums) = (s.load2(x), s.load2(y));
+        store16(s, [s.fma(s.splat(a), x[0], sums[0]), s.fma(s.splat(a), x[1], sums[1])], y);
     }
     for (x, y) in x_rest.iter().zip(y_rest) {
         *y = libm::fmaf(a, *x, *y);
@@ -100,10 +109,12 @@ pub(crate) fn axpy<S: Simd>(s: S, a: f32, x: &[f32], y: &mut [f32]) {
 #[inline(always)]
 pub(crate) fn to_half<S: Simd>(s: S, x: &[f32], out: &mut [u16]) {
     let len = x.len().min(out.len());
-    let (x, x_rest) = x[..len].as_chunks::<8>();
-    let (out, out_rest) = out[..len].as_chunks_mut::<8>();
+    let (x, x_rest) = x[..len].as_chunks::<16>();
+    let (out, out_rest) = out[..len].as_chunks_mut::<16>();
     for (x, out) in x.iter().zip(out) {
-        *out = s.to_f16(s.load(x));
+        for (x, out) in s.load2(x).into_iter().zip(out.as_chunks_mut().0) {
+            *out = s.to_f16(x);
+        }
     }
     for (x, out) in x_rest.iter().zip(out_rest) {
         *out = f32_to_f16(*x);
@@ -113,9 +124,9 @@ pub(crate) fn to_half<S: Simd>(s: S, x: &[f32], out: &mut [u16]) {
 /// Rounds to half precision.
 #[inline(always)]
 pub(crate) fn round_to_half<S: Simd>(s: S, x: &mut [f32]) {
-    let (x, rest) = x.as_chunks_mut::<8>();
+    let (x, rest) = x.as_chunks_mut::<16>();
     for x in x {
-        s.store(s.f16_bits(s.to_f16(s.load(x))), x);
+        store16(s, s.load2(x).map(|x| s.f16_bits(s.to_f16(x))), x);
     }
     for x in rest {
         *x = f16_to_f32(f32_to_f16(*x));
@@ -134,11 +145,13 @@ pub(crate) fn rms_norm<S: Simd>(s: S, x: &[f32], weight: &[f32], eps: f32, out: 
     let len = x.len().min(weight.len()).min(out.len());
     let x = &x[..len];
     let scale = inverse_rms(s, x, eps);
-    let (x, x_rest) = x.as_chunks::<8>();
-    let (weight, weight_rest) = weight[..len].as_chunks::<8>();
-    let (out, out_rest) = out[..len].as_chunks_mut::<8>();
+    let (x, x_rest) = x.as_chunks::<16>();
+    let (weight, weight_rest) = weight[..len].as_chunks::<16>();
+    let (out, out_rest) = out[..len].as_chunks_mut::<16>();
     for ((x, w), out) in x.iter().zip(weight).zip(out) {
-        s.store(s.mul(s.mul(s.load(x), s.splat(scale)), s.load(w)), out);
+        let (x, w) = (s.load2(x), s.load2(w));
+        let scaled = |i: usize| s.mul(s.mul(x[i], s.splat(scale)), w[i]);
+        store16(s, [scaled(0), scaled(1)], out);
     }
     for ((x, w), out) in x_rest.iter().zip(weight_rest).zip(out_rest) {
         *out = x * scale * w;

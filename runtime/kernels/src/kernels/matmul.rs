@@ -231,7 +231,9 @@ pub(crate) unsafe fn run<const N: usize>(
     }
     let threads = if work < WORTH_SHARING { 1 } else { workers.count().max(1) };
     let shared = products.map(|Product { kernel, weight, out }| {
-        (kernel, weight, Output::new(out, tokens, weight.rows, ROWS, threads))
+        // Two tiles, which some kernels take at once; of one token, parts as equal as can be.
+        let unit = if tokens > 1 { 2 * ROWS } else { ROWS };
+        (kernel, weight, Output::new(out, tokens, weight.rows, unit, threads))
     });
     let job = || {
         for (kernel, weight, output) in &shared {

@@ -131,6 +131,13 @@ impl Columns<'_> {
         Some(Strip { start, tokens: self.tokens, stride: self.stride, output: PhantomData })
     }
 
+    /// The rows of this part from `first` on.
+    #[cfg(target_arch = "x86_64")]
+    pub fn from(&mut self, first: usize) -> Columns<'_> {
+        let rows = first.max(self.rows.start)..self.rows.end;
+        Columns { rows, output: PhantomData, ..*self }
+    }
+
     /// Writes the elements of `token` from row `first` on, as far as they are in this part.
     #[inline(always)]
     pub fn set_rows<const N: usize>(&mut self, token: usize, first: usize, values: &[f32; N]) {
@@ -163,6 +170,22 @@ impl<'a, const N: usize> Strip<'a, N> {
     #[inline(always)]
     pub fn tokens(&self) -> usize {
         self.tokens
+    }
+
+    /// Calls for the elements of tokens that are written next: they lie far apart, where nothing else foresees them.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    pub fn fetch(&self, tokens: Range<usize>) {
+        use core::arch::x86_64::{_MM_HINT_ET0, _mm_prefetch};
+        for token in tokens {
+            for first in (0..N).step_by(16) {
+                // SAFETY: an instruction that every x86-64 processor has or passes over; it reads nothing, so the address
+                // may be any.
+                unsafe {
+                    _mm_prefetch::<_MM_HINT_ET0>(self.start.wrapping_add(token * self.stride + first).cast());
+                }
+            }
+        }
     }
 
     /// Its elements of `T` tokens from `token` on; `None` unless there are as many.

@@ -62,8 +62,14 @@ macro_rules! kernel_table {
         $crate::kernels::table::tile_tables! { [$token, $(#[$features])*] ONE_TOKEN FILL MULTIPLY }
 
         /// The kernels for quantized weights in tiles.
-        pub(crate) static TILES: tiles::TileKernels =
-            tiles::TileKernels { one_token: &ONE_TOKEN, fill: &FILL, multiply: &MULTIPLY, wide: None };
+        pub(crate) static TILES: tiles::TileKernels = tiles::TileKernels {
+            one_token: &ONE_TOKEN,
+            fill: &FILL,
+            multiply: &MULTIPLY,
+            #[cfg(target_arch = "x86_64")]
+            pair: None,
+            wide: None,
+        };
     };
 }
 
@@ -101,6 +107,15 @@ macro_rules! tile_tables {
             $context
             /// Unpacks weights for many tokens.
             static FILL: fn(panel: &mut tiles::Panel, tile: &[u8], first: usize, count: usize) = tiles::fill, tiles;
+        }
+        $crate::kernels::table::tile_tables! { $context $($rest)* }
+    };
+    ($context:tt MULTIPLY_PAIR $($rest:tt)*) => {
+        $crate::kernels::table::block_entries! {
+            $context
+            /// Products of unpacked weights of two tiles with four tokens.
+            static MULTIPLY_PAIR: fn(panels: &[tiles::Panel; 2], x: tiles::Quad, out: [&mut [f32; 32]; 4])
+                = tiles::multiply_pair, tiles;
         }
         $crate::kernels::table::tile_tables! { $context $($rest)* }
     };

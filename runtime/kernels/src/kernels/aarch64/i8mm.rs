@@ -4,10 +4,12 @@
 //! Decode is the dot product's; prefill multiplies eight columns of two rows with those of two tokens in one
 //! instruction.
 
+use super::neon::Neon;
 use super::rows16::neon;
 use super::{dotprod, i8mm, i8mm_panel, neon};
+use crate::format::DType;
 use crate::kernels::dispatch::Kernels;
-use crate::kernels::tiles::{self, Format, Panel, Q4_1, Q6K, Quad, RUN, SIDE};
+use crate::kernels::tiles::{self, AnyShare, Format, Lanes, Panel, Q4_0, Q4_1, Q6K, Quad, RUN, SIDE, shares};
 use core::arch::aarch64::*;
 use core::arch::asm;
 
@@ -116,34 +118,87 @@ fn pairs(x: float32x4_t) -> [float32x4_t; 2] {
 /// [`tiles::Fill`] of NEON, arranged for [`I8mm::eight_rows`].
 #[inline(always)]
 fn fill<T: Format>(_: I8mm, panel: &mut Panel, tile: &[u8], first: usize, count: usize) {
+    if matches!(T::DTYPE, DType::Q4_0) {
+        return fill_q4_0(panel, tile, first, count);
+    }
     if let Some(fill) = neon::FILL.of(T::DTYPE) {
         // SAFETY: NEON belongs to the baseline.
         unsafe { fill(panel, tile, first, count) }
-        arrange(panel, T::SEGMENTS == 2);
+        arrange(panel);
+        arrange_scales(panel, T::SEGMENTS == 2);
     }
 }
 
-/// Weights: eight columns of rows 0 and 1, of rows 2 and 3, and so on. Scales: those of rows 0, 0, 1, 1, then of
-/// 2, 2, 3, 3, and so on; in a wide panel what they have more than those of the run's next block (see
-/// [`tiles::TileKernels::wide`]).
+/// [`fill`] for the most common type, whose weights lie in pairs of rows before they are unpacked: half the work.
+fn fill_q4_0(panel: &mut Panel, tile: &[u8], first: usize, count: usize) {
+    panel.blocks = count;
+    let shares = &shares::<Q4_0>(tile)[first / 2..];
+    let (weights, scales) = (panel.weights.as_chunks_mut::<2>().0, panel.scales.as_chunks_mut::<2>().0);
+    for ((share, weights), to) in shares.iter().zip(weights).zip(scales).take(count.div_ceil(2)) {
+        for (i, [a, b, c, d]) in weights.iter_mut().enumerate() {
+            let [even, odd, third, fourth] = share.quants(i) else { return };
+            unpack(even, odd, a, c);
+            unpack(third, fourth, b, d);
+        }
+        for (halves, [to, _]) in share.factors().as_chunks().0.iter().zip(to) {
+            if let Some(to) = to.first_chunk_mut() {
+                Neon.store(Neon.halves(halves), to);
+            }
+        }
+    }
+    arrange_scales(panel, false);
+}
+
+/// Two vectors of nibbles: the low ones are the weights of eight columns, the high ones those of eight others.
+#[inline(always)]
+fn unpack(even: &[u8; 64], odd: &[u8; 64], low: &mut [[u8; 64]; 2], high: &mut [[u8; 64]; 2]) {
+    neon!({
+        let (even, odd) = (vld1q_u8_x4(even.as_ptr()), vld1q_u8_x4(odd.as_ptr()));
+        let (a, b) = (pairs_of_rows(even.0, odd.0), pairs_of_rows(even.1, odd.1));
+        let (c, d) = (pairs_of_rows(even.2, odd.2), pairs_of_rows(even.3, odd.3));
+        let bias = vdupq_n_u8(Q4_0::BIAS as u8);
+        for (i, w) in [[a, b], [c, d]].into_iter().enumerate() {
+            let low_bits = |w| vsubq_u8(vandq_u8(w, vdupq_n_u8(15)), bias);
+            let high_bits = |w| vsubq_u8(vshrq_n_u8::<4>(w), bias);
+            let [(a, b), (c, d)] = w;
+            let four = uint8x16x4_t(low_bits(a), low_bits(b), low_bits(c), low_bits(d));
+            vst1q_u8_x4(low[i].as_mut_ptr(), four);
+            let four = uint8x16x4_t(high_bits(a), high_bits(b), high_bits(c), high_bits(d));
+            vst1q_u8_x4(high[i].as_mut_ptr(), four);
+        }
+    });
+}
+
+/// Four columns of four rows each, and four more of them, as eight columns of two rows and of two more.
+#[inline(always)]
+fn pairs_of_rows(even: uint8x16_t, odd: uint8x16_t) -> (uint8x16_t, uint8x16_t) {
+    neon!({
+        let (even, odd) = (vreinterpretq_u32_u8(even), vreinterpretq_u32_u8(odd));
+        (vreinterpretq_u8_u32(vzip1q_u32(even, odd)), vreinterpretq_u8_u32(vzip2q_u32(even, odd)))
+    })
+}
+
+/// Weights: eight columns of rows 0 and 1, of rows 2 and 3, and so on.
 #[inline(never)]
-fn arrange(panel: &mut Panel, segments: bool) {
+fn arrange(panel: &mut Panel) {
     let blocks = panel.blocks;
     for weights in panel.weights[..blocks].as_flattened_mut() {
         neon!({
             let to = weights.as_flattened_mut().as_mut_ptr();
             let (even, odd) = (vld1q_u8_x4(to), vld1q_u8_x4(to.add(64)));
-            let pairs = |even, odd| {
-                let (even, odd) = (vreinterpretq_u32_u8(even), vreinterpretq_u32_u8(odd));
-                (vreinterpretq_u8_u32(vzip1q_u32(even, odd)), vreinterpretq_u8_u32(vzip2q_u32(even, odd)))
-            };
-            let (a, b) = (pairs(even.0, odd.0), pairs(even.1, odd.1));
-            let (c, d) = (pairs(even.2, odd.2), pairs(even.3, odd.3));
+            let (a, b) = (pairs_of_rows(even.0, odd.0), pairs_of_rows(even.1, odd.1));
+            let (c, d) = (pairs_of_rows(even.2, odd.2), pairs_of_rows(even.3, odd.3));
             vst1q_u8_x4(to, uint8x16x4_t(a.0, a.1, b.0, b.1));
             vst1q_u8_x4(to.add(64), uint8x16x4_t(c.0, c.1, d.0, d.1));
         });
     }
-    let (wide, mut block) = (panel.wide, 0usize);
+}
+
+/// Scales: those of rows 0, 0, 1, 1, then of 2, 2, 3, 3, and so on; in a wide panel what they have more than those of
+/// the run's next block (see [`tiles::TileKernels::wide`]).
+#[inline(never)]
+fn arrange_scales(panel: &mut Panel, segments: bool) {
+    let (blocks, wide, mut block) = (panel.blocks, panel.wide, 0usize);
     let mut rest = &mut panel.scales[..blocks];
     while let Some(([first, second], behind)) = rest.split_first_mut() {
         block += 1;

@@ -6,13 +6,13 @@
 #![allow(clippy::needless_range_loop, reason = "indices name registers")]
 
 use super::{Cache, Elements, MAX_WIDTH, POSITIONS, Query, Row, Scores, State, Weigh};
-use crate::kernels::float::{Element, load16};
+use crate::kernels::float::{Element, load16, store16};
 use crate::kernels::simd::{Op, Simd};
 use core::hint::black_box;
 use core::ops::Range;
 
 /// Queries that share widened rows.
-const LANES: usize = 48;
+const LANES: usize = 96;
 /// Queries of a tile.
 const TILE: usize = 4;
 /// Widened numbers, in sixteens: 16 KiB, sixteen rows of a quarter of the widest head or four of all of it.
@@ -57,6 +57,14 @@ fn together<S: Simd>(
     wide: &mut Wide,
     out: &mut [f32],
 ) {
+    // Behind the last query of a last tile it comes again, as often as there is room.
+    let last = lanes.len() - 1;
+    let places: [usize; LANES] = core::array::from_fn(|l| lanes[l.min(last)].at);
+    let mut tiles = [const { 0..0 }; LANES / TILE];
+    for (lanes, tile) in lanes.chunks(TILE).zip(&mut tiles) {
+        *tile = seen(lanes);
+    }
+    let tiles = &tiles[..lanes.len().div_ceil(TILE)];
     let mut scores: [[Row; TILE]; LANES / TILE] = [[[0.0; _]; _]; _];
     let mut states = [State::START; LANES];
     for lane in lanes {
@@ -72,36 +80,43 @@ fn together<S: Simd>(
                 let columns = first..cache.width.min(first + columns);
                 widen_keys(s, &cache, piece, columns.clone(), wide);
                 let scale = if columns.end == cache.width { rule.scale } else { 1.0 };
-                for (lanes, scores) in lanes.chunks(TILE).zip(&mut scores) {
-                    let rows = rows_of(piece, block, lanes);
-                    if rows.is_empty() {
-                        continue;
-                    }
-                    let (columns, tile) = (columns.clone(), Tile { lanes, wide, at: piece.at, rows });
-                    if let ([_], Some(scores)) = (lanes, scores.first_chunk_mut()) {
-                        s.outline(Products::<1, 2> { tile, queries, columns, scale, scores });
+                let places = places.as_chunks::<TILE>().0;
+                for (index, ((seen, places), scores)) in tiles.iter().zip(places).zip(&mut scores).enumerate()
+                {
+                    let Some(tile) = Tile::new(piece, block, seen, wide) else { continue };
+                    let columns = columns.clone();
+                    if let (true, Some(places), Some(scores)) =
+                        (index * TILE == last, places.first_chunk(), scores.first_chunk_mut())
+                    {
+                        s.outline(Products::<1, 2> { tile, places, queries, columns, scale, scores });
                     } else {
-                        s.outline(Products::<TILE, 1> { tile, queries, columns, scale, scores });
+                        s.outline(Products::<TILE, 1> { tile, places, queries, columns, scale, scores });
                     }
                 }
             }
         });
-        let (scores, soft_cap) = (scores.as_flattened_mut(), rule.soft_cap);
-        s.outline(Weigh { lanes, block, soft_cap, scores, states: &mut states });
+        let (rows, soft_cap) = (scores.as_flattened_mut(), rule.soft_cap);
+        s.outline(Weigh { lanes, block, soft_cap, scores: rows, states: &mut states });
+        if !last.is_multiple_of(TILE) {
+            for l in lanes.len()..lanes.len().next_multiple_of(TILE) {
+                (rows[l], states[l]) = (rows[last], states[last]);
+            }
+        }
         let room = SIXTEENS / sixteens(cache.width);
         for_pieces(&cache, room, start - block, start, n, |piece| {
             widen_values(s, &cache, piece, room, wide);
-            let tiles = lanes.chunks(TILE).zip(scores.as_chunks::<TILE>().0).zip(states.as_chunks_mut().0);
-            for ((lanes, weights), states) in tiles {
-                let rows = rows_of(piece, block, lanes);
-                if rows.is_empty() {
-                    continue;
-                }
-                let (width, tile) = (cache.width, Tile { lanes, wide, at: piece.at, rows });
-                if let ([_], Some(weights)) = (lanes, weights.first_chunk()) {
-                    s.outline(AddValues::<1> { tile, width, room, weights, states, out });
+            let places = places.as_chunks::<TILE>().0;
+            let states = states.as_chunks_mut::<TILE>().0;
+            let each = tiles.iter().zip(places).zip(scores.iter().zip(states));
+            for (index, ((seen, places), (weights, states))) in each.enumerate() {
+                let Some(tile) = Tile::new(piece, block, seen, wide) else { continue };
+                let (width, keep) = (cache.width, states.map(|state| state.keep));
+                if let (true, Some(places), Some(weights)) =
+                    (index * TILE == last, places.first_chunk(), weights.first_chunk())
+                {
+                    s.outline(AddValues::<1> { tile, width, room, places, weights, keep: [keep[0]], out });
                 } else {
-                    s.outline(AddValues::<TILE> { tile, width, room, weights, states, out });
+                    s.outline(AddValues::<TILE> { tile, width, room, places, weights, keep, out });
                 }
                 states.iter_mut().for_each(|state: &mut State| state.keep = 1.0);
             }
@@ -118,14 +133,6 @@ fn together<S: Simd>(
 fn seen(lanes: &[Query]) -> Range<usize> {
     let first = lanes.iter().fold(usize::MAX, |first, lane| first.min(lane.first));
     first..lanes.iter().fold(0, |end, lane| end.max(lane.end))
-}
-
-/// The rows of a piece that any of the lanes sees.
-#[inline(always)]
-fn rows_of(piece: Piece, block: usize, lanes: &[Query]) -> Range<usize> {
-    let Range { start, end } = seen(lanes);
-    let place = |position: usize| position.saturating_sub(block + piece.at).min(piece.count);
-    place(start)..place(end)
 }
 
 /// Sixteens of a row, the last one filled up.
@@ -257,18 +264,8 @@ impl<S: Simd, T: Element> Op<S> for WidenValues<'_, T> {
     }
 }
 
-/// Writes sixteen numbers.
-#[inline(always)]
-fn store16<S: Simd>(s: S, x: [S::F; 2], to: &mut [f32; 16]) {
-    for (x, to) in x.into_iter().zip(to.as_chunks_mut().0) {
-        s.store(x, to);
-    }
-}
-
-/// Queries that meet widened rows.
+/// Widened rows that some queries meet.
 struct Tile<'x> {
-    /// Fewer than there are registers for leave some of these with what nobody asks for.
-    lanes: &'x [Query],
     wide: &'x Wide,
     /// The place of the first widened row.
     at: usize,
@@ -276,11 +273,23 @@ struct Tile<'x> {
     rows: Range<usize>,
 }
 
+impl<'x> Tile<'x> {
+    /// The rows of a piece among the positions `seen`, if there are any.
+    #[inline(always)]
+    fn new(piece: Piece, block: usize, seen: &Range<usize>, wide: &'x Wide) -> Option<Self> {
+        let place = |position: usize| position.saturating_sub(block + piece.at).min(piece.count);
+        let rows = place(seen.start)..place(seen.end);
+        (!rows.is_empty()).then_some(Self { wide, at: piece.at, rows })
+    }
+}
+
 /// `scores[l][at + r] = scale * dot(q[l], key[r])` for the rows of keys in sixteens, of `N` queries and `P` sixteens at a
 /// time. The dot product goes on from the score unless `columns` are the first ones. Scores of other rows may be
 /// overwritten.
 struct Products<'x, const N: usize, const P: usize> {
     tile: Tile<'x>,
+    /// Where the queries start.
+    places: &'x [usize; N],
     queries: &'x [f32],
     columns: Range<usize>,
     scale: f32,
@@ -290,10 +299,8 @@ struct Products<'x, const N: usize, const P: usize> {
 impl<S: Simd, const N: usize, const P: usize> Op<S> for Products<'_, N, P> {
     #[inline(always)]
     fn run(self, s: S) {
-        let Self { tile: Tile { lanes, wide, at, rows }, queries, columns, scale, scores } = self;
-        // Behind the last query the last one again.
-        let q: [&[f32]; N] =
-            core::array::from_fn(|l| &queries[lanes[l.min(lanes.len() - 1)].at..][columns.clone()]);
+        let Self { tile: Tile { wide, at, rows }, places, queries, columns, scale, scores } = self;
+        let q: [&[f32]; N] = places.map(|place| &queries[place..][columns.clone()]);
         let (width, last) = (columns.len(), (rows.end - 1) / 16);
         for group in (rows.start / 16..last + 1).step_by(P) {
             let keys = core::array::from_fn(|p| &wide[(group + p).min(last) * width..][..width]);
@@ -327,69 +334,64 @@ struct AddValues<'x, const N: usize> {
     width: usize,
     /// Rows that there is room for.
     room: usize,
+    /// Where the results start; those that are the same get the same.
+    places: &'x [usize; N],
     weights: &'x [Row; N],
-    states: &'x [State; TILE],
+    keep: [f32; N],
     out: &'x mut [f32],
 }
 
 impl<S: Simd, const N: usize> Op<S> for AddValues<'_, N> {
     #[inline(always)]
     fn run(self, s: S) {
-        let Self { tile: Tile { lanes, wide, at, rows }, width, room, weights, states, out } = self;
-        // Behind the last query the last one again, with the same results.
-        let lane = |l: usize| l.min(lanes.len() - 1);
+        let Self { tile: Tile { wide, at, rows }, width, room, places, weights, keep, out } = self;
         let weights: [&[f32]; N] =
-            core::array::from_fn(|l| &weights[lane(l)][at + rows.start..][..rows.len()]);
-        let mut last = [[0.0; 16]; N];
-        let places: [usize; N] = core::array::from_fn(|l| lanes[lane(l)].at);
-        assert!(places.iter().all(|place| *place <= out.len() && width <= out.len() - place));
-        for (column, first) in wide.chunks_exact(room).zip((0..width).step_by(16)) {
-            let start = out.as_mut_ptr();
-            // SAFETY: `first` of the `width` numbers that are there from each place on. If sixteen are left, these are
-            // what is read, then written; otherwise `last` is.
-            let mut to = places.map(|place| unsafe { start.add(place + first) }.cast::<[f32; 16]>());
-            let left = width - first;
-            if left < 16 {
-                load_last(out, &places, first, left, &mut last);
-                for l in 0..N {
-                    to[l] = &mut last[l];
-                }
-            }
+            weights.each_ref().map(|weights| &weights[at + rows.start..][..rows.len()]);
+        let most = out.len().checked_sub(width);
+        assert!(places.iter().all(|place| most.is_some_and(|most| *place <= most)));
+        let start = out.as_mut_ptr();
+        let mut columns = wide.chunks_exact(room).map(|column| &column[rows.clone()]);
+        let add = |column: &[[f32; 16]], to: [*mut [f32; 16]; N]| {
             let mut sums = [[[s.splat(0.0); 2]; 1]; N];
             for l in 0..N {
-                let keep = s.splat(states[lane(l)].keep);
-                // SAFETY: see there.
-                sums[l][0] = load16(s, unsafe { &*to[l] }).map(|sum| s.mul(sum, keep));
+                // SAFETY: both calls below give sixteen numbers of what is borrowed mutably here; no reference outlives
+                // its line.
+                sums[l][0] = load16(s, unsafe { &*to[l] }).map(|sum| s.mul(sum, s.splat(keep[l])));
             }
-            s.add_products(weights, [&column[rows.clone()]], &mut sums);
+            s.add_products(weights, [column], &mut sums);
             for l in 0..N {
-                // SAFETY: see there.
+                // SAFETY: as above.
                 store16(s, sums[l][0], unsafe { &mut *to[l] });
             }
-            if left < 16 {
-                store_last(&last, left, &places, first, out);
-            }
+        };
+        for (first, column) in (0..width / 16).map(|index| 16 * index).zip(&mut columns) {
+            // SAFETY: sixteen of the `width` numbers that are there from each place on.
+            add(column, places.map(|place| unsafe { start.add(place + first) }.cast()));
+        }
+        if let (1.., Some(column)) = (width % 16, columns.next()) {
+            let mut last = [[0.0; 16]; N];
+            load_last(out, places, width, &mut last);
+            add(column, last.each_mut().map(core::ptr::from_mut));
+            store_last(&last, places, width, out);
         }
     }
 }
 
-/// The last columns of several rows, fewer than sixteen from `first` on. For these alone, so it need not be fast.
+/// The last columns of several rows of `width`, fewer than sixteen. For these alone, so it need not be fast.
 #[inline(never)]
-fn load_last(out: &[f32], places: &[usize], first: usize, count: usize, last: &mut [[f32; 16]]) {
+fn load_last(out: &[f32], places: &[usize], width: usize, last: &mut [[f32; 16]]) {
     for (place, last) in places.iter().zip(last) {
-        for (to, from) in last.iter_mut().zip(&out[place + first..][..count]) {
-            *to = *from;
-        }
+        let row = &out[*place..][..width];
+        last[..width % 16].copy_from_slice(&row[width / 16 * 16..]);
     }
 }
 
 /// [`load_last`] the other way round.
 #[inline(never)]
-fn store_last(last: &[[f32; 16]], count: usize, places: &[usize], first: usize, out: &mut [f32]) {
+fn store_last(last: &[[f32; 16]], places: &[usize], width: usize, out: &mut [f32]) {
     for (place, last) in places.iter().zip(last) {
-        for (to, from) in out[place + first..][..count].iter_mut().zip(last) {
-            *to = *from;
-        }
+        let row = &mut out[*place..][..width];
+        row[width / 16 * 16..].copy_from_slice(&last[..width % 16]);
     }
 }
 

@@ -157,10 +157,15 @@ fn weigh<S: Simd>(s: S, scores: &mut [f32; POSITIONS], seen: Range<usize>, cap: 
     }
     // Whole registers around what is seen; the others' exponentials are zeros.
     let (before, after) = (seen.start / 8 * 8, seen.end.next_multiple_of(8));
-    scores[..before].fill(0.0);
     scores[before..seen.start].fill(f32::NEG_INFINITY);
     scores[seen.end..after].fill(f32::NEG_INFINITY);
-    scores[after..].fill(0.0);
+    // Most blocks are seen whole, and to fill nothing takes a call.
+    if before > 0 {
+        scores[..before].fill(0.0);
+    }
+    if after < POSITIONS {
+        scores[after..].fill(0.0);
+    }
     let weights = &mut scores[before..after];
     let peak = peak(s, state.highest, weights);
     state.keep = match state.highest - peak {

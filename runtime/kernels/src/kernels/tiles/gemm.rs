@@ -80,6 +80,10 @@ pub(crate) type Fill = unsafe fn(panel: &mut Panel, tile: &[u8], first: usize, c
 /// Adds the products of a panel with four tokens to `out`.
 pub(crate) type Multiply = unsafe fn(panel: &Panel, acts: Quad, out: [&mut [f32; ROWS]; SIDE]);
 
+/// Adds the products of the panels of two neighbouring tiles with four tokens to `out`.
+#[cfg(target_arch = "x86_64")]
+pub(crate) type MultiplyPair = unsafe fn(panels: &[Panel; 2], acts: Quad, out: [&mut [f32; 2 * ROWS]; SIDE]);
+
 /// Adds the products of a wide panel with fours of tokens, wide too, to `out`, which has all of them; sums begin at
 /// zero if the panel is a row's first.
 pub(crate) type MultiplyWide = unsafe fn(panel: &Panel, acts: Quads, out: Strip<ROWS>);
@@ -96,6 +100,84 @@ pub(crate) fn multiply<W: Format>(s: impl Lanes, panel: &Panel, acts: Quad, out:
     s.multiply_quad::<W>(panel, acts, out);
 }
 
+/// [`MultiplyPair`] with the operations of an instruction set.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+pub(crate) fn multiply_pair<W: Format>(
+    s: impl Lanes,
+    [even, odd]: &[Panel; 2],
+    acts: Quad,
+    out: [&mut [f32; 2 * ROWS]; SIDE],
+) {
+    multiply_tiles::<_, W, 2>(s, [even, odd], acts, out.map(|out| out.as_chunks_mut().0));
+}
+
+/// Blocks of a panel: panels of a row are of about one size, each a whole number of shares, and of runs of wide
+/// activations.
+fn panel_blocks(weight: &Matrix, acts: &TileActs) -> usize {
+    let whole = Geometry::of(weight.dtype()).map_or(1, |geometry| geometry.factors.blocks()) * RUN;
+    debug_assert!(BLOCKS.is_multiple_of(whole));
+    let panels = acts.blocks.div_ceil(BLOCKS).max(1);
+    acts.blocks.div_ceil(panels).next_multiple_of(whole).max(1)
+}
+
+/// The rows of one part, for several tokens, two tiles at a time: what is loaded of the activations serves both.
+///
+/// # Safety
+/// The CPU must be able to run the functions.
+#[cfg(target_arch = "x86_64")]
+pub(crate) unsafe fn many_tokens_by_pairs(
+    fill: Fill,
+    (multiply, multiply_pair): (Multiply, MultiplyPair),
+    weight: &Matrix,
+    acts: &TileActs,
+    out: &mut Columns,
+) {
+    const N: usize = 2 * ROWS;
+    let (rows, size) = (out.rows(), panel_blocks(weight, acts));
+    let mut panels = [Panel::EMPTY; 2];
+    for row in rows.clone().step_by(N) {
+        if row + N > rows.end {
+            // SAFETY: the caller's promise.
+            return unsafe { many_tokens(fill, multiply, None, weight, acts, &mut out.from(row)) };
+        }
+        for first in (0..acts.blocks).step_by(size) {
+            let count = size.min(acts.blocks - first);
+            for (panel, row) in panels.iter_mut().zip([row, row + ROWS]) {
+                let Some(bytes) = weight.tile(row) else { return };
+                // SAFETY: as above.
+                unsafe { fill(panel, bytes, first, count) }
+            }
+            for quad in 0..acts.tokens.div_ceil(SIDE) {
+                let token = quad * SIDE;
+                let multiply = |mut sums: [&mut [f32; N]; SIDE]| {
+                    if first == 0 {
+                        sums.iter_mut().for_each(|sums| **sums = [0.0; N]);
+                    }
+                    // SAFETY: as above.
+                    unsafe { multiply_pair(&panels, acts.quad(quad, first, count), sums) }
+                };
+                if let Some(mut strip) = out.strip(row)
+                    && let Some(out) = strip.tokens_mut(token)
+                {
+                    multiply(out);
+                    strip.fetch(token + SIDE..token + 2 * SIDE);
+                    continue;
+                }
+                // Tokens that are not there.
+                let mut sums = [[0.0; N]; SIDE];
+                for (lane, sums) in sums.iter_mut().enumerate() {
+                    out.get_rows(token + lane, row, sums);
+                }
+                multiply(sums.each_mut());
+                for (lane, sums) in sums.iter().enumerate() {
+                    out.set_rows(token + lane, row, sums);
+                }
+            }
+        }
+    }
+}
+
 /// The rows of one part, for several tokens.
 ///
 /// # Safety
@@ -108,12 +190,7 @@ pub(crate) unsafe fn many_tokens(
     acts: &TileActs,
     out: &mut Columns,
 ) {
-    let rows = out.rows();
-    // Panels of about one size, each a whole number of shares, and of runs of wide activations.
-    let whole = Geometry::of(weight.dtype()).map_or(1, |geometry| geometry.factors.blocks()) * RUN;
-    debug_assert!(BLOCKS.is_multiple_of(whole));
-    let panels = acts.blocks.div_ceil(BLOCKS).max(1);
-    let size = acts.blocks.div_ceil(panels).next_multiple_of(whole).max(1);
+    let (rows, size) = (out.rows(), panel_blocks(weight, acts));
     let mut panel = Panel::EMPTY;
     panel.wide = wide.is_some();
     for row in rows.step_by(ROWS) {
@@ -173,16 +250,31 @@ pub(crate) fn multiply_quad<S: Lanes, W: Format>(
     acts: Quad,
     out: [&mut [f32; ROWS]; SIDE],
 ) {
-    let mut sums = [s.splat(0.0); SIDE];
-    for (sums, out) in sums.iter_mut().zip(out.iter()) {
-        *sums = s.load(out);
+    multiply_tiles::<_, W, 1>(s, [panel], acts, out.map(core::slice::from_mut));
+}
+
+/// Adds the products of the panels of `N` neighbouring tiles with four tokens to `out`, of which each has `N` arrays.
+#[inline(always)]
+fn multiply_tiles<S: Lanes, W: Format, const N: usize>(
+    s: S,
+    panels: [&Panel; N],
+    acts: Quad,
+    mut out: [&mut [[f32; ROWS]]; SIDE],
+) {
+    let mut sums = [[s.splat(0.0); N]; SIDE];
+    for (sums, out) in sums.iter_mut().zip(&out) {
+        for (sums, out) in sums.iter_mut().zip(&**out) {
+            *sums = s.load(out);
+        }
     }
-    let weights = panel.weights[..panel.blocks].iter().zip(&panel.scales).zip(&panel.mins);
+    let blocks = panels[0].blocks;
+    let panels =
+        panels.map(|panel| (&panel.weights[..blocks], &panel.scales[..blocks], &panel.mins[..blocks]));
     let numbers = acts.scales.iter().zip(acts.sums).zip(acts.halves);
-    for ((((weights, scales), mins), quants), ((scales_a, all), halves)) in
-        weights.zip(acts.quants).zip(numbers)
+    for (block, (quants, ((scales_a, all), halves))) in
+        acts.quants.iter().zip(numbers).take(blocks).enumerate()
     {
-        for (segment, scales) in scales[..W::SEGMENTS].iter().enumerate() {
+        for segment in 0..W::SEGMENTS {
             let pairs = 4 / W::SEGMENTS;
             let mut starts = [0; SIDE];
             if !S::PANEL_WITHOUT_BIAS && bias::<S, W>() != 0 {
@@ -196,30 +288,46 @@ pub(crate) fn multiply_quad<S: Lanes, W: Format>(
                     *start = -bias::<S, W>() * sum;
                 }
             }
-            let mut p = starts.map(|start| s.start(start));
-            let pair = |i: usize| segment * pairs + i;
-            for i in 0..pairs {
-                let ([a01, a23], _) = quants[pair(i)].as_chunks::<16>() else { continue };
+            let mut p = starts.map(|start| [s.start(start); N]);
+            for pair in segment * pairs..(segment + 1) * pairs {
+                let ([a01, a23], _) = quants[pair].as_chunks::<16>() else { continue };
                 let (a01, a23) = (s.activations(a01), s.activations(a23));
-                let [even, odd] = &weights[pair(i)];
-                let (even, odd) = (s.bytes(even), s.bytes(odd));
-                p[0] = dot::<S, W, 1>(s, dot::<S, W, 0>(s, p[0], even, a01), odd, a01);
-                p[1] = dot::<S, W, 3>(s, dot::<S, W, 2>(s, p[1], even, a01), odd, a01);
-                p[2] = dot::<S, W, 1>(s, dot::<S, W, 0>(s, p[2], even, a23), odd, a23);
-                p[3] = dot::<S, W, 3>(s, dot::<S, W, 2>(s, p[3], even, a23), odd, a23);
+                let weights = panels.map(|(weights, ..)| weights[block][pair].each_ref().map(|w| s.bytes(w)));
+                for (tile, [even, _]) in weights.into_iter().enumerate() {
+                    p[0][tile] = dot::<S, W, 0>(s, p[0][tile], even, a01);
+                    p[1][tile] = dot::<S, W, 2>(s, p[1][tile], even, a01);
+                    p[2][tile] = dot::<S, W, 0>(s, p[2][tile], even, a23);
+                    p[3][tile] = dot::<S, W, 2>(s, p[3][tile], even, a23);
+                }
+                for (tile, [_, odd]) in weights.into_iter().enumerate() {
+                    p[0][tile] = dot::<S, W, 1>(s, p[0][tile], odd, a01);
+                    p[1][tile] = dot::<S, W, 3>(s, p[1][tile], odd, a01);
+                    p[2][tile] = dot::<S, W, 1>(s, p[2][tile], odd, a23);
+                    p[3][tile] = dot::<S, W, 3>(s, p[3][tile], odd, a23);
+                }
             }
-            let scale = s.load(scales.first_chunk().unwrap_or(&[0.0; ROWS]));
-            for (lane, sums) in sums.iter_mut().enumerate() {
-                let integers = finish::<S, W>(s, p[lane], starts[lane]);
-                *sums = s.fma(integers, s.mul(scale, s.splat(scales_a[lane])), *sums);
-                if W::MINS {
-                    *sums = s.fma(s.load(mins), s.splat(integer(all[lane]) as f32 * scales_a[lane]), *sums);
+            for (tile, (_, scales, _)) in panels.iter().enumerate() {
+                let scale = s.load(scales[block][segment].first_chunk().unwrap_or(&[0.0; ROWS]));
+                for (lane, sums) in sums.iter_mut().enumerate() {
+                    let integers = finish::<S, W>(s, p[lane][tile], starts[lane]);
+                    sums[tile] = s.fma(integers, s.mul(scale, s.splat(scales_a[lane])), sums[tile]);
+                }
+            }
+        }
+        if W::MINS {
+            for (tile, (.., mins)) in panels.iter().enumerate() {
+                let mins = s.load(&mins[block]);
+                for (lane, sums) in sums.iter_mut().enumerate() {
+                    let sum = s.splat(integer(all[lane]) as f32 * scales_a[lane]);
+                    sums[tile] = s.fma(mins, sum, sums[tile]);
                 }
             }
         }
     }
-    for (sums, out) in sums.into_iter().zip(out) {
-        s.store(sums, out);
+    for (sums, out) in sums.into_iter().zip(&mut out) {
+        for (sums, out) in sums.into_iter().zip(&mut **out) {
+            s.store(sums, out);
+        }
     }
 }
 

@@ -25,12 +25,14 @@ mod scalar;
 #[cfg(target_arch = "aarch64")]
 pub(crate) use activations::Quads;
 pub(crate) use activations::{Quad, RUN, SIDE, TileActs, padded_tokens, quantize};
+#[cfg(target_arch = "aarch64")]
+pub(crate) use formats::{AnyShare, shares};
 pub(crate) use formats::{Format, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
 #[cfg(target_arch = "aarch64")]
 pub(crate) use gemm::multiply_each;
-#[cfg(target_arch = "x86_64")]
-pub(crate) use gemm::multiply_quad;
 pub(crate) use gemm::{Fill, Multiply, MultiplyWide, Panel, fill, multiply};
+#[cfg(target_arch = "x86_64")]
+pub(crate) use gemm::{MultiplyPair, multiply_pair, multiply_quad};
 pub(crate) use gemv::one_token;
 pub(crate) use lanes::Lanes;
 pub use pack::put_q8_0;
@@ -52,6 +54,9 @@ pub(crate) struct TileKernels {
     pub fill: &'static ByType<Fill>,
     /// Many tokens: adds the products of unpacked weights.
     pub multiply: &'static ByType<Multiply>,
+    /// Many tokens: the same of two tiles at once, where registers hold the sums of both.
+    #[cfg(target_arch = "x86_64")]
+    pub pair: Option<&'static ByType<MultiplyPair>>,
     /// Many tokens, wide, for types with one scale a block and no minimum, where it is faster: `fill` knows of it, too.
     ///
     /// Of a run's blocks only the scales of weights differ, `w`, not those of a token's activations, `a`. With `s` the
@@ -75,6 +80,8 @@ pub(crate) struct TileKernel {
     one_token: RowsKernel,
     fill: Fill,
     multiply: Multiply,
+    #[cfg(target_arch = "x86_64")]
+    pair: Option<MultiplyPair>,
     wide: Option<MultiplyWide>,
 }
 
@@ -83,7 +90,14 @@ impl TileKernels {
     pub fn of(&self, dtype: DType) -> Option<TileKernel> {
         let (one_token, fill) = (self.one_token.of(dtype)?, self.fill.of(dtype)?);
         let wide = self.wide.filter(|_| one_scale(dtype));
-        Some(TileKernel { one_token, fill, multiply: self.multiply.of(dtype)?, wide })
+        Some(TileKernel {
+            one_token,
+            fill,
+            multiply: self.multiply.of(dtype)?,
+            #[cfg(target_arch = "x86_64")]
+            pair: self.pair.and_then(|pair| pair.of(dtype)),
+            wide,
+        })
     }
 
     /// Whether a batch of `tokens` that meets weights of these types is to be quantized wide.
@@ -106,11 +120,15 @@ impl TileKernel {
         // SAFETY: the caller's promise.
         unsafe {
             if acts.tokens() == 1 {
-                (self.one_token)(weight, acts, out);
-            } else {
-                let wide = self.wide.filter(|_| acts.wide());
-                gemm::many_tokens(self.fill, self.multiply, wide, weight, &acts.tile_acts(), out);
+                return (self.one_token)(weight, acts, out);
             }
+            #[cfg(target_arch = "x86_64")]
+            if let Some(pair) = self.pair {
+                let multiply = (self.multiply, pair);
+                return gemm::many_tokens_by_pairs(self.fill, multiply, weight, &acts.tile_acts(), out);
+            }
+            let wide = self.wide.filter(|_| acts.wide());
+            gemm::many_tokens(self.fill, self.multiply, wide, weight, &acts.tile_acts(), out);
         }
     }
 }

@@ -151,7 +151,7 @@ crate::kernels::table::tile_tables! {
         unsafe { Avx512::assume() },
         #[target_feature(enable = "avx2,f16c,fma,avx512f,avx512bw,avx512vl,avx512vnni")]
     ]
-    ONE_TOKEN FILL MULTIPLY
+    ONE_TOKEN FILL MULTIPLY MULTIPLY_PAIR
 }
 
 crate::kernels::table::entries! {
@@ -164,8 +164,13 @@ crate::kernels::table::entries! {
 }
 
 /// The kernels for quantized weights in tiles.
-static TILES: tiles::TileKernels =
-    tiles::TileKernels { one_token: &ONE_TOKEN, fill: &FILL, multiply: &MULTIPLY, wide: None };
+static TILES: tiles::TileKernels = tiles::TileKernels {
+    one_token: &ONE_TOKEN,
+    fill: &FILL,
+    multiply: &MULTIPLY,
+    pair: Some(&MULTIPLY_PAIR),
+    wide: None,
+};
 
 /// The kernels of this instruction set: those of AVX2, and tiles.
 pub(crate) static TABLE: Kernels =
