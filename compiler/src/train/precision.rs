@@ -74,7 +74,8 @@ impl Precision {
     }
 
     /// A matrix that is not trained, in these numbers; f32 if its rows are no whole blocks of 32, nor its columns where
-    /// gradients go through it (`both_ways`). `tied` says whether embeddings are the head.
+    /// gradients go through it (`both_ways`). Through a head they go in f32 (see the loss). `tied` says whether embeddings
+    /// are the head.
     ///
     /// # Errors
     /// A value too large for 8 bits and a half-precision scale.
@@ -88,9 +89,11 @@ impl Precision {
         count: &mut Count,
     ) -> Result<Frozen, TrainError> {
         let (rows, cols) = weight.dims2()?;
+        let table = matches!(role, Role::TokenEmbedding | Role::Output);
         // A table that is no head is looked up and never multiplied with.
         let multiplied = role != Role::TokenEmbedding || tied;
         count.all += usize::from(multiplied);
+        let both_ways = both_ways && !table;
         let fits = Tiles::fit(cols) && (!both_ways || Tiles::fit(rows));
         if self == Self::F32 || !multiplied || !fits {
             return Ok(Frozen::Dense(weight.clone()));

@@ -2,8 +2,10 @@
 
 use std::sync::Arc;
 
+use candle_core::{DType, Device, Var};
+
 use super::*;
-use crate::train::ops::check;
+use crate::train::ops::{Tiles, check};
 
 const TARGETS: [u32; 6] = [3, IGNORE, 0, 16, 5, 16];
 
@@ -94,6 +96,32 @@ fn a_frozen_head_gets_no_gradient() {
     let (trained, frozen) = (gradients(&weight), gradients(&weight.as_tensor().detach()));
     assert_eq!(trained.0, frozen.0);
     assert!(trained.1 && !frozen.1);
+}
+
+/// Eight bits would round them away: those of rare tokens are a thousandth of the likely one's in their block.
+#[test]
+fn gradients_of_rare_tokens_pass_a_head_in_int8() {
+    // Token 0 is likely; of the other 31 in its block, which alone point along the second axis, each is rare.
+    let (vocab, width) = (64, 32);
+    let mut weight = vec![0f32; vocab * width];
+    weight[0] = 8.0;
+    (1..32).for_each(|token| weight[token * width + 1] = 1.0);
+    let weight = Tensor::from_vec(weight, (vocab, width), &Device::Cpu).unwrap();
+    let hidden = Tensor::eye(width, DType::F32, &Device::Cpu).unwrap().narrow(0, 0, 1).unwrap();
+    let slope = |tiles| {
+        let hidden = Var::from_tensor(&hidden.contiguous().unwrap()).unwrap();
+        let head = Head { tiles, ..head(&weight, 0.0) };
+        let objective = Objective { alpha: 0.0, ..Objective::default() };
+        let (loss, _) = loss(&hidden, &head, Target::Text, &[40], &objective, 1.0).unwrap();
+        let grads = loss.backward().unwrap();
+        grads.get(hidden.as_tensor()).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()[1]
+    };
+    let (exact, found) = (slope(None), slope(Some(Tiles::round_both_ways(&weight).unwrap())));
+    let expected = 31.0 / (8f32.exp() + 63.0);
+    assert!(
+        (exact / expected - 1.0).abs() < 1e-4 && (found / expected - 1.0).abs() < 0.02,
+        "{exact} {found}"
+    );
 }
 
 /// `ln softmax(logits / T)` in f64, from the definition.

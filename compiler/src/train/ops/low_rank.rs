@@ -3,7 +3,7 @@
 //!
 //! The products with `W` are the only large ones: forward `x W^T`, backward `dy W`. There is no gradient of
 //! `W`, and what the factors add is accumulated in place. A matrix in blocks is dequantized for each product into
-//! a buffer that all matrices share; one in tiles goes through the device's int8 kernels both ways.
+//! a buffer that all matrices share; one in tiles goes through the device's int8 kernels, backward too where it can.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -26,7 +26,8 @@ pub struct Scratch(Arc<Mutex<Vec<f32>>>);
 pub enum Frozen {
     /// In f32.
     Dense(Tensor),
-    /// The same, multiplied with in integers of eight bits; for what it is otherwise asked it is as it is.
+    /// The same, multiplied with in integers of eight bits, [backward](Tiles::backward) too if there are tiles for it; for
+    /// what it is otherwise asked it is as it is.
     Tiled(Tensor, Tiles),
     /// In blocks, and where they are dequantized.
     Blocks(Blocks, Scratch),
@@ -106,9 +107,9 @@ impl Frozen {
     /// `grad W` for `n` rows `grad`.
     fn backward(&self, grad: &[f32], n: usize) -> Result<Vec<f32>> {
         let (rows, cols) = (self.dims()[0], self.dims()[1]);
-        if let Self::Tiled(_, tiles) = self {
-            let mut dx = zeros(n * cols);
-            tiles.backward(&mut dx, grad)?;
+        if let Self::Tiled(_, tiles) = self
+            && let Some(dx) = tiles.backward(grad)
+        {
             return Ok(dx);
         }
         self.with_values(|weight| {

@@ -2,8 +2,7 @@
 //! beside an adapter.
 //!
 //! Both factors are integers of eight bits in blocks of 32 with a scale each: `W` (Q8_0, in tiles) from the start, `x`
-//! for the time of a product. The backward pass, `dx = dy W`, is the same with the tiles of `W^T`; without these, whoever
-//! asks for one is refused.
+//! for the time of a product. The backward pass, `dx = dy W`, is the same with the tiles of `W^T`, where these were made.
 
 use std::cell::RefCell;
 use std::sync::Arc;
@@ -78,18 +77,18 @@ impl Tiles {
         self.forward.product(y, x, false);
     }
 
-    /// `dx = dy W`, likewise. Rows of gradients may be of any size: scales of blocks have half precision, below which most
-    /// of them lie, so each row is rounded times a power of two that brings its largest value near 1.
-    ///
-    /// # Errors
-    /// The matrix is not there for it.
+    /// `dx = dy W`, `[n, in]`, for `dy` `[n, out]`, likewise; `None` unless there are tiles of `W^T`. Rows of gradients may
+    /// be of any size: scales of blocks have half precision, below which most of them lie, so each row is rounded times a
+    /// power of two that brings its largest value near 1.
     ///
     /// # Panics
     /// As [`Self::product`].
-    pub fn backward(&self, dx: &mut [f32], dy: &[f32]) -> Result<()> {
-        let Some(tiles) = &self.backward else { bail!("int8 linear: made without a backward pass") };
-        tiles.product(dx, dy, true);
-        Ok(())
+    pub fn backward(&self, dy: &[f32]) -> Option<Vec<f32>> {
+        let tiles = self.backward.as_ref()?;
+        let [cols, rows] = tiles.dims;
+        let mut dx = zeros(dy.len() / rows * cols);
+        tiles.product(&mut dx, dy, true);
+        Some(dx)
     }
 }
 
@@ -247,21 +246,19 @@ mod tests {
             let rows = check::noise(1, 40 * 64).iter().map(|x| x * size).collect();
             let dy = Tensor::from_vec(rows, (40, 64), &candle_core::Device::Cpu).unwrap();
             let exact = dy.matmul(&weight).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
-            let mut dx = vec![f32::NAN; 40 * 96];
-            with_values(&dy, |dy| tiles.backward(&mut dx, dy)).unwrap();
+            let dx = with_values(&dy, |dy| Ok(tiles.backward(dy))).unwrap().unwrap();
             let square = |x: f64| (x / f64::from(size)).powi(2);
             let error: f64 = dx.iter().zip(&exact).map(|(a, b)| square(f64::from(a - b))).sum();
             let whole: f64 = exact.iter().map(|x| square(f64::from(*x))).sum();
             assert!((1e-3..7e-3).contains(&(error / whole).sqrt()), "{size}: {}", (error / whole).sqrt());
         }
-        let mut dx = vec![0.0; 3 * 96];
         let mut dy = vec![0.0; 3 * 64];
         dy[64 + 5] = f32::NAN;
-        tiles.backward(&mut dx, &dy).unwrap();
+        let dx = tiles.backward(&dy).unwrap();
         assert!(
             dx[..96].iter().chain(&dx[192..]).all(|x| *x == 0.0) && dx[96..192].iter().all(|x| x.is_nan())
         );
-        assert!(Tiles::round(&weight).unwrap().backward(&mut dx, &dy).is_err());
+        assert!(Tiles::round(&weight).unwrap().backward(&dy).is_none());
     }
 
     /// A row's product does not depend on the rows beside it, nor on the threads. (Of the kernels for FEAT_I8MM it does,
