@@ -133,7 +133,8 @@ impl Arguments {
         let budget = self.budget(model)?;
         let sample = sample.context("--calibration is missing")?;
         let mut progress = Progress::start("budget");
-        let (encoding, kl) = budget::choose(model, budget, sample, &mut |done, total, name| {
+        let method = self.calibration.method();
+        let (encoding, kl) = budget::choose(model, budget, method, sample, &mut |done, total, name| {
             progress.update(done, total, name)
         })?;
         let mut counts = std::collections::BTreeMap::new();
@@ -141,7 +142,7 @@ impl Arguments {
             *counts.entry(encoding.dtype(role, layer, &model.spec).name()).or_insert(0) += 1;
         }
         let counts: Vec<String> = counts.iter().map(|(name, count)| format!("{count} {name}")).collect();
-        progress.finish(&format!("{}; KL {kl:.4} expected of plain rounding", counts.join(", ")));
+        progress.finish(&format!("{}; KL {kl:.4} expected", counts.join(", ")));
         Ok(("mixed".to_owned(), encoding))
     }
 }

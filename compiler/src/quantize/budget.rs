@@ -1,8 +1,9 @@
 //! Mixed precision: a type for each tensor, so that a file of a given size says what the model says as nearly as it can.
 //!
-//! Each tensor is rounded alone and the divergence of the predictions measured, in its smallest type. Divergence is
-//! quadratic in small errors, so in other types it is taken to be that times the ratio of the errors, weighed by the
-//! activations that meet them. What all tensors add up to is minimized under the size by a Lagrange multiplier.
+//! Each tensor is rounded alone, as it will be, and the divergence of the predictions measured, in its smallest type.
+//! Divergence is quadratic in small errors, so in other types it is taken to be that times the ratio of the errors of
+//! plain rounding, weighed by the activations that meet them. What all tensors add up to is minimized under the size by a
+//! Lagrange multiplier.
 
 use std::collections::BTreeMap;
 
@@ -10,8 +11,12 @@ use candle_core::Tensor;
 use edge_models::{Role, TensorRow};
 use edge_runtime::format::DType;
 
-use super::calibrate::{self, CalibrationError, Progress, Sample};
-use super::{Blocks, Encoding, Imatrix, Mix};
+use super::calibrate::{
+    self, CalibrationError, Method, Progress, READERS, Rounding, Sample, TABLE_DAMPING, factor, head_role,
+    through,
+};
+use super::moments::{Factor, Moments};
+use super::{Blocks, Encoding, Imatrix, Mix, gptq};
 use crate::export::gguf::{ExportError, measure};
 use crate::model::Model;
 use crate::student::{Reference, StudentError};
@@ -82,18 +87,19 @@ pub struct Sensitivity {
     pub choices: Vec<Choice>,
 }
 
-/// Types within `budget` under which a file diverges least from `model`, and the divergence that is to be
-/// expected of plain rounding to them.
+/// Types within `budget` under which a file that is rounded by `method` diverges least from `model`, and the divergence
+/// that is to be expected if no matrix makes up for another.
 ///
 /// # Errors
 /// No mix is that small; the text is too short or not the model's.
 pub fn choose(
     model: &Model,
     budget: Budget,
+    method: Method,
     sample: Sample<'_>,
     progress: Progress<'_>,
 ) -> Result<(Encoding, f64), BudgetError> {
-    let mut tensors = sensitivities(model, sample, progress)?;
+    let mut tensors = sensitivities(model, method, sample, progress)?;
     let smallest = measure(model, &encoding(&tensors, &vec![0; tensors.len()]))?;
     let matrices: u64 = tensors.iter().map(|tensor| tensor.choices[0].bytes).sum();
     // What no choice changes: vectors, and of a file its header and vocabulary.
@@ -178,6 +184,7 @@ fn encoding(tensors: &[Sensitivity], picks: &[usize]) -> Encoding {
 /// The text is too short or not the model's, or the model computes nonsense.
 pub fn sensitivities(
     model: &Model,
+    method: Method,
     sample: Sample<'_>,
     progress: Progress<'_>,
 ) -> Result<Vec<Sensitivity>, BudgetError> {
@@ -191,22 +198,68 @@ pub fn sensitivities(
         Sample { ids: &sample.ids[..sample.ids.len().min(PROBE_TOKENS)], length, ..sample },
     )?;
     let spec = &model.spec;
-    let tensors: Vec<(&TensorRow, usize)> = spec
+    let rows = spec
         .family
         .tensors
         .iter()
-        .filter(|row| row.leads() && !row.role.is_vector() && row.role.required(spec))
-        .flat_map(|row| {
-            (0..if row.role.per_layer() { spec.layers } else { 1 }).map(move |layer| (row, layer))
-        })
-        .collect();
+        .filter(|row| row.leads() && !row.role.is_vector() && row.role.required(spec));
+    let (inside, tables): (Vec<&TensorRow>, Vec<_>) = rows.partition(|row| row.role.per_layer());
+    let total = inside.len() * spec.layers + tables.len();
     let mut scratch = Decoder::new(spec, &model.weights)?;
     let mut found = Vec::new();
-    for (index, (row, layer)) in tensors.iter().enumerate() {
-        found.push(probe.tensor(row, *layer, &importance, &mut scratch)?);
-        progress(index + 1, tensors.len(), row.gguf);
+    let mut measure = |row: &TensorRow, layer: usize, how: How<'_>| -> Result<(), BudgetError> {
+        found.push(probe.tensor(row, layer, how, &importance, &mut scratch)?);
+        progress(found.len(), total, row.gguf);
+        Ok(())
+    };
+    let plain = if method == Method::Plain { How::Plain } else { How::Weighed };
+    if method != Method::Gptq {
+        for layer in 0..spec.layers {
+            inside.iter().try_for_each(|row| measure(row, layer, plain))?;
+        }
+        tables.iter().try_for_each(|row| measure(row, 0, plain))?;
+        return Ok(found);
+    }
+    let damping = Rounding::default().damping;
+    // The residual stream of the text, chunk by chunk.
+    let chunks = known.chunks(spec.vocab)?;
+    let streams = chunks.iter().map(|chunk| probe.decoder.embed(chunk));
+    let mut streams = streams.collect::<candle_core::Result<Vec<_>>>()?;
+    for layer in 0..spec.layers {
+        let mut moments = READERS.map(|roles| Moments::new(roles[0].shape(spec)[1], 0));
+        for stream in &mut streams {
+            let (inputs, behind) = through(&probe.decoder, layer, stream, known.length)?;
+            moments.iter_mut().zip(&inputs).try_for_each(|(moments, input)| moments.add(input, None))?;
+            *stream = behind;
+        }
+        for (roles, moments) in READERS.iter().zip(moments) {
+            let factor = factor(roles[0], layer, &moments, damping)?;
+            let rows = inside.iter().filter(|row| roles.contains(&row.role));
+            rows.copied().try_for_each(|row| measure(row, layer, How::Gptq(&factor)))?;
+        }
+    }
+    let mut moments = Moments::new(spec.hidden, 0);
+    for stream in &streams {
+        moments.add(&probe.decoder.final_norm(stream)?, None)?;
+    }
+    let head = head_role(model);
+    let damping = if spec.tied_embeddings { TABLE_DAMPING * damping } else { damping };
+    let factor = factor(head, 0, &moments, damping)?;
+    for row in tables {
+        measure(row, 0, if row.role == head { How::Gptq(&factor) } else { How::Plain })?;
     }
     Ok(found)
+}
+
+/// How a matrix is rounded.
+#[derive(Clone, Copy)]
+enum How<'a> {
+    /// Each block by itself.
+    Plain,
+    /// The same, errors weighed by the activations that they meet.
+    Weighed,
+    /// By GPTQ, for inputs of which this is the factor.
+    Gptq(&'a Factor),
 }
 
 /// The exact model on a little text.
@@ -242,6 +295,7 @@ impl<'m> Probe<'m> {
         &self,
         row: &TensorRow,
         layer: usize,
+        how: How<'_>,
         importance: &Imatrix,
         scratch: &mut Decoder,
     ) -> Result<Sensitivity, BudgetError> {
@@ -258,7 +312,7 @@ impl<'m> Probe<'m> {
         for choice in &mut choices {
             let (mut error, mut rounded) = (0.0, Vec::new());
             for role in row.members() {
-                let (squares, matrix) = self.round(*role, layer, choice.dtype, importance)?;
+                let (squares, matrix) = self.round(*role, layer, choice.dtype, how, importance)?;
                 error += squares;
                 rounded.push((*role, matrix));
             }
@@ -266,6 +320,11 @@ impl<'m> Probe<'m> {
             let unit = match unit {
                 Some(unit) => unit,
                 None => {
+                    if let How::Gptq(factor) = how {
+                        for (role, matrix) in &mut rounded {
+                            *matrix = self.gptq(*role, layer, choice.dtype, factor)?;
+                        }
+                    }
                     let kl = self.divergence_with(row.role, layer, rounded, scratch)?;
                     *unit.insert(kl / f64::max(error, f64::MIN_POSITIVE))
                 }
@@ -280,32 +339,44 @@ impl<'m> Probe<'m> {
         Ok(Sensitivity { role: row.role, layer, choices })
     }
 
-    /// `sum(importance * (w - q)^2)` of a matrix as `dtype`, and the matrix.
+    fn weight(&self, role: Role, layer: usize) -> candle_core::Result<Tensor> {
+        match self.model.weights.get(role, layer) {
+            Some(weight) => weight.contiguous(),
+            None => candle_core::bail!("weight {role:?} of layer {layer} is missing"),
+        }
+    }
+
+    /// `sum(importance * (w - q)^2)` of a matrix as `dtype`, each block by itself, and the matrix.
     fn round(
         &self,
         role: Role,
         layer: usize,
         dtype: DType,
+        how: How<'_>,
         importance: &Imatrix,
     ) -> Result<(f64, Tensor), BudgetError> {
-        let spec = &self.model.spec;
-        let shape = role.shape(spec);
-        let Some(weight) = self.model.weights.get(role, layer) else {
-            return Err(
-                candle_core::Error::msg(format!("weight {role:?} of layer {layer} is missing")).into()
-            );
-        };
-        let columns = importance.importance(role, layer, spec);
-        let weight = weight.contiguous()?;
-        let rounded =
-            with_values(&weight, |values| Ok(Blocks::quantize(dtype, shape, values, columns.as_deref())))?
-                .map_err(|source| CalibrationError::Quantize { role, layer, source })?
-                .tensor()?;
+        let shape = role.shape(&self.model.spec);
+        let columns = importance.importance(role, layer, &self.model.spec);
+        let weighed = columns.as_deref().filter(|_| !matches!(how, How::Plain));
+        let weight = self.weight(role, layer)?;
+        let rounded = with_values(&weight, |values| Ok(Blocks::quantize(dtype, shape, values, weighed)))?
+            .map_err(|source| CalibrationError::Quantize { role, layer, source })?
+            .tensor()?;
         let columns = columns.unwrap_or_else(|| vec![1.0; shape[1]]);
         let error = (&weight - &rounded)?.sqr()?.sum(0)?.to_vec1::<f32>()?;
         let error =
             error.iter().zip(&columns).map(|(error, weight)| f64::from(*error) * f64::from(*weight)).sum();
         Ok((error, rounded))
+    }
+
+    /// A matrix rounded to `dtype` by GPTQ.
+    fn gptq(&self, role: Role, layer: usize, dtype: DType, factor: &Factor) -> Result<Tensor, BudgetError> {
+        let shape = role.shape(&self.model.spec);
+        let rounded = with_values(&self.weight(role, layer)?, |values| {
+            Ok(gptq::round(dtype, values, shape[1], factor)
+                .and_then(|rounded| Blocks::new(dtype, shape, rounded.blocks)))
+        })?;
+        Ok(rounded.map_err(|source| CalibrationError::Quantize { role, layer, source })?.tensor()?)
     }
 
     /// Divergence with some matrices of a layer replaced in `scratch`, which is the exact model before and after.
@@ -353,6 +424,7 @@ impl<'m> Probe<'m> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::quantize::calibrate::round_model;
     use crate::quantize::calibrate::tests::{divergence, through_a_file};
     use crate::train::fixture::{text, tiny_in_blocks};
 
@@ -406,7 +478,8 @@ mod tests {
         let budget = measure(&model, &uniform).unwrap().bytes;
         let mut last = 0;
         let (mixed, expected) =
-            choose(&model, Budget::File(budget), sample, &mut |done, _, _| last = done).unwrap();
+            choose(&model, Budget::File(budget), Method::Plain, sample, &mut |done, _, _| last = done)
+                .unwrap();
         assert_eq!(last, 3 * 7 + 1);
         let size = measure(&model, &mixed).unwrap().bytes;
         assert!(size <= budget && size > budget * 95 / 100, "{size} of {budget}");
@@ -414,8 +487,29 @@ mod tests {
             [&uniform, &mixed].map(|encoding| divergence(&model, &through_a_file(&model, encoding)));
         assert!(found < uniform, "{found} {uniform}");
         assert!((0.3..3.0).contains(&(expected / found)), "{expected} {found}");
-        let error = choose(&model, Budget::File(1000), sample, &mut |_, _, _| {}).unwrap_err();
+        let error = choose(&model, Budget::File(1000), Method::Plain, sample, &mut |_, _, _| {}).unwrap_err();
         assert!(matches!(error, BudgetError::TooSmall { budget: 1000, smallest } if smallest > 1000));
+    }
+
+    /// So it does where both are rounded by GPTQ, which leaves less of some matrices' errors than of others'.
+    #[test]
+    fn a_mix_beats_one_type_under_gptq_too() {
+        let model = tiny_in_blocks(3, 5);
+        let ids = text(3072);
+        let sample = Sample { ids: &ids, length: 16, bos: None };
+        let uniform = Encoding::from(Mix::Q5_0);
+        let budget = Budget::File(measure(&model, &uniform).unwrap().bytes);
+        let mut last = 0;
+        let (mixed, expected) =
+            choose(&model, budget, Method::Gptq, sample, &mut |done, total, _| last = total - done).unwrap();
+        assert_eq!(last, 0);
+        let [uniform, found] = [uniform, mixed].map(|encoding| {
+            let rounding = Rounding { propagation: 0.0, ..Rounding::default() };
+            let rounded = round_model(&model, encoding, sample, rounding, &mut |_, _, _| {}).unwrap();
+            divergence(&model, &through_a_file(&model, &rounded.encoding))
+        });
+        assert!(found < uniform, "{found} {uniform}");
+        assert!((0.3..3.0).contains(&(expected / found)), "{expected} {found}");
     }
 
     /// A table that is only looked up costs next to nothing to read, so it stays precise, and matrices share the rest.
@@ -437,7 +531,8 @@ mod tests {
             .sum()
         };
         let budget = read(&Mix::Q5_0.into());
-        let (found, _) = choose(&model, Budget::Read(budget), sample, &mut |_, _, _| {}).unwrap();
+        let (found, _) =
+            choose(&model, Budget::Read(budget), Method::Plain, sample, &mut |_, _, _| {}).unwrap();
         assert_eq!(found.dtype(Role::TokenEmbedding, 0, &model.spec), DType::Q8_0);
         let bytes = read(&found);
         assert!(bytes <= budget && bytes > budget * 9 / 10, "{bytes} of {budget}");

@@ -30,6 +30,9 @@ const CHUNK: usize = 2048;
 /// Windows on which the head's inputs are learned before anything is rounded.
 const HEAD_TOKENS: usize = 8192;
 
+/// Damping of a tied head, times that of other matrices: its rows are embeddings too.
+pub(super) const TABLE_DAMPING: f64 = 10.0;
+
 /// Most of the damping that is tried where a Gram matrix is too close to singular, times the first.
 const DAMPING_RETRIES: RangeInclusive<i32> = 0..=3;
 
@@ -110,6 +113,30 @@ impl Sample<'_> {
     }
 }
 
+/// Matrices of a layer, those that read the same together.
+pub(super) const READERS: [&[Role]; 4] = [
+    &[Role::AttnQ, Role::AttnK, Role::AttnV],
+    &[Role::AttnOut],
+    &[Role::FfnGate, Role::FfnUp],
+    &[Role::FfnDown],
+];
+
+/// What the [`READERS`] of a layer read if the residual stream before it is `x`, and the stream behind it.
+pub(super) fn through(
+    decoder: &Decoder,
+    layer: usize,
+    x: &Tensor,
+    length: usize,
+) -> candle_core::Result<([Tensor; 4], Tensor)> {
+    let normed = decoder.attention_input(layer, x)?;
+    let mixed = decoder.mix(layer, &normed, length)?;
+    let x = decoder.add_attention(layer, x, &mixed)?;
+    let ffn = decoder.ffn_input(layer, &x)?;
+    let gated = decoder.gate(layer, &ffn)?;
+    let x = decoder.add_ffn(layer, &x, &gated)?;
+    Ok(([normed, mixed, ffn, gated], x))
+}
+
 /// Sums of squares of what every matrix of `model` reads on the text.
 ///
 /// # Errors
@@ -119,12 +146,6 @@ pub fn imatrix(
     sample: Sample<'_>,
     progress: Progress<'_>,
 ) -> Result<Imatrix, CalibrationError> {
-    const INPUTS: [&[Role]; 4] = [
-        &[Role::AttnQ, Role::AttnK, Role::AttnV],
-        &[Role::AttnOut],
-        &[Role::FfnGate, Role::FfnUp],
-        &[Role::FfnDown],
-    ];
     let spec = &model.spec;
     let decoder = Decoder::new(spec, &model.weights)?;
     let chunks = sample.chunks(spec.vocab)?;
@@ -134,15 +155,11 @@ pub fn imatrix(
     for (index, chunk) in chunks.iter().enumerate() {
         let mut x = decoder.embed(chunk)?;
         for (layer, sums) in sums.iter_mut().enumerate() {
-            let normed = decoder.attention_input(layer, &x)?;
-            let mixed = decoder.mix(layer, &normed, sample.length)?;
-            x = decoder.add_attention(layer, &x, &mixed)?;
-            let ffn = decoder.ffn_input(layer, &x)?;
-            let gated = decoder.gate(layer, &ffn)?;
-            x = decoder.add_ffn(layer, &x, &gated)?;
-            for (sums, x) in sums.iter_mut().zip([&normed, &mixed, &ffn, &gated]) {
-                add_squares(sums, x)?;
+            let (inputs, behind) = through(&decoder, layer, &x, sample.length)?;
+            for (sums, input) in sums.iter_mut().zip(&inputs) {
+                add_squares(sums, input)?;
             }
+            x = behind;
         }
         add_squares(&mut head, &decoder.final_norm(&x)?)?;
         progress(index + 1, chunks.len(), "windows");
@@ -152,7 +169,7 @@ pub fn imatrix(
     let mut imatrix = Imatrix::default();
     (imatrix.windows, imatrix.length) = (windows, length);
     for (layer, sums) in sums.into_iter().enumerate() {
-        for (roles, sums) in INPUTS.into_iter().zip(sums) {
+        for (roles, sums) in READERS.into_iter().zip(sums) {
             roles.iter().for_each(|role| imatrix.insert(*role, layer, spec, sums.clone(), tokens));
         }
     }
@@ -161,7 +178,7 @@ pub fn imatrix(
 }
 
 /// The matrix that makes the logits.
-fn head_role(model: &Model) -> Role {
+pub(super) fn head_role(model: &Model) -> Role {
     if model.spec.tied_embeddings { Role::TokenEmbedding } else { Role::Output }
 }
 
@@ -317,8 +334,7 @@ struct Walk<'m> {
 }
 
 impl Walk<'_> {
-    /// The embedding table, and with it a tied head. As a head it is rounded for the final states of the exact
-    /// model; that its rows are embeddings too is what the larger damping is for.
+    /// The embedding table, and with it a tied head. As a head it is rounded for the final states of the exact model.
     fn tables(&mut self, chunks: &[Vec<u32>]) -> Result<(), CalibrationError> {
         let (role, spec) = (Role::TokenEmbedding, &self.model.spec);
         let dtype = self.encoding.dtype(role, 0, spec);
@@ -341,7 +357,7 @@ impl Walk<'_> {
                 break;
             }
         }
-        let factor = self.factor(role, 0, &moments, 10.0 * self.rounding.damping)?;
+        let factor = factor(role, 0, &moments, TABLE_DAMPING * self.rounding.damping)?;
         self.round(role, 0, &factor, self.weight(role, 0)?)
     }
 
@@ -448,7 +464,7 @@ impl Walk<'_> {
             };
             moments.add(&input.rounded, lacking.as_ref())?;
         }
-        let factor = self.factor(roles[0], layer, &moments, self.rounding.damping)?;
+        let factor = factor(roles[0], layer, &moments, self.rounding.damping)?;
         for role in roles {
             let mut weight = self.weight(*role, layer)?;
             if share > 0.0 {
@@ -460,20 +476,6 @@ impl Walk<'_> {
             self.round(*role, layer, &factor, weight)?;
         }
         Ok(())
-    }
-
-    fn factor(
-        &self,
-        role: Role,
-        layer: usize,
-        moments: &Moments,
-        damping: f64,
-    ) -> Result<Factor, CalibrationError> {
-        let cols = role.shape(&self.model.spec)[1];
-        DAMPING_RETRIES
-            .into_iter()
-            .find_map(|retry| Factor::new(&moments.gram, cols, damping * 10f64.powi(retry)))
-            .ok_or(CalibrationError::NotDefinite { role, layer })
     }
 
     /// Rounds `weight` in the place of a matrix.
@@ -512,6 +514,19 @@ impl Walk<'_> {
             None => candle_core::bail!("weight {role:?} of layer {layer} is missing"),
         }
     }
+}
+
+/// The factor of what a matrix reads, with more damping where it takes it.
+pub(super) fn factor(
+    role: Role,
+    layer: usize,
+    moments: &Moments,
+    damping: f64,
+) -> Result<Factor, CalibrationError> {
+    DAMPING_RETRIES
+        .into_iter()
+        .find_map(|retry| Factor::new(&moments.gram, moments.cols(), damping * 10f64.powi(retry)))
+        .ok_or(CalibrationError::NotDefinite { role, layer })
 }
 
 /// `a b` for `b` `[cols, cols]`.

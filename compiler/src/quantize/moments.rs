@@ -35,6 +35,11 @@ impl Moments {
         Self { cols, target_cols, gram, cross }
     }
 
+    /// Values of an input.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
     /// Adds tokens: `x` is `[n, cols]`, `target` `[n, target_cols]`. Products are summed in f32 over `n`, a few
     /// thousand at most, and in f64 from there on.
     ///
