@@ -295,6 +295,7 @@ impl Screen {
     pub(super) fn end(&mut self) {
         if let Some((_, progress, message)) = self.current.take() {
             progress.finish(&message);
+            crate::memory::give_back();
         }
     }
 }
