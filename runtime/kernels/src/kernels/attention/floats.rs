@@ -351,29 +351,47 @@ impl<S: Simd, const N: usize> Op<S> for AddValues<'_, N> {
         assert!(places.iter().all(|place| most.is_some_and(|most| *place <= most)));
         let start = out.as_mut_ptr();
         let mut columns = wide.chunks_exact(room).map(|column| &column[rows.clone()]);
-        let add = |column: &[[f32; 16]], to: [*mut [f32; 16]; N]| {
-            let mut sums = [[[s.splat(0.0); 2]; 1]; N];
-            for l in 0..N {
-                // SAFETY: both calls below give sixteen numbers of what is borrowed mutably here; no reference outlives
-                // its line.
-                sums[l][0] = load16(s, unsafe { &*to[l] }).map(|sum| s.mul(sum, s.splat(keep[l])));
-            }
-            s.add_products(weights, [column], &mut sums);
-            for l in 0..N {
-                // SAFETY: as above.
-                store16(s, sums[l][0], unsafe { &mut *to[l] });
-            }
-        };
         for (first, column) in (0..width / 16).map(|index| 16 * index).zip(&mut columns) {
-            // SAFETY: sixteen of the `width` numbers that are there from each place on.
-            add(column, places.map(|place| unsafe { start.add(place + first) }.cast()));
+            // SAFETY: each is sixteen of the `width` numbers that are there from its place on, in `out`, which is borrowed
+            // mutably and not used otherwise until then.
+            unsafe {
+                let to = places.map(|place| start.add(place + first).cast());
+                add_column(s, weights, column, keep, to);
+            }
         }
         if let (1.., Some(column)) = (width % 16, columns.next()) {
             let mut last = [[0.0; 16]; N];
             load_last(out, places, width, &mut last);
-            add(column, last.each_mut().map(core::ptr::from_mut));
+            // SAFETY: sixteen numbers each of an array that nothing else uses meanwhile.
+            unsafe { add_column(s, weights, column, keep, last.each_mut().map(core::ptr::from_mut)) }
             store_last(&last, places, width, out);
         }
+    }
+}
+
+/// Sixteen columns of [`AddValues`]. A function, because the compiler may leave a closure a call.
+///
+/// # Safety
+/// Nothing else refers to the arrays meanwhile; of several that are the same the last is what stays.
+#[inline(always)]
+unsafe fn add_column<S: Simd, const N: usize>(
+    s: S,
+    weights: [&[f32]; N],
+    column: &[[f32; 16]],
+    keep: [f32; N],
+    to: [*mut [f32; 16]; N],
+) {
+    let mut sums = [[[s.splat(0.0); 2]; 1]; N];
+    for l in 0..N {
+        // SAFETY: the caller's promise; no reference outlives its line.
+        let [a, b] = load16(s, unsafe { &*to[l] });
+        let keep = s.splat(keep[l]);
+        sums[l][0] = [s.mul(a, keep), s.mul(b, keep)];
+    }
+    s.add_products(weights, [column], &mut sums);
+    for l in 0..N {
+        // SAFETY: as above.
+        store16(s, sums[l][0], unsafe { &mut *to[l] });
     }
 }
 

@@ -254,6 +254,7 @@ pub(crate) fn multiply_quad<S: Lanes, W: Format>(
 }
 
 /// Adds the products of the panels of `N` neighbouring tiles with four tokens to `out`, of which each has `N` arrays.
+#[allow(clippy::needless_range_loop, reason = "indices name registers")]
 #[inline(always)]
 fn multiply_tiles<S: Lanes, W: Format, const N: usize>(
     s: S,
@@ -267,9 +268,8 @@ fn multiply_tiles<S: Lanes, W: Format, const N: usize>(
             *sums = s.load(out);
         }
     }
+    // Not by `map` anywhere here, which the compiler may leave a call.
     let blocks = panels[0].blocks;
-    let panels =
-        panels.map(|panel| (&panel.weights[..blocks], &panel.scales[..blocks], &panel.mins[..blocks]));
     let numbers = acts.scales.iter().zip(acts.sums).zip(acts.halves);
     for (block, (quants, ((scales_a, all), halves))) in
         acts.quants.iter().zip(numbers).take(blocks).enumerate()
@@ -288,38 +288,44 @@ fn multiply_tiles<S: Lanes, W: Format, const N: usize>(
                     *start = -bias::<S, W>() * sum;
                 }
             }
-            let mut p = starts.map(|start| [s.start(start); N]);
+            let mut p = [[s.start(0); N]; SIDE];
+            for (p, start) in p.iter_mut().zip(starts) {
+                *p = [s.start(start); N];
+            }
             for pair in segment * pairs..(segment + 1) * pairs {
                 let ([a01, a23], _) = quants[pair].as_chunks::<16>() else { continue };
                 let (a01, a23) = (s.activations(a01), s.activations(a23));
-                let weights = panels.map(|(weights, ..)| weights[block][pair].each_ref().map(|w| s.bytes(w)));
-                for (tile, [even, _]) in weights.into_iter().enumerate() {
+                for tile in 0..N {
+                    let even = s.bytes(&panels[tile].weights[block][pair][0]);
                     p[0][tile] = dot::<S, W, 0>(s, p[0][tile], even, a01);
                     p[1][tile] = dot::<S, W, 2>(s, p[1][tile], even, a01);
                     p[2][tile] = dot::<S, W, 0>(s, p[2][tile], even, a23);
                     p[3][tile] = dot::<S, W, 2>(s, p[3][tile], even, a23);
                 }
-                for (tile, [_, odd]) in weights.into_iter().enumerate() {
+                for tile in 0..N {
+                    let odd = s.bytes(&panels[tile].weights[block][pair][1]);
                     p[0][tile] = dot::<S, W, 1>(s, p[0][tile], odd, a01);
                     p[1][tile] = dot::<S, W, 3>(s, p[1][tile], odd, a01);
                     p[2][tile] = dot::<S, W, 1>(s, p[2][tile], odd, a23);
                     p[3][tile] = dot::<S, W, 3>(s, p[3][tile], odd, a23);
                 }
             }
-            for (tile, (_, scales, _)) in panels.iter().enumerate() {
-                let scale = s.load(scales[block][segment].first_chunk().unwrap_or(&[0.0; ROWS]));
-                for (lane, sums) in sums.iter_mut().enumerate() {
+            for tile in 0..N {
+                let scales = &panels[tile].scales[block][segment];
+                let scale = s.load(scales.first_chunk().unwrap_or(&[0.0; ROWS]));
+                for lane in 0..SIDE {
                     let integers = finish::<S, W>(s, p[lane][tile], starts[lane]);
-                    sums[tile] = s.fma(integers, s.mul(scale, s.splat(scales_a[lane])), sums[tile]);
+                    let scale = s.mul(scale, s.splat(scales_a[lane]));
+                    sums[lane][tile] = s.fma(integers, scale, sums[lane][tile]);
                 }
             }
         }
         if W::MINS {
-            for (tile, (.., mins)) in panels.iter().enumerate() {
-                let mins = s.load(&mins[block]);
-                for (lane, sums) in sums.iter_mut().enumerate() {
+            for tile in 0..N {
+                let mins = s.load(&panels[tile].mins[block]);
+                for lane in 0..SIDE {
                     let sum = s.splat(integer(all[lane]) as f32 * scales_a[lane]);
-                    sums[tile] = s.fma(mins, sum, sums[tile]);
+                    sums[lane][tile] = s.fma(mins, sum, sums[lane][tile]);
                 }
             }
         }
