@@ -1,6 +1,7 @@
 //! Runs cargo on the runtime's C ABI for another platform, with the linker that comes with Rust.
 
 use std::ffi::OsString;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -124,6 +125,19 @@ impl Workspace {
             Err(error) => error.to_string(),
         };
         Err(BundleError::NoRustTarget { triple: triple.into(), workspace: self.root.clone(), reason })
+    }
+
+    /// Waits until nobody else builds here. Cargo locks its folder for itself alone, and not for what is linked and read
+    /// after it.
+    pub(super) fn lock(&self) -> Result<File, BundleError> {
+        let folder = self.target_folder();
+        let path = folder.join("edgec.lock");
+        let locked = std::fs::create_dir_all(folder).and_then(|()| {
+            let file = File::create(&path)?;
+            file.lock()?;
+            Ok(file)
+        });
+        locked.map_err(|source| BundleError::Io { path, source })
     }
 
     /// Builds one library and returns where it is.

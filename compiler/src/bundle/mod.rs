@@ -101,8 +101,10 @@ pub struct BundleReport {
 pub fn build(target: &Target, out: &Path) -> Result<BundleReport, BundleError> {
     let workspace = Workspace::find()?;
     workspace.ensure_rust_target(&target.triple)?;
+    let lock = workspace.lock()?;
     let shared = read(&workspace.build(Kind::Shared, &target.triple)?)?;
     let archive = read(&workspace.build(Kind::Archive, &target.triple)?)?;
+    drop(lock);
     let header = read(&workspace.header())?;
 
     let folder = out.join("lib").join(&target.name);
