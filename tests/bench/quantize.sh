@@ -5,9 +5,9 @@
 #
 # LLAMA_BIN is the folder of llama-imatrix and llama-quantize; calibration is the first WINDOWS (32) windows of 512 tokens
 # or so of its text. Every file is judged by `edgec eval` over the first 16 windows of 256 tokens, every position, against
-# MODEL. `imatrix` is llama.cpp's importance file for both; "under its bytes" is a file of mixed types that is no larger
-# than the row's type makes it. Fails where that one diverges more than the type alone, rounded by the same method.
-# With - for LLAMA_BIN rows that need llama.cpp are left out.
+# MODEL. `llama.cpp's imatrix` is its importance file, the same for both; "under its bytes" is a file of mixed types that is
+# no larger than the row's type makes it. Fails where that one diverges more than the type alone, rounded by the same
+# method. With - for LLAMA_BIN rows that need llama.cpp are left out.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 [ $# -ge 4 ] || { sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2; }
