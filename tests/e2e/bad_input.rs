@@ -311,6 +311,10 @@ fn settings_that_make_no_sense() {
         ("--accumulate", "0", "accumulate is 0"),
         ("--lr", "inf", "learning rate is inf"),
         ("--loss", "guess", "--loss"),
+        ("--device", "tpu", "expected cpu, cuda or metal"),
+        // Neither is among the features of this build.
+        ("--device", "cuda:1", "--features cuda"),
+        ("--device", "metal", "--features metal"),
     ];
     for (flag, value, part) in cases {
         let mut command = edgec();

@@ -256,6 +256,7 @@ fn distill(arguments: &Arguments, processes: Rc<dyn Communicator>) -> anyhow::Re
     if processes.size() > 1 && arguments.out.is_none() {
         bail!("--out is missing: {} processes need the name of one folder", processes.size());
     }
+    super::processes::choose(arguments.training.device, &*processes)?;
     let folder = arguments.folder();
     let mut screen = Screen { silent: processes.rank() > 0, current: None };
     let run = RunFolder {

@@ -16,11 +16,11 @@ use edgec::text::corpus::{self, Corpus};
 use edgec::train::parallel::Communicator;
 use edgec::train::pretrain::{initialize, learn_vocabulary};
 use edgec::train::trainer::{self, Progress as Watch, StepReport, Text};
-use edgec::train::{RunFolder, TrainConfig, trainee};
+use edgec::train::{Accelerator, RunFolder, TrainConfig, trainee};
 use edgec::{export, quantize};
 
 use super::output;
-use super::processes::together;
+use super::processes::{choose, together};
 use super::progress::{Progress, note};
 
 #[derive(Args)]
@@ -73,6 +73,10 @@ pub struct Arguments {
     /// Seed of everything random
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// Where the large matrix products are computed: cpu, cuda or metal; cuda:1 is the second GPU. A GPU needs a
+    /// build with that feature
+    #[arg(long, value_name = "DEVICE", default_value_t)]
+    device: Accelerator,
     /// Steps between checkpoints; every two minutes there is one anyway
     #[arg(long, value_name = "STEPS", value_parser = clap::value_parser!(u64).range(1..))]
     checkpoint_every: Option<u64>,
@@ -90,6 +94,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<()> {
 
 fn pretrain(arguments: &Arguments, processes: Rc<dyn Communicator>) -> anyhow::Result<()> {
     let first = processes.rank() == 0;
+    choose(arguments.device, &*processes)?;
     let documents = documents(&arguments.data)?;
     let lines: Vec<&str> = documents.iter().map(String::as_str).collect();
     let vocabulary = learn_vocabulary(&lines, arguments.vocab)?;

@@ -3,6 +3,7 @@
 use std::rc::Rc;
 
 use anyhow::bail;
+use edgec::train::Accelerator;
 use edgec::train::parallel::{Alone, Communicator};
 
 /// Runs `body` with the processes that were started together; an error in one of them ends all.
@@ -24,6 +25,16 @@ pub fn alone(command: &str) -> anyhow::Result<()> {
         Some(size) if size > 1 => bail!("{command} is for one process, {size} were started"),
         _ => Ok(()),
     }
+}
+
+/// Chooses the device of each process: of several on a machine each has a GPU of its own, unless a number was given.
+pub fn choose(device: Accelerator, processes: &dyn Communicator) -> anyhow::Result<()> {
+    if let Some(name) = device.choose(processes.local_rank())?
+        && processes.rank() == 0
+    {
+        super::progress::note("device", &format!("large matrix products of training go to {name}"));
+    }
+    Ok(())
 }
 
 /// How many processes the variables of Open MPI or of MPICH and its kin say there are.

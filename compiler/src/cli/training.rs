@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use edgec::pipeline::Data;
-use edgec::train::TrainConfig;
+use edgec::train::{Accelerator, TrainConfig};
 
 #[derive(Args)]
 pub struct Training {
@@ -32,6 +32,10 @@ pub struct Training {
     /// Seed of everything random
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// Where the large matrix products are computed: cpu, cuda or metal; cuda:1 is the second GPU. A GPU needs a
+    /// build with that feature
+    #[arg(long, value_name = "DEVICE", default_value_t)]
+    pub device: Accelerator,
     /// Steps between checkpoints; every two minutes there is one anyway
     #[arg(long, value_name = "STEPS", value_parser = clap::value_parser!(u64).range(1..))]
     pub checkpoint_every: Option<u64>,

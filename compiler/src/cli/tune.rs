@@ -6,6 +6,7 @@ use anyhow::bail;
 use clap::Args;
 use edgec::adapter::Settings;
 use edgec::pipeline::{self, TeacherSource, TuneRecipe};
+use edgec::train::parallel::Alone;
 use edgec::train::{Precision, RunFolder, TrainConfig};
 
 use super::distill::Screen;
@@ -115,6 +116,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         bail!("--data is missing: text for {} to learn from", model.display());
     }
     super::processes::alone("tune")?;
+    super::processes::choose(arguments.training.device, &Alone)?;
     let run = RunFolder::new(&arguments.out, arguments.resume, arguments.training.checkpoint_every);
     let mut screen = Screen::default();
     let tuned = pipeline::tune(&arguments.recipe(), &run, &mut screen)?;

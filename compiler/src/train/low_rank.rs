@@ -4,7 +4,7 @@
 
 use candle_core::{Result, Tensor, bail};
 
-use super::ops::{Frozen, Matrix, add, dropout, gemm, low_rank, scale_columns, with_values};
+use super::ops::{Frozen, Matrix, add, dropout, low_rank, product_into, scale_columns, with_values};
 
 /// `W' = W + scale B A`, for DoRA with the length of every row of `W'` trained by itself.
 #[derive(Clone, Debug)]
@@ -96,10 +96,9 @@ impl LowRank {
         let (mut crossed, mut gram) = (vec![0.0; rows * rank], vec![0.0; rank * rank]);
         with_values(&self.down, |down| {
             let down = Matrix::new(down, rank, cols);
-            gemm(&mut gram, down, down.t(), 1.0, false, true);
+            product_into(&mut gram, down, down.t(), 1.0, false)?;
             self.base.with_values(|base| {
-                gemm(&mut crossed, Matrix::new(base, rows, cols), down.t(), 1.0, false, true);
-                Ok(())
+                product_into(&mut crossed, Matrix::new(base, rows, cols), down.t(), 1.0, false)
             })
         })?;
         let scale = f64::from(self.scale);

@@ -39,5 +39,6 @@ mod tests;
 pub use config::{RunFolder, TrainConfig};
 pub use error::TrainError;
 pub use on_grid::{Quantized, quantized};
+pub use ops::{Accelerator, AcceleratorError};
 pub use precision::Precision;
 pub use projection::{Matrices, Projection};

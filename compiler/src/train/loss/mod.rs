@@ -120,8 +120,8 @@ fn compare(student: &Side<'_>, teacher: &Side<'_>, targets: &[u32]) -> Result<Di
     for chunk in scored.chunks(CHUNK) {
         let [s, t] = &mut buffers;
         let (s, t) = (&mut s[..chunk.len() * vocab], &mut t[..chunk.len() * vocab]);
-        student.logits(chunk, s);
-        teacher.logits(chunk, t);
+        student.logits(chunk, s)?;
+        teacher.logits(chunk, t)?;
         let rows: Vec<(Row, bool)> = s
             .par_chunks_mut(vocab)
             .zip(t.par_chunks_mut(vocab))

@@ -14,7 +14,8 @@ use super::universal::{Universal, check_groups, group_gradient};
 use super::{Head, LossParts};
 use crate::train::gradients::into_buffer;
 use crate::train::ops::{
-    Matrix, Tiles, gemm, product, rows_cols, slope, tensor, threads, values, widest, with_values, zeros,
+    Matrix, Tiles, product, product_into, rows_cols, slope, tensor, threads, values, widest, with_values,
+    zeros,
 };
 
 /// What the student is to say.
@@ -177,14 +178,14 @@ impl HeadLoss {
         let mut before = Vec::new();
         for chunk in teacher.chunks(&scored) {
             let s = &mut s_buffer[..chunk.len() * vocab];
-            student.logits(chunk, s);
+            student.logits(chunk, s)?;
             if student.soft_cap > 0.0 {
                 before.clear();
                 before.extend_from_slice(s);
             }
             // Added in order: the result does not depend on the threads.
             for (row, (number, _)) in
-                gradients(s, vocab, chunk, teacher, &mut t_buffer, &scales).iter().zip(chunk)
+                gradients(s, vocab, chunk, teacher, &mut t_buffer, &scales)?.iter().zip(chunk)
             {
                 let alpha = if teacher.says(*number) { alpha } else { 0.0 };
                 loss += alpha * temperature * temperature * row.soft + (1.0 - alpha) * row.cross_entropy;
@@ -197,15 +198,15 @@ impl HeadLoss {
                     grads.iter_mut().zip(logits).for_each(|(g, x)| *g *= slope(*x, student.soft_cap));
                 });
             }
-            let dpicked = student.dhidden(s);
+            let dpicked = student.dhidden(s)?;
             if self.trains_head {
                 let grad = Matrix::new(s, chunk.len(), vocab);
                 let picked = student.pick(chunk);
                 let picked = Matrix::new(&picked, chunk.len(), width);
                 if dhead.is_empty() {
-                    dhead = product(grad.t(), picked, 1.0);
+                    dhead = product(grad.t(), picked, 1.0)?;
                 } else {
-                    gemm(&mut dhead, grad.t(), picked, 1.0, true, true);
+                    product_into(&mut dhead, grad.t(), picked, 1.0, true)?;
                 }
             }
             for ((row, _), values) in chunk.iter().zip(dpicked.chunks_exact(width)) {
@@ -235,15 +236,15 @@ fn gradients(
     teacher: &Beside<'_>,
     buffer: &mut [f32],
     scales: &Scales,
-) -> Vec<Row> {
+) -> Result<Vec<Row>> {
     let rows = s.chunks_mut(vocab).zip(chunk);
-    match teacher {
+    Ok(match teacher {
         Beside::Text => threads::map(rows.collect(), |(s, (_, target))| {
             row_gradient(s, None, *target, scales, &mut Vec::new())
         }),
         Beside::Teacher(teacher) => {
             let t = &mut buffer[..chunk.len() * vocab];
-            teacher.logits(chunk, t);
+            teacher.logits(chunk, t)?;
             threads::map(rows.zip(t.chunks_mut(vocab)).collect(), |((s, (_, target)), t)| {
                 row_gradient(s, Some(t), *target, scales, &mut Vec::new())
             })
@@ -260,12 +261,12 @@ fn gradients(
         Beside::Universal(targets, teacher) => {
             let parts = split(s, vocab, chunk, targets);
             let rows = threads::map(parts, |(s, rows)| match targets.group_of(rows[0].0) {
-                None => vec![row_gradient(s, None, rows[0].1, scales, &mut Vec::new())],
+                None => Ok(vec![row_gradient(s, None, rows[0].1, scales, &mut Vec::new())]),
                 Some(group) => group_gradient(s, rows, group, targets, teacher, scales),
             });
-            rows.concat()
+            rows.into_iter().collect::<Result<Vec<_>>>()?.concat()
         }
-    }
+    })
 }
 
 /// Logits of some rows, and the rows with their targets.

@@ -4,7 +4,7 @@ use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 
 use super::{Head, IGNORE};
-use crate::train::ops::{Matrix, Tiles, capped, gemm, product, with_values};
+use crate::train::ops::{Matrix, Tiles, capped, product, product_into, with_values};
 
 /// Tokens whose logits exist at one time.
 pub(super) const CHUNK: usize = 256;
@@ -68,25 +68,32 @@ impl<'a> Side<'a> {
     }
 
     /// Logits of the scored rows, `[chunk.len(), vocab]`.
-    pub fn logits(&self, chunk: &[(usize, u32)], out: &mut [f32]) {
+    ///
+    /// # Errors
+    /// What a GPU answers.
+    pub fn logits(&self, chunk: &[(usize, u32)], out: &mut [f32]) -> Result<()> {
         let hidden = self.pick(chunk);
         match self.tiles {
             Some(tiles) => tiles.product(out, &hidden),
             None => {
                 let hidden = Matrix::new(&hidden, chunk.len(), self.width);
-                gemm(out, hidden, Matrix::new(self.head, self.vocab, self.width).t(), 1.0, false, true);
+                product_into(out, hidden, Matrix::new(self.head, self.vocab, self.width).t(), 1.0, false)?;
             }
         }
         if self.soft_cap > 0.0 {
             out.par_chunks_mut(self.vocab).flatten().for_each(|x| *x = capped(*x, self.soft_cap));
         }
+        Ok(())
     }
 
     /// The gradients of hidden states, `[n, width]`, from those of their logits (before these are capped). In f32: of the
     /// gradients of logits a few are large among thousands of small ones, which eight bits would round off where one of the
     /// large is in their block. What is pushed down less is always the same, so it adds up: a LoRA ends 1 % of perplexity
     /// higher.
-    pub fn dhidden(&self, dlogits: &[f32]) -> Vec<f32> {
+    ///
+    /// # Errors
+    /// What a GPU answers.
+    pub fn dhidden(&self, dlogits: &[f32]) -> Result<Vec<f32>> {
         let head = Matrix::new(self.head, self.vocab, self.width);
         product(Matrix::new(dlogits, dlogits.len() / self.vocab, self.vocab), head, 1.0)
     }

@@ -154,7 +154,7 @@ impl SparseTargets {
             let mut rows = vec![SparseRow::default(); teacher.rows];
             for chunk in scored.chunks(CHUNK) {
                 let logits = &mut buffer[..chunk.len() * vocab];
-                teacher.logits(chunk, logits);
+                teacher.logits(chunk, logits)?;
                 let cool = (1.0 / temperature) as f32;
                 let kept = logits.par_chunks_mut(vocab).zip(chunk).map(|(logits, (row, _))| match sparsity {
                     Sparsity::TopK(k) => top(logits, k, cool),

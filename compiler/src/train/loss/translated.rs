@@ -46,7 +46,7 @@ pub fn translated(
         for chunk in rows.chunks(CHUNK) {
             let asked: Vec<_> = chunk.iter().map(|(row, _)| (*row, 0)).collect();
             let logits = &mut buffer[..chunk.len() * teacher.vocab];
-            teacher.logits(&asked, logits);
+            teacher.logits(&asked, logits)?;
             let cool = (1.0 / temperature) as f32;
             let kept: Vec<_> =
                 logits.par_chunks_mut(teacher.vocab).map(|logits| row(logits, shared, cool)).collect();

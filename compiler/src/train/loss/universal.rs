@@ -100,12 +100,12 @@ pub(super) fn group_gradient(
     targets: &Universal,
     teacher: &Side<'_>,
     scales: &Scales,
-) -> Vec<Row> {
+) -> Result<Vec<Row>> {
     let cool = 1.0 / scales.temperature;
     let vocab = s.len() / rows.len();
     let asked: Vec<_> = group.teacher.clone().map(|row| (row, targets.next[row])).collect();
     let mut t = vec![0.0; asked.len() * teacher.vocab];
-    teacher.logits(&asked, &mut t);
+    teacher.logits(&asked, &mut t)?;
     let theirs = chain(&mut t, teacher.vocab, &asked, cool);
     let mut spoken: Vec<f32> = t[..teacher.vocab].to_vec();
     spoken.sort_unstable_by(|a, b| b.total_cmp(a));
@@ -143,7 +143,7 @@ pub(super) fn group_gradient(
         q[*token as usize] += (scale * pulled) as f32;
     }
     s.iter_mut().zip(&text).for_each(|(s, text)| *s += text);
-    out
+    Ok(out)
 }
 
 /// Turns logits into probabilities; answers the product of those of the tokens behind the first.

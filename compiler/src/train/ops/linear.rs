@@ -2,7 +2,7 @@
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 
-use super::{Matrix, apply2, gemm, matrix, product, rows_cols, tensor, values, with_values};
+use super::{Matrix, apply2, matrix, product, product_into, rows_cols, tensor, values, with_values};
 use crate::train::gradients::into_buffer;
 
 struct Linear;
@@ -34,7 +34,7 @@ impl CustomOp2 for Linear {
         }
         let x = Matrix::new(values(x, x_layout, "linear")?, n, cols);
         let weight = Matrix::new(values(weight, weight_layout, "linear")?, out, cols);
-        Ok(matrix(product(x, weight.t(), 1.0), n, out))
+        Ok(matrix(product(x, weight.t(), 1.0)?, n, out))
     }
 
     fn bwd(
@@ -50,20 +50,17 @@ impl CustomOp2 for Linear {
             let grad = Matrix::new(grad, n, out);
             let dx = || {
                 with_values(weight, |weight| {
-                    tensor(product(grad, Matrix::new(weight, out, cols), 1.0), n, cols)
+                    tensor(product(grad, Matrix::new(weight, out, cols), 1.0)?, n, cols)
                 })
             };
             let dweight = || {
                 with_values(x, |x| {
                     let x = Matrix::new(x, n, cols);
-                    let buffered = into_buffer(weight, |sum, add| {
-                        gemm(sum, grad.t(), x, 1.0, add, true);
-                        Ok(())
-                    })?;
+                    let buffered = into_buffer(weight, |sum, add| product_into(sum, grad.t(), x, 1.0, add))?;
                     if buffered {
                         return Ok(None);
                     }
-                    tensor(product(grad.t(), x, 1.0), out, cols).map(Some)
+                    tensor(product(grad.t(), x, 1.0)?, out, cols).map(Some)
                 })
             };
             // What is frozen, and states that depend on nothing trained, need no gradient.

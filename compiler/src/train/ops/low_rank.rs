@@ -11,8 +11,8 @@ use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, S
 use rayon::prelude::*;
 
 use super::{
-    Matrix, Tiles, apply1, apply2, apply3, gemm, matrix, product, rows_cols, tensor, values, with_values,
-    zeros,
+    Matrix, Tiles, apply1, apply2, apply3, matrix, product, product_into, rows_cols, tensor, values,
+    with_values, zeros,
 };
 use crate::quantize::Blocks;
 use crate::train::random::SplitMix64;
@@ -99,9 +99,7 @@ impl Frozen {
             tiles.product(&mut y, x);
             return Ok(y);
         }
-        self.with_values(|weight| {
-            Ok(product(Matrix::new(x, n, cols), Matrix::new(weight, rows, cols).t(), 1.0))
-        })
+        self.with_values(|weight| product(Matrix::new(x, n, cols), Matrix::new(weight, rows, cols).t(), 1.0))
     }
 
     /// `grad W` for `n` rows `grad`.
@@ -112,9 +110,7 @@ impl Frozen {
         {
             return Ok(dx);
         }
-        self.with_values(|weight| {
-            Ok(product(Matrix::new(grad, n, rows), Matrix::new(weight, rows, cols), 1.0))
-        })
+        self.with_values(|weight| product(Matrix::new(grad, n, rows), Matrix::new(weight, rows, cols), 1.0))
     }
 }
 
@@ -184,13 +180,13 @@ impl CustomOp3 for LowRankProduct {
         let x = values(x, x_layout, op)?;
         let down = Matrix::new(values(down, down_layout, op)?, rank, cols);
         let up = Matrix::new(values(up, up_layout, op)?, out, rank);
-        let kept = product(Matrix::new(x, n, cols), down.t(), 1.0);
+        let kept = product(Matrix::new(x, n, cols), down.t(), 1.0)?;
         let low = Matrix::new(&kept, n, rank);
         let y = match &self.weight {
-            None => product(low, up.t(), self.scale),
+            None => product(low, up.t(), self.scale)?,
             Some(weight) => {
                 let mut y = weight.forward(x, n)?;
-                gemm(&mut y, low, up.t(), self.scale, true, true);
+                product_into(&mut y, low, up.t(), self.scale, true)?;
                 y
             }
         };
@@ -216,18 +212,18 @@ impl CustomOp3 for LowRankProduct {
                         let (dy, x) = (Matrix::new(grad, n, out), Matrix::new(x, n, cols));
                         let down = Matrix::new(down, rank, cols);
                         let kept = self.low.lock().unwrap_or_else(PoisonError::into_inner).take();
-                        let mut low = kept.unwrap_or_else(|| product(x, down.t(), 1.0));
-                        let dup = product(dy.t(), Matrix::new(&low, n, rank), self.scale);
+                        let mut low = kept.map_or_else(|| product(x, down.t(), 1.0), Ok)?;
+                        let dup = product(dy.t(), Matrix::new(&low, n, rank), self.scale)?;
                         // The gradient of `x A^T`, in the same memory.
-                        gemm(&mut low, dy, Matrix::new(up, out, rank), self.scale, false, true);
+                        product_into(&mut low, dy, Matrix::new(up, out, rank), self.scale, false)?;
                         let dlow = Matrix::new(&low, n, rank);
-                        let ddown = product(dlow.t(), x, 1.0);
+                        let ddown = product(dlow.t(), x, 1.0)?;
                         let dx = wants_x.then(|| {
                             let dx = match &self.weight {
-                                None => product(dlow, down, 1.0),
+                                None => product(dlow, down, 1.0)?,
                                 Some(weight) => {
                                     let mut dx = weight.backward(grad, n)?;
-                                    gemm(&mut dx, dlow, down, 1.0, true, true);
+                                    product_into(&mut dx, dlow, down, 1.0, true)?;
                                     dx
                                 }
                             };

@@ -32,6 +32,8 @@ pub trait Communicator: Debug {
     fn rank(&self) -> usize;
     /// How many there are.
     fn size(&self) -> usize;
+    /// The number of this process among those of its machine, from 0.
+    fn local_rank(&self) -> usize;
     /// Replaces `values` by their sums over all processes, which have the same bits in each of them.
     fn all_reduce(&self, values: &mut [f32]);
     /// Replaces `values` by those of the first process.
@@ -52,6 +54,9 @@ impl Communicator for Alone {
     }
     fn size(&self) -> usize {
         1
+    }
+    fn local_rank(&self) -> usize {
+        0
     }
     fn all_reduce(&self, _: &mut [f32]) {}
     fn broadcast(&self, _: &mut [f32]) {}

@@ -47,12 +47,17 @@ impl Mpi {
         let mut hash = DefaultHasher::new();
         mine.hash(&mut hash);
         let mine = hash.finish();
-        let host = self.world.split_shared(self.world.rank());
+        let host = self.host();
         let mut all = vec![0u64; host.size() as usize];
         host.all_gather_into(&mine, &mut all[..]);
         let sharing = all.iter().filter(|other| **other == mine).count();
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         (processors / sharing.max(1)).max(1)
+    }
+
+    /// The processes of this machine.
+    fn host(&self) -> SimpleCommunicator {
+        self.world.split_shared(self.world.rank())
     }
 }
 
@@ -63,6 +68,10 @@ impl Communicator for Mpi {
 
     fn size(&self) -> usize {
         self.world.size() as usize
+    }
+
+    fn local_rank(&self) -> usize {
+        self.host().rank() as usize
     }
 
     fn all_reduce(&self, values: &mut [f32]) {

@@ -70,6 +70,10 @@ impl Communicator for Threads {
         self.size
     }
 
+    fn local_rank(&self) -> usize {
+        self.rank
+    }
+
     fn all_reduce(&self, values: &mut [f32]) {
         if self.rank > 0 {
             self.send_to_all(&to_bytes(values));

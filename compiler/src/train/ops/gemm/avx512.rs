@@ -47,7 +47,7 @@ pub(super) fn detected() -> bool {
     is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl")
 }
 
-/// [`super::into`] on a CPU that is [`detected`].
+/// [`super::on_cpu`] on a CPU that is [`detected`].
 pub(super) fn gemm(
     c: &mut [MaybeUninit<f32>],
     a: Matrix<'_>,

@@ -1,12 +1,16 @@
 //! One safe door to the matrix product: our own where there is AVX-512, made for what training multiplies, and
-//! that of the crate `gemm` elsewhere.
+//! that of the crate `gemm` elsewhere; for large ones a GPU, if one was chosen.
 
+mod accelerator;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 
 use std::mem::MaybeUninit;
 
 use ::gemm::Parallelism;
+use candle_core::Result;
+
+pub use accelerator::{Accelerator, AcceleratorError};
 
 /// A matrix inside a slice: element `(i, j)` is at `offset + i * row_stride + j * col_stride`.
 #[derive(Clone, Copy)]
@@ -49,33 +53,69 @@ impl<'a> Matrix<'a> {
     }
 }
 
-/// `c = alpha * a * b`, or `c += alpha * a * b` with `accumulate`; `c` is row-major and dense.
+/// `c = alpha * a * b`, or `c += alpha * a * b` with `accumulate`, on the CPU; `c` is row-major and dense.
 ///
 /// `threads` says whether the product may use all threads or must stay on the caller's.
 ///
 /// # Panics
 /// If the shapes do not fit each other or their slices: a fault of the caller.
 pub fn gemm(c: &mut [f32], a: Matrix<'_>, b: Matrix<'_>, alpha: f32, accumulate: bool, threads: bool) {
-    // SAFETY: both are slices of the same length and layout, and `into` writes nothing but floats.
-    let c = unsafe { std::slice::from_raw_parts_mut(c.as_mut_ptr().cast(), c.len()) };
-    into(c, a, b, alpha, accumulate, threads);
+    on_cpu(uninit(c), a, b, alpha, accumulate, threads);
 }
 
-/// `alpha * a * b`, row-major and dense, on all threads. Its memory is not filled with zeros before.
+/// [`gemm`] on all threads or on the GPU: for whatever grows with the model and the tokens.
+///
+/// # Errors
+/// What the GPU answers; there are none on the CPU.
 ///
 /// # Panics
 /// As [`gemm`].
-pub fn product(a: Matrix<'_>, b: Matrix<'_>, alpha: f32) -> Vec<f32> {
-    let size = a.rows * b.cols;
-    let mut c = Vec::with_capacity(size);
-    into(&mut c.spare_capacity_mut()[..size], a, b, alpha, false, true);
-    // SAFETY: `into` has written all `size` elements, since it adds to none.
-    unsafe { c.set_len(size) };
-    c
+pub fn product_into(c: &mut [f32], a: Matrix<'_>, b: Matrix<'_>, alpha: f32, accumulate: bool) -> Result<()> {
+    into(uninit(c), a, b, alpha, accumulate)
 }
 
-/// [`gemm`] into memory that may hold no values yet: it reads some only to `accumulate`, and writes them all.
+/// `alpha * a * b`, row-major and dense, likewise. Its memory is not filled with zeros before.
+///
+/// # Errors
+/// As [`product_into`].
+///
+/// # Panics
+/// As [`gemm`].
+pub fn product(a: Matrix<'_>, b: Matrix<'_>, alpha: f32) -> Result<Vec<f32>> {
+    let size = a.rows * b.cols;
+    let mut c = Vec::with_capacity(size);
+    into(&mut c.spare_capacity_mut()[..size], a, b, alpha, false)?;
+    // SAFETY: `into` has written all `size` elements, since it adds to none and has not failed.
+    unsafe { c.set_len(size) };
+    Ok(c)
+}
+
+/// Values as memory that may hold none.
+fn uninit(values: &mut [f32]) -> &mut [MaybeUninit<f32>] {
+    // SAFETY: both are slices of the same length and layout, and whatever gets this writes nothing but floats.
+    unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast(), values.len()) }
+}
+
+/// [`product_into`] memory that may hold no values yet: it reads some only to `accumulate`, and writes them all.
 fn into(
+    c: &mut [MaybeUninit<f32>],
+    a: Matrix<'_>,
+    b: Matrix<'_>,
+    alpha: f32,
+    accumulate: bool,
+) -> Result<()> {
+    match accelerator::for_product(a.rows * a.cols * b.cols) {
+        Some(_) if is_empty(c, &a, &b, accumulate) => Ok(()),
+        Some(device) => accelerator::product(device, c, a, b, alpha, accumulate),
+        None => {
+            on_cpu(c, a, b, alpha, accumulate, true);
+            Ok(())
+        }
+    }
+}
+
+/// [`gemm`], likewise.
+fn on_cpu(
     c: &mut [MaybeUninit<f32>],
     a: Matrix<'_>,
     b: Matrix<'_>,
@@ -102,7 +142,7 @@ fn is_empty(c: &mut [MaybeUninit<f32>], a: &Matrix<'_>, b: &Matrix<'_>, accumula
     a.cols == 0 || c.is_empty()
 }
 
-/// [`into`] by the crate `gemm`.
+/// [`on_cpu`] by the crate `gemm`.
 fn portable(
     c: &mut [MaybeUninit<f32>],
     a: Matrix<'_>,
@@ -152,8 +192,22 @@ mod tests {
 
     type Gemm = fn(&mut [MaybeUninit<f32>], Matrix<'_>, Matrix<'_>, f32, bool, bool);
 
-    /// The product of this CPU, and the one of CPUs that it does not know.
-    const BOTH: [(&str, Gemm); 2] = [("gemm", into), ("portable", portable)];
+    /// The product of this CPU, the one of CPUs that it does not know, and the way to a GPU, which ends at candle's own
+    /// CPU backend here.
+    const ALL: [(&str, Gemm); 3] = [("gemm", on_cpu), ("portable", portable), ("candle", by_candle)];
+
+    fn by_candle(
+        c: &mut [MaybeUninit<f32>],
+        a: Matrix<'_>,
+        b: Matrix<'_>,
+        alpha: f32,
+        accumulate: bool,
+        _: bool,
+    ) {
+        if !is_empty(c, &a, &b, accumulate) {
+            accelerator::product(&candle_core::Device::Cpu, c, a, b, alpha, accumulate).unwrap();
+        }
+    }
 
     /// Calls `product` with values; those that it leaves are the ones from before.
     fn call(product: Gemm, c: &mut [f32], a: Matrix<'_>, b: Matrix<'_>, how: (f32, bool, bool)) {
@@ -194,7 +248,7 @@ mod tests {
     fn agrees(a: Matrix<'_>, b: Matrix<'_>, alpha: f32, accumulate: bool, threads: bool) {
         let (m, n, k) = (a.rows, b.cols, a.cols);
         let before = noise(3, m * n);
-        for (name, product) in BOTH {
+        for (name, product) in ALL {
             let mut c = before.clone();
             call(product, &mut c, a, b, (alpha, accumulate, threads));
             for (at_c, (&found, &before)) in c.iter().zip(&before).enumerate() {
@@ -270,7 +324,7 @@ mod tests {
     #[test]
     fn what_is_no_number_stays_visible() {
         let (m, n, k) = (11, 37, 21);
-        for (name, product) in BOTH {
+        for (name, product) in ALL {
             for turned in [false, true] {
                 let lie = Lie { turned, gap: 2 };
                 let (mut left, right) = (lie.values(1, m, k), lie.values(2, k, n));
