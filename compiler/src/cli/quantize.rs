@@ -133,10 +133,9 @@ impl Arguments {
         let budget = self.budget(model)?;
         let sample = sample.context("--calibration is missing")?;
         let mut progress = Progress::start("budget");
-        let method = self.calibration.method();
-        let (encoding, kl) = budget::choose(model, budget, method, sample, &mut |done, total, name| {
-            progress.update(done, total, name)
-        })?;
+        let (method, damping) = (self.calibration.method(), self.calibration.rounding()?.damping);
+        let mut tell = |done, total, name: &str| progress.update(done, total, name);
+        let (encoding, kl) = budget::choose(model, budget, method, damping, sample, &mut tell)?;
         let mut counts = std::collections::BTreeMap::new();
         for (role, layer, _) in model.weights.iter().filter(|(role, ..)| !role.is_vector()) {
             *counts.entry(encoding.dtype(role, layer, &model.spec).name()).or_insert(0) += 1;
@@ -203,6 +202,17 @@ impl Calibration {
         })
     }
 
+    /// The settings of GPTQ.
+    fn rounding(&self) -> anyhow::Result<Rounding> {
+        if !(self.damping > 0.0 && self.damping <= 1.0) {
+            bail!("--damping is {}, expected above 0, up to 1", self.damping);
+        }
+        if !(0.0..=1.0).contains(&self.propagation) {
+            bail!("--propagation is {}, expected 0 to 1", self.propagation);
+        }
+        Ok(Rounding { damping: self.damping, propagation: self.propagation })
+    }
+
     /// The tokens to calibrate on, and BOS where it begins a window.
     fn text(&self, arguments: &Arguments) -> anyhow::Result<Option<(Vec<u32>, Option<u32>)>> {
         if self.calibration.is_empty() {
@@ -252,13 +262,7 @@ impl Calibration {
     ) -> anyhow::Result<Encoding> {
         match (self.method(), sample, importance) {
             (Method::Gptq, Some(sample), _) => {
-                if !(self.damping > 0.0 && self.damping <= 1.0) {
-                    bail!("--damping is {}, expected above 0, up to 1", self.damping);
-                }
-                if !(0.0..=1.0).contains(&self.propagation) {
-                    bail!("--propagation is {}, expected 0 to 1", self.propagation);
-                }
-                let rounding = Rounding { damping: self.damping, propagation: self.propagation };
+                let rounding = self.rounding()?;
                 let mut progress = Progress::start("gptq");
                 let mut tell = |done, total, message: &str| progress.update(done, total, message);
                 let rounded = round_model(model, encoding, sample, rounding, &mut tell)

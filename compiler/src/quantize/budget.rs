@@ -12,8 +12,7 @@ use edge_models::{Role, TensorRow};
 use edge_runtime::format::DType;
 
 use super::calibrate::{
-    self, CalibrationError, Method, Progress, READERS, Rounding, Sample, TABLE_DAMPING, factor, head_role,
-    through,
+    self, CalibrationError, Method, Progress, READERS, Sample, TABLE_DAMPING, factor, head_role, through,
 };
 use super::moments::{Factor, Moments};
 use super::{Blocks, Encoding, Imatrix, Mix, gptq};
@@ -87,8 +86,8 @@ pub struct Sensitivity {
     pub choices: Vec<Choice>,
 }
 
-/// Types within `budget` under which a file that is rounded by `method` diverges least from `model`, and the divergence
-/// that is to be expected if no matrix makes up for another.
+/// Types within `budget` under which a file that is rounded by `method`, with `damping` as in [`Rounding`](super::calibrate::Rounding), diverges least
+/// from `model`, and the divergence that is to be expected if no matrix makes up for another.
 ///
 /// # Errors
 /// No mix is that small; the text is too short or not the model's.
@@ -96,10 +95,11 @@ pub fn choose(
     model: &Model,
     budget: Budget,
     method: Method,
+    damping: f64,
     sample: Sample<'_>,
     progress: Progress<'_>,
 ) -> Result<(Encoding, f64), BudgetError> {
-    let mut tensors = sensitivities(model, method, sample, progress)?;
+    let mut tensors = sensitivities(model, method, damping, sample, progress)?;
     let smallest = measure(model, &encoding(&tensors, &vec![0; tensors.len()]))?;
     let matrices: u64 = tensors.iter().map(|tensor| tensor.choices[0].bytes).sum();
     // What no choice changes: vectors, and of a file its header and vocabulary.
@@ -185,6 +185,7 @@ fn encoding(tensors: &[Sensitivity], picks: &[usize]) -> Encoding {
 pub fn sensitivities(
     model: &Model,
     method: Method,
+    damping: f64,
     sample: Sample<'_>,
     progress: Progress<'_>,
 ) -> Result<Vec<Sensitivity>, BudgetError> {
@@ -220,7 +221,6 @@ pub fn sensitivities(
         tables.iter().try_for_each(|row| measure(row, 0, plain))?;
         return Ok(found);
     }
-    let damping = Rounding::default().damping;
     // The residual stream of the text, chunk by chunk.
     let chunks = known.chunks(spec.vocab)?;
     let streams = chunks.iter().map(|chunk| probe.decoder.embed(chunk));
@@ -424,8 +424,8 @@ impl<'m> Probe<'m> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::quantize::calibrate::round_model;
     use crate::quantize::calibrate::tests::{divergence, through_a_file};
+    use crate::quantize::calibrate::{Rounding, round_model};
     use crate::train::fixture::{text, tiny_in_blocks};
 
     fn tensors() -> Vec<Sensitivity> {
@@ -478,7 +478,7 @@ mod tests {
         let budget = measure(&model, &uniform).unwrap().bytes;
         let mut last = 0;
         let (mixed, expected) =
-            choose(&model, Budget::File(budget), Method::Plain, sample, &mut |done, _, _| last = done)
+            choose(&model, Budget::File(budget), Method::Plain, 0.0, sample, &mut |done, _, _| last = done)
                 .unwrap();
         assert_eq!(last, 3 * 7 + 1);
         let size = measure(&model, &mixed).unwrap().bytes;
@@ -487,7 +487,8 @@ mod tests {
             [&uniform, &mixed].map(|encoding| divergence(&model, &through_a_file(&model, encoding)));
         assert!(found < uniform, "{found} {uniform}");
         assert!((0.3..3.0).contains(&(expected / found)), "{expected} {found}");
-        let error = choose(&model, Budget::File(1000), Method::Plain, sample, &mut |_, _, _| {}).unwrap_err();
+        let error =
+            choose(&model, Budget::File(1000), Method::Plain, 0.0, sample, &mut |_, _, _| {}).unwrap_err();
         assert!(matches!(error, BudgetError::TooSmall { budget: 1000, smallest } if smallest > 1000));
     }
 
@@ -500,9 +501,15 @@ mod tests {
         let uniform = Encoding::from(Mix::Q5_0);
         let budget = Budget::File(measure(&model, &uniform).unwrap().bytes);
         let mut last = 0;
+        let choose = |damping, tell: Progress<'_>| {
+            choose(&model, budget, Method::Gptq, damping, sample, tell).unwrap()
+        };
         let (mixed, expected) =
-            choose(&model, budget, Method::Gptq, sample, &mut |done, total, _| last = total - done).unwrap();
+            choose(Rounding::default().damping, &mut |done, total, _| last = total - done);
         assert_eq!(last, 0);
+        // With damping beyond all inputs columns know nothing of each other, and little is made up for.
+        let damped = choose(1e6, &mut |_, _, _| {}).1;
+        assert!(damped > 1.1 * expected, "{damped} {expected}");
         let [uniform, found] = [uniform, mixed].map(|encoding| {
             let rounding = Rounding { propagation: 0.0, ..Rounding::default() };
             let rounded = round_model(&model, encoding, sample, rounding, &mut |_, _, _| {}).unwrap();
@@ -532,7 +539,7 @@ mod tests {
         };
         let budget = read(&Mix::Q5_0.into());
         let (found, _) =
-            choose(&model, Budget::Read(budget), Method::Plain, sample, &mut |_, _, _| {}).unwrap();
+            choose(&model, Budget::Read(budget), Method::Plain, 0.0, sample, &mut |_, _, _| {}).unwrap();
         assert_eq!(found.dtype(Role::TokenEmbedding, 0, &model.spec), DType::Q8_0);
         let bytes = read(&found);
         assert!(bytes <= budget && bytes > budget * 9 / 10, "{bytes} of {budget}");
