@@ -3,9 +3,13 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use edge_tests::{Ran, edgec, require_mpi, teacher, text};
+
+/// Held by the test that runs: processes that wait for each other keep processors busy.
+static TURN: Mutex<()> = Mutex::new(());
 
 const STEPS: usize = 50;
 /// What has to be the same, byte for byte, after a kill.
@@ -19,11 +23,29 @@ fn distill(command: &mut Command, out: &Path) {
     command.arg("--out").arg(out);
 }
 
-/// The run in two processes.
-fn mpirun(out: &Path) -> Command {
+/// The same for an adapter.
+fn tune(command: &mut Command, out: &Path) {
+    command.arg("tune").arg(teacher().join("model.gguf")).arg("--data").arg(text());
+    command.args([
+        "--length",
+        "64",
+        "--batch",
+        "2",
+        "--accumulate",
+        "2",
+        "--tokens",
+        "12800",
+        "--lr",
+        "1e-2",
+    ]);
+    command.args(["--base-quant", "Q4_0", "--json"]).arg("--out").arg(out);
+}
+
+/// A run in two processes.
+fn mpirun(run: fn(&mut Command, &Path), out: &Path) -> Command {
     let mut command = Command::new("mpirun");
     command.args(["--oversubscribe", "-n", "2"]).arg(edgec().get_program());
-    distill(&mut command, out);
+    run(&mut command, out);
     // Containers run as root and often forbid to read another process's memory.
     for name in ["OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] {
         command.env(name, "1");
@@ -59,11 +81,39 @@ fn kill_second(mpirun: &Child) {
     assert!(kill.arg("-KILL").arg(process.file_name().unwrap()).status().unwrap().success());
 }
 
+/// Both are the losses of a whole run, within what another order of sums makes of them.
+fn agree(one: &[f64], two: &[f64]) {
+    assert_eq!((one.len(), two.len()), (STEPS, STEPS));
+    for (step, (one, two)) in one.iter().zip(two).enumerate() {
+        assert!((one - two).abs() <= 1e-4, "step {}: loss {one} in one process, {two} in two", step + 1);
+    }
+    assert!(one[STEPS - 1] < one[0]);
+}
+
+#[test]
+fn two_processes_tune_as_one() {
+    if !require_mpi() {
+        return;
+    }
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let folder = tempfile::tempdir().unwrap();
+    let (one, two) = (folder.path().join("one"), folder.path().join("two"));
+    let mut alone = edgec();
+    tune(&mut alone, &one);
+    let after = |report: serde_json::Value| report["after"]["ppl"].as_f64().unwrap();
+    let expected = after(Ran::of(&mut alone).json());
+    // One process alone has something to say, so this is one document.
+    let found = after(Ran::of(&mut mpirun(tune, &two)).json());
+    agree(&losses(&one), &losses(&two));
+    assert!((found / expected - 1.0).abs() < 1e-3, "perplexity {expected} by one process, {found} by two");
+}
+
 #[test]
 fn two_processes_train_as_one_and_survive_a_kill() {
     if !require_mpi() {
         return;
     }
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| -> PathBuf { folder.path().join(name) };
 
@@ -72,19 +122,15 @@ fn two_processes_train_as_one_and_survive_a_kill() {
     distill(&mut alone, &one);
     let ran = Ran::of(&mut alone);
     assert!(ran.success, "{}", ran.err);
-    let ran = Ran::of(&mut mpirun(&two));
+    let ran = Ran::of(&mut mpirun(distill, &two));
     assert!(ran.success, "{}", ran.err);
     assert!(ran.err.contains("2 processes"), "{}", ran.err);
-    let (one, shared) = (losses(&one), losses(&two));
-    assert_eq!((one.len(), shared.len()), (STEPS, STEPS));
-    for (step, (one, two)) in one.iter().zip(&shared).enumerate() {
-        assert!((one - two).abs() <= 1e-4, "step {}: loss {one} in one process, {two} in two", step + 1);
-    }
-    assert!(one[STEPS - 1] < one[0]);
+    let shared = losses(&two);
+    agree(&losses(&one), &shared);
 
     // A process dies: the run ends, and its checkpoint is there.
     let killed = at("killed");
-    let mut run = mpirun(&killed).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut run = mpirun(distill, &killed).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
     let started = Instant::now();
     let steps = || fs::read_to_string(killed.join("metrics.jsonl")).map_or(0, |text| text.lines().count());
     while steps() < 12 {
@@ -98,7 +144,7 @@ fn two_processes_train_as_one_and_survive_a_kill() {
     assert!(!status.success() && said.contains("rank 1") && said.contains("signal 9"), "{status}: {said}");
     assert!(killed.join("checkpoint.safetensors").exists() && !killed.join("student").exists());
 
-    let ran = Ran::of(mpirun(&killed).arg("--resume"));
+    let ran = Ran::of(mpirun(distill, &killed).arg("--resume"));
     assert!(ran.success && ran.err.contains("resumed after step "), "{}", ran.err);
     assert!(
         losses(&killed) == shared && results(&killed) == results(&two),
@@ -106,7 +152,7 @@ fn two_processes_train_as_one_and_survive_a_kill() {
     );
 
     // An error of one process ends them all: this folder is in use.
-    let ran = Ran::of(&mut mpirun(&two));
+    let ran = Ran::of(&mut mpirun(distill, &two));
     assert!(!ran.success && ran.err.contains("edgec: process 0: "), "{}", ran.err);
     assert!(ran.err.contains("the folder is not empty"), "{}", ran.err);
 }

@@ -13,7 +13,7 @@ use edgec::train::parallel::Communicator;
 use edgec::train::{Precision, RunFolder, TrainConfig};
 
 use super::output;
-use super::processes::together;
+use super::processes::{choose, together};
 use super::progress::{Progress, note};
 use super::training::Training;
 
@@ -256,9 +256,9 @@ fn distill(arguments: &Arguments, processes: Rc<dyn Communicator>) -> anyhow::Re
     if processes.size() > 1 && arguments.out.is_none() {
         bail!("--out is missing: {} processes need the name of one folder", processes.size());
     }
-    super::processes::choose(arguments.training.device, &*processes)?;
+    choose(arguments.training.device, &*processes)?;
     let folder = arguments.folder();
-    let mut screen = Screen { silent: processes.rank() > 0, current: None };
+    let mut screen = Screen::of(&*processes);
     let run = RunFolder {
         processes,
         checkpoint_activations: arguments.checkpoint_activations,
@@ -285,7 +285,6 @@ fn distill(arguments: &Arguments, processes: Rc<dyn Communicator>) -> anyhow::Re
 }
 
 /// Shows one stage at a time.
-#[derive(Default)]
 pub(super) struct Screen {
     /// Another process shows the same.
     silent: bool,
@@ -293,6 +292,11 @@ pub(super) struct Screen {
 }
 
 impl Screen {
+    /// The screen of one of `processes`: the first shows what all do.
+    pub(super) fn of(processes: &dyn Communicator) -> Self {
+        Self { silent: processes.rank() > 0, current: None }
+    }
+
     pub(super) fn end(&mut self) {
         if let Some((_, progress, message)) = self.current.take() {
             progress.finish(&message);

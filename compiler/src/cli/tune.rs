@@ -1,16 +1,18 @@
 //! `edgec tune`.
 
 use std::path::PathBuf;
+use std::rc::Rc;
 
 use anyhow::bail;
 use clap::Args;
 use edgec::adapter::Settings;
 use edgec::pipeline::{self, TeacherSource, TuneRecipe};
-use edgec::train::parallel::Alone;
+use edgec::train::parallel::Communicator;
 use edgec::train::{Precision, RunFolder, TrainConfig};
 
 use super::distill::Screen;
 use super::output;
+use super::processes::{choose, together};
 use super::training::Training;
 
 #[derive(Args)]
@@ -115,11 +117,17 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     if let Some(model) = arguments.model.as_ref().filter(|_| arguments.training.data.is_empty()) {
         bail!("--data is missing: text for {} to learn from", model.display());
     }
-    super::processes::alone("tune")?;
-    super::processes::choose(arguments.training.device, &Alone)?;
-    let run = RunFolder::new(&arguments.out, arguments.resume, arguments.training.checkpoint_every);
-    let mut screen = Screen::default();
-    let tuned = pipeline::tune(&arguments.recipe(), &run, &mut screen)?;
+    together(|processes| tune(arguments, processes))
+}
+
+fn tune(arguments: &Arguments, processes: Rc<dyn Communicator>) -> anyhow::Result<()> {
+    choose(arguments.training.device, &*processes)?;
+    let mut screen = Screen::of(&*processes);
+    let run = RunFolder {
+        processes,
+        ..RunFolder::new(&arguments.out, arguments.resume, arguments.training.checkpoint_every)
+    };
+    let Some(tuned) = pipeline::tune(&arguments.recipe(), &run, &mut screen)? else { return Ok(()) };
     screen.end();
     if arguments.json {
         return output::json(&tuned);

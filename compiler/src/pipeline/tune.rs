@@ -117,10 +117,16 @@ fn from_file(file: &ModelFile) -> Result<Model, Error> {
 
 /// Does what `recipe` asks in `folder`, which must be new or empty, or hold a run to resume.
 ///
+/// Of several processes only the first one touches the folder and has an answer; the others train with it.
+///
 /// # Errors
 /// Whatever stops a stage; the checkpoint stays, and resuming goes on from there. Inputs that make no sense leave no
 /// trace in a new folder.
-pub fn tune(recipe: &TuneRecipe, folder: &RunFolder, observer: &mut dyn Observer) -> Result<Tuned, Error> {
+pub fn tune(
+    recipe: &TuneRecipe,
+    folder: &RunFolder,
+    observer: &mut dyn Observer,
+) -> Result<Option<Tuned>, Error> {
     recipe.train.validate()?;
     let targets: Targets = recipe.targets.parse()?;
     let mix = recipe.base_quant.as_deref().map(str::parse::<Mix>).transpose();
@@ -128,10 +134,13 @@ pub fn tune(recipe: &TuneRecipe, folder: &RunFolder, observer: &mut dyn Observer
     if mix.is_some() && recipe.base_precision != Precision::F32 {
         return Err(Error::Student("--base-precision: a base in blocks (--base-quant) has its own".into()));
     }
+    let first = folder.processes.rank() == 0;
     let made = !folder.path.exists();
-    folder::open(&folder.path, folder.resume, recipe)?;
+    if first {
+        folder::open(&folder.path, folder.resume, recipe)?;
+    }
     let prepared = prepare(recipe, &targets, mix, observer).inspect_err(|_| {
-        if !folder.resume {
+        if !folder.resume && first {
             folder::abandon(&folder.path, made);
         }
     })?;
@@ -227,12 +236,15 @@ fn train(
     mix: Option<Mix>,
     folder: &RunFolder,
     observer: &mut dyn Observer,
-) -> Result<Tuned, Error> {
+) -> Result<Option<Tuned>, Error> {
     let Prepared { spec, base, teacher, requantized, trainee, train, eval, bos, hashes } = prepared;
     let parameters = trainee.trained();
     let text = Text { ids: &train.ids, scored: &train.scored };
     let mut watch = Watch { stage: "tune", observer: &mut *observer };
     let adapter = trainer::train(teacher.as_ref(), trainee, text, &recipe.train, folder, &mut watch)?;
+    if folder.processes.rank() > 0 {
+        return Ok(None);
+    }
     let [base_bytes, base_f32_bytes] = base.bytes();
     // What follows may need the model in f32.
     drop((base, teacher));
@@ -263,7 +275,7 @@ fn train(
         artifacts,
     };
     folder::write_json(&folder.path, "tune.json", &tuned)?;
-    Ok(tuned)
+    Ok(Some(tuned))
 }
 
 /// Writes the adapter in both formats, as far as they can hold it; answers what was written.
