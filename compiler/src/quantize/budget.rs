@@ -86,8 +86,9 @@ pub struct Sensitivity {
     pub choices: Vec<Choice>,
 }
 
-/// Types within `budget` under which a file that is rounded by `method`, with `damping` as in [`Rounding`](super::calibrate::Rounding), diverges least
-/// from `model`, and the divergence that is to be expected if no matrix makes up for another.
+/// Types within `budget` under which a file that is rounded by `method`, with `damping` as in
+/// [`Rounding`](super::calibrate::Rounding), diverges least from `model`, and the divergence that is to be expected if
+/// no matrix makes up for another.
 ///
 /// # Errors
 /// No mix is that small; the text is too short or not the model's.
