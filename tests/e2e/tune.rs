@@ -122,6 +122,14 @@ fn dora_and_blocks() {
     let found = merge(&dora, &file, &["--type", "F32", "--json"]).json();
     assert!(found["merged_kl"].as_f64().unwrap() < 1e-5, "{found}");
     assert!((ppl(&file, None) / after - 1.0).abs() < 1e-6);
+    let lora = folder.path().join("lora.gguf");
+    let mut export = edgec();
+    export.arg("export").arg(&dora).args(["--format", "lora-gguf", "--base"]).arg(model());
+    let ran = Ran::of(export.arg("--out").arg(&lora));
+    assert!(ran.success && ran.err.contains("as large as they are"), "{}", ran.err);
+    // Integers beside the base's blocks.
+    let found = ppl(&model(), Some(&lora));
+    assert!((found / after - 1.0).abs() < 5e-3, "{found}, merged {after}");
 
     // The file's own blocks, and blocks made from a model in floats.
     let held = folder.path().join("held");

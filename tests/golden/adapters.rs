@@ -208,10 +208,14 @@ fn integers_lose_little_more_than_quantizing_the_sum() {
 #[test]
 fn a_gguf_lora_says_the_same() {
     let (out, spec) = (tempfile::tempdir().unwrap(), spec());
-    for name in ["lora", "rslora"] {
+    for name in ["lora", "rslora", "dora"] {
         let golden = Golden::read(&folder(name));
         let path = out.path().join("adapter.gguf");
-        adapter::export(&adapter::read(&folder(name), &spec).unwrap(), &spec, &path).unwrap();
+        let mut read = adapter::read(&folder(name), &spec).unwrap();
+        if name == "dora" {
+            read = adapter::as_lora(read, &teacher::load(&base()).unwrap()).unwrap();
+        }
+        adapter::export(&read, &spec, &path).unwrap();
         let (file, adapters) = open_with(&base(), &[(path, 1.0)]).unwrap();
         check(&format!("{name} through GGUF"), &file, &adapters, &golden.ids, &golden.adapted);
     }

@@ -224,7 +224,7 @@ fn every_family_is_as_sure_in_llama_cpp() {
     }
 }
 
-/// Adapters whose scales are more than one alpha and its rank can say: rsLoRA, and patterns.
+/// Adapters whose scales are more than one alpha and its rank can say (rsLoRA, patterns), and a DoRA of full rank.
 #[test]
 fn adapters_are_as_sure_in_llama_cpp() {
     let Some(python) = require_python("xllamacpp") else { return };
@@ -238,11 +238,18 @@ fn adapters_are_as_sure_in_llama_cpp() {
     let mut patterns = read("rslora");
     patterns.pairs.retain(|pair| pair.layer != 1);
     patterns.pairs.iter_mut().step_by(2).for_each(|pair| pair.scale *= 0.4);
+    // With lengths that say more than a little.
+    let mut dora = read("dora");
+    let lengths = dora.pairs.iter_mut().filter_map(|pair| pair.magnitude.as_mut());
+    lengths.flatten().for_each(|length| *length *= 1.3);
+    let dora = adapter::as_lora(dora, &model).unwrap();
     let (ids, context) = (arbitrary_ids(), 32);
     let windows: Vec<_> = ids.chunks_exact(context).collect();
     let config = Config { context, windows: None, score: Score::Half, bos: None };
     let (mut found, mut tasks) = (Vec::new(), vec![]);
-    for (name, adapter) in [("lora", read("lora")), ("rslora", read("rslora")), ("patterns", patterns)] {
+    for (name, adapter) in
+        [("lora", read("lora")), ("rslora", read("rslora")), ("patterns", patterns), ("dora", dora)]
+    {
         let path = folder.path().join(format!("{name}.gguf"));
         adapter::export(&adapter, &model.spec, &path).unwrap();
         let (file, beside) = profile::open_with(&base, &[(path.clone(), 1.0)]).unwrap();

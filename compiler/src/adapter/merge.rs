@@ -1,6 +1,9 @@
 //! An adapter in the weights: `W' = W + scale * B A`, for DoRA with every row brought to its length.
 
+use std::path::Path;
+
 use candle_core::{DType, Device, Tensor};
+use edge_models::Role;
 
 use super::{Adapter, AdapterError, Pair};
 use crate::model::Model;
@@ -11,20 +14,31 @@ use crate::model::Model;
 /// A matrix that the model has not.
 pub fn merge(model: &mut Model, adapter: &Adapter, scale: f32) -> Result<(), AdapterError> {
     for pair in &adapter.pairs {
-        let mut before = 0;
-        for &role in pair.row.members() {
-            let [rows, cols] = role.shape(&model.spec);
-            let Some(weight) = model.weights.get(role, pair.layer) else {
-                let name = format!("{role:?} of layer {}", pair.layer);
-                let message = "the model has no such matrix".into();
-                return Err(AdapterError::Tensor { path: adapter.path.clone(), name, message });
-            };
-            let merged = merged(weight, pair, [before, rows, cols], scale)?;
+        for (role, weight, part) in matrices(model, pair, &adapter.path)? {
+            let merged = merged(&weight, pair, part, scale)?;
             model.weights.insert(role, pair.layer, merged);
-            before += rows;
         }
     }
     Ok(())
+}
+
+/// A matrix of a pair, and what of the pair it is: its first row, its rows and its columns.
+type Part = (Role, Tensor, [usize; 3]);
+
+/// The matrices that a pair changes, one below the other; `path` is what errors call the adapter.
+pub(super) fn matrices(model: &Model, pair: &Pair, path: &Path) -> Result<Vec<Part>, AdapterError> {
+    let mut before = 0;
+    let part = |role: &Role| {
+        let [rows, cols] = role.shape(&model.spec);
+        let Some(weight) = model.weights.get(*role, pair.layer) else {
+            let name = format!("{role:?} of layer {}", pair.layer);
+            let message = "the model has no such matrix".into();
+            return Err(AdapterError::Tensor { path: path.into(), name, message });
+        };
+        before += rows;
+        Ok((*role, weight.clone(), [before - rows, rows, cols]))
+    };
+    pair.row.members().iter().map(part).collect()
 }
 
 /// Changes the weights of `model` as all of `adapters`, each with a scale, say together: the sum of what each
@@ -43,7 +57,7 @@ pub fn merge_all(model: &mut Model, adapters: &[(Adapter, f32)]) -> Result<(), A
 }
 
 /// `weight`, which is the rows `first..first + rows` of the pair's matrix, with the update.
-fn merged(
+pub(super) fn merged(
     weight: &Tensor,
     pair: &Pair,
     [first, rows, cols]: [usize; 3],

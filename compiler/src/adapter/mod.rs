@@ -2,9 +2,10 @@
 //!
 //! In memory an adapter is what PEFT trains: `W' x = W x + scale * B (A x)` in Hugging Face's row order, and
 //! for DoRA the length of each row of `W'` besides. The runtime and llama.cpp take the first kind as GGUF;
-//! the second changes the weights themselves and can only be merged.
+//! the second changes the weights themselves: it is merged, or written as a LoRA of full rank.
 
 mod base;
+mod dora;
 mod gguf;
 mod merge;
 mod peft;
@@ -13,6 +14,7 @@ mod settings;
 mod tests;
 
 pub use base::{base_of, check_base};
+pub use dora::as_lora;
 pub use gguf::{export, export_for, export_to_vec};
 pub use merge::{merge, merge_all};
 pub use peft::write;

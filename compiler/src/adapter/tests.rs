@@ -140,6 +140,31 @@ fn order_does_not_matter() {
     assert!(error.contains("second DoRA"), "{error}");
 }
 
+/// Of full rank, a LoRA does what a DoRA does, also through the file, and of a fused matrix too.
+#[test]
+fn a_dora_can_be_a_lora() {
+    let out = tempfile::tempdir().unwrap();
+    let path = out.path().join("adapter.gguf");
+    for family in ["llama", "phi3"] {
+        let mut base = tiny(3, 4);
+        base.spec = spec(family);
+        let dora = random(&base.spec, "all-linear", &Settings { dora: true, ..settings() });
+        export(&as_lora(dora.clone(), &base).unwrap(), &base.spec, &path).unwrap();
+        let lora = read(&path, &base.spec).unwrap();
+        assert_eq!(lora.pairs.len(), dora.pairs.len());
+        let [wanted, found] = [dora, lora].map(|adapter| {
+            let mut model = base.clone();
+            merge(&mut model, &adapter, 1.0).unwrap();
+            model
+        });
+        for ((role, layer, wanted), (.., found)) in wanted.weights.iter().zip(found.weights.iter()) {
+            let apart = (wanted - found).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap();
+            let apart = apart.to_scalar::<f32>().unwrap();
+            assert!(apart < 1e-5, "{family}, {role:?} of layer {layer}: {apart}");
+        }
+    }
+}
+
 /// Writes a GGUF LoRA of one pair after `change`.
 fn file(path: &Path, alpha: f32, kind: &str, tensors: &[(&str, [u64; 2], f32)]) {
     let mut file = GgufWriter::new();

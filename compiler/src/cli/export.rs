@@ -52,7 +52,11 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
             let base = arguments.base.as_deref().context("--base is missing")?;
             let base = profile::open(base)?;
             let spec = profile::spec_of(&base)?;
-            let adapter = adapter::read(&arguments.model, &spec)?;
+            let mut adapter = adapter::read(&arguments.model, &spec)?;
+            if adapter.is_dora() {
+                adapter = adapter::as_lora(adapter, &teacher::load(base.path())?)?;
+                note("export", "a DoRA changes whole matrices, so as a LoRA it is as large as they are");
+            }
             if arguments.pin_base {
                 let hash = adapter::base_of(&base).with_context(|| {
                     format!(

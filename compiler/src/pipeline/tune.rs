@@ -293,7 +293,7 @@ fn write(
     adapter::write(adapter, spec, &base, &folder.join(ADAPTER))?;
     observer.note("export", &format!("{ADAPTER}/ (PEFT's folder)"));
     if adapter.is_dora() {
-        let how = "`edgec merge` writes the model that it makes";
+        let how = "`edgec merge` writes the model that it makes, `edgec export` a LoRA as large as they are";
         observer.note("export", &format!("no {GGUF}: a DoRA changes the weights themselves; {how}"));
         return Ok(vec![ADAPTER.into()]);
     }
