@@ -4,7 +4,7 @@
 #   tests/bench/training.sh PYTHON MODEL.gguf TEXT.txt EVALUATION.txt [ROUNDS]     PYTHON has torch, transformers, peft
 #
 # All take turns, ROUNDS (3) times: 2 x 256 tokens a step, 12 steps, all parameters in f32; the speed is that of all steps
-# but the first two, by each program's own clock. Nothing else should run meanwhile: what looks at a run a hundred times a
+# but the first two, by each program's own clock. Nothing else should run meanwhile: what looks at a run fifty times a
 # second slows it by a fifth. Fails where the medians with int8 are not 1.3 (distillation) and 1.2 (LoRA) times PyTorch's.
 set -euo pipefail
 cd "$(dirname "$0")/../.."

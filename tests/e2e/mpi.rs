@@ -12,13 +12,15 @@ use edge_tests::{Ran, edgec, require_mpi, teacher, text};
 static TURN: Mutex<()> = Mutex::new(());
 
 const STEPS: usize = 50;
+/// The flags of as many steps of four windows.
+const SHAPE: [&str; 8] = ["--length", "64", "--batch", "2", "--accumulate", "2", "--tokens", "12800"];
 /// What has to be the same, byte for byte, after a kill.
 const RESULTS: [&str; 2] = ["student.gguf", "student/model.safetensors"];
 
 /// The arguments of the same run in any folder.
 fn distill(command: &mut Command, out: &Path) {
     command.args(["distill", "--layers", "1", "--target", "x86_64-linux", "--checkpoint-every", "5"]);
-    command.args(["--length", "64", "--batch", "2", "--accumulate", "2", "--tokens", "12800"]);
+    command.args(SHAPE);
     command.arg("--teacher").arg(teacher().join("model.gguf")).arg("--data").arg(text());
     command.arg("--out").arg(out);
 }
@@ -26,19 +28,7 @@ fn distill(command: &mut Command, out: &Path) {
 /// The same for an adapter.
 fn tune(command: &mut Command, out: &Path) {
     command.arg("tune").arg(teacher().join("model.gguf")).arg("--data").arg(text());
-    command.args([
-        "--length",
-        "64",
-        "--batch",
-        "2",
-        "--accumulate",
-        "2",
-        "--tokens",
-        "12800",
-        "--lr",
-        "1e-2",
-    ]);
-    command.args(["--base-quant", "Q4_0", "--json"]).arg("--out").arg(out);
+    command.args(SHAPE).args(["--lr", "1e-2", "--base-quant", "Q4_0", "--json"]).arg("--out").arg(out);
 }
 
 /// A run in two processes.
@@ -126,9 +116,9 @@ fn two_processes_train_as_one_and_survive_a_kill() {
     let ran = Ran::of(&mut mpirun(distill, &two));
     assert!(ran.success, "{}", ran.err);
     assert!(ran.err.contains("2 processes"), "{}", ran.err);
-    let shared = losses(&two);
-    agree(&losses(&one), &shared);
-    assert!(shared[STEPS - 1] < shared[0]);
+    let (one, shared) = (losses(&one), losses(&two));
+    agree(&one, &shared);
+    assert!(one[STEPS - 1] < one[0]);
 
     // A process dies: the run ends, and its checkpoint is there.
     let killed = at("killed");

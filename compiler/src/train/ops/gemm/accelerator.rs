@@ -1,7 +1,6 @@
 //! Large products on a GPU, by candle's CUDA and Metal backends: operands go there, the result comes back.
 //!
-//! Everything else of training stays on the CPU, parameters and optimizer too; of its arithmetic the products are
-//! nine tenths.
+//! Everything else of training stays on the CPU, parameters and optimizer too: most of its arithmetic is products.
 
 use std::fmt::{self, Display, Formatter};
 use std::mem::MaybeUninit;
